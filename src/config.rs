@@ -1,0 +1,196 @@
+//! What an attention call computes: mask, scale, softcap, and the extents it runs on.
+
+use crate::{Element, Error, Result, TensorView};
+
+/// Which keys a query row sees.
+///
+/// Masks are aligned at the bottom right: with `T` query rows and `S` keys, row `i` stands at position
+/// `p = i + S - T` of the keys. A row at a negative position sees nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mask {
+    /// Every key.
+    #[default]
+    Full,
+    /// Keys `0..=p`.
+    Causal,
+    /// Context encoding of Star Attention (paper section 2.1), as one mask over a host's local sequence.
+    ///
+    /// Block 0 is positions `0..first_block_len` and is causal. Every later block has `block_len` positions (the
+    /// last may be short); its rows see keys `0..anchor_len` and their own block up to `p`.
+    Star {
+        /// Keys every row sees, unless it lies in block 0 (where it is causal). At most `first_block_len`
+        /// and `block_len`.
+        anchor_len: usize,
+        /// Tokens of every block but block 0; at least 1.
+        block_len: usize,
+        /// Tokens of block 0: `block_len` on the host that holds the start of the context, `anchor_len` on
+        /// the others.
+        first_block_len: usize,
+    },
+}
+
+/// What an attention call computes: `softmax(softcap(scale · q kᵀ) + mask) v`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttentionConfig {
+    /// Which keys a row sees.
+    pub mask: Mask,
+    /// Factor of the scores; `1/sqrt(head_dim)` if `None`. Finite and not negative.
+    pub scale: Option<f32>,
+    /// If `Some(c)`, scaled scores `s` become `c · tanh(s / c)`. Finite and positive.
+    pub softcap: Option<f32>,
+}
+
+impl AttentionConfig {
+    /// The default scale and no softcap, under `mask`.
+    pub fn new(mask: Mask) -> Self {
+        Self { mask, ..Self::default() }
+    }
+
+    /// The factor of the scores for heads of `head_dim`.
+    pub fn scale_for(&self, head_dim: usize) -> f32 {
+        self.scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt())
+    }
+
+    /// # Errors
+    /// [`Error::Value`] for a scale, softcap or star mask outside its range.
+    pub fn validate(&self) -> Result<()> {
+        if let Some(scale) = self.scale
+            && !(scale.is_finite() && scale >= 0.0)
+        {
+            return Err(Error::value("scale", "a finite number, not negative", scale));
+        }
+        if let Some(softcap) = self.softcap
+            && !(softcap.is_finite() && softcap > 0.0)
+        {
+            return Err(Error::value("softcap", "a finite number above 0", softcap));
+        }
+        if let Mask::Star { anchor_len, block_len, first_block_len } = self.mask {
+            if block_len == 0 {
+                return Err(Error::value("block_len", "at least 1", block_len));
+            }
+            if anchor_len > block_len.min(first_block_len) {
+                let most = format!("at most block_len {block_len} and first_block_len {first_block_len}");
+                return Err(Error::value("anchor_len", most, anchor_len));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The extents of an attention call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Sequences.
+    pub batch: usize,
+    /// Query rows of each sequence.
+    pub query_len: usize,
+    /// Keys of each sequence.
+    pub key_len: usize,
+    /// Heads of the queries: a multiple of `kv_heads`.
+    pub query_heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+}
+
+impl AttentionShape {
+    /// The extents of queries `[batch, query_len, query_heads, head_dim]` against keys and values
+    /// `[batch, key_len, kv_heads, head_dim]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the three do not fit together.
+    pub fn of<T: Element>(
+        query: &TensorView<'_, T>,
+        key: &TensorView<'_, T>,
+        value: &TensorView<'_, T>,
+    ) -> Result<Self> {
+        let [batch, query_len, query_heads, head_dim] = query.shape();
+        let [_, key_len, kv_heads, _] = key.shape();
+        let shape = Self { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+        shape.check(query, key, value)?;
+        Ok(shape)
+    }
+
+    /// # Errors
+    /// [`Error::Shape`] if heads or head_dim are 0, or the query heads are no multiple of the KV heads.
+    pub fn validate(&self) -> Result<()> {
+        if self.head_dim == 0 {
+            return Err(Error::shape("query", "head_dim of at least 1", "0"));
+        }
+        if self.kv_heads == 0 {
+            return Err(Error::shape("key", "at least 1 head", "0"));
+        }
+        if self.query_heads == 0 || !self.query_heads.is_multiple_of(self.kv_heads) {
+            let expected = format!("heads a multiple of the {} KV heads", self.kv_heads);
+            return Err(Error::shape("query", expected, self.query_heads.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Query heads that share a KV head.
+    pub fn group(&self) -> usize {
+        self.query_heads / self.kv_heads
+    }
+
+    /// The shape of queries and outputs.
+    pub fn query_shape(&self) -> [usize; 4] {
+        [self.batch, self.query_len, self.query_heads, self.head_dim]
+    }
+
+    /// The shape of keys and values.
+    pub fn key_shape(&self) -> [usize; 4] {
+        [self.batch, self.key_len, self.kv_heads, self.head_dim]
+    }
+
+    /// Elements of the log-sum-exp, `[batch, query_heads, query_len]`.
+    pub fn lse_len(&self) -> usize {
+        self.batch * self.query_heads * self.query_len
+    }
+
+    /// Refuses tensors that have not these extents, or whose last axis is not contiguous.
+    pub(crate) fn check<T: Element>(
+        &self,
+        query: &TensorView<'_, T>,
+        key: &TensorView<'_, T>,
+        value: &TensorView<'_, T>,
+    ) -> Result<()> {
+        self.validate()?;
+        check_rows("query", self.query_shape(), query.shape(), query.strides())?;
+        check_rows("key", self.key_shape(), key.shape(), key.strides())?;
+        check_rows("value", self.key_shape(), value.shape(), value.strides())
+    }
+
+    /// Refuses an output or log-sum-exp that has not these extents.
+    pub(crate) fn check_output(
+        &self,
+        shape: [usize; 4],
+        strides: [usize; 4],
+        lse: Option<&[f32]>,
+    ) -> Result<()> {
+        check_rows("out", self.query_shape(), shape, strides)?;
+        if let Some(lse) = lse
+            && lse.len() != self.lse_len()
+        {
+            let expected = [self.batch, self.query_heads, self.query_len];
+            return Err(Error::shape("lse", format!("{expected:?}"), format!("{} elements", lse.len())));
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a tensor that has not the expected shape, or whose last axis is not contiguous.
+pub(crate) fn check_rows(
+    argument: &'static str,
+    expected: [usize; 4],
+    shape: [usize; 4],
+    strides: [usize; 4],
+) -> Result<()> {
+    if shape != expected {
+        return Err(Error::shape(argument, format!("{expected:?}"), format!("{shape:?}")));
+    }
+    if shape[3] > 1 && strides[3] != 1 && !shape.contains(&0) {
+        return Err(Error::stride(argument, "with the last axis contiguous", format!("{strides:?}")));
+    }
+    Ok(())
+}

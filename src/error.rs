@@ -1,0 +1,119 @@
+//! The errors of every call: each names the argument, what was expected and what came.
+
+use crate::DType;
+
+/// A `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a call was refused. Unless a variant says otherwise, nothing was written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Extents that do not fit together, or a buffer of the wrong length.
+    #[error("{argument}: expected shape {expected}, got {got}")]
+    Shape {
+        /// The argument at fault.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// Strides that leave the buffer, let elements overlap, or are not contiguous where they must be.
+    #[error("{argument}: expected strides {expected}, got {got}")]
+    Stride {
+        /// The argument at fault.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// Element types that differ where they must agree, or that the backend does not take.
+    #[error("{argument}: expected dtype {expected}, got {got}")]
+    DType {
+        /// The argument at fault.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: DType,
+        /// What came.
+        got: DType,
+    },
+    /// A number outside its range.
+    #[error("{argument}: expected {expected}, got {got}")]
+    Value {
+        /// The argument at fault.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// The caller's workspace holds fewer elements than the plan asks for.
+    #[error("workspace: expected at least {expected} elements, got {got}")]
+    Workspace {
+        /// Elements needed.
+        expected: usize,
+        /// Elements given.
+        got: usize,
+    },
+    /// An append would go past the fixed capacity of a shard. The shard is as it was.
+    #[error("shard: capacity of {capacity} tokens exceeded: holds {len}, asked to append {requested}")]
+    Capacity {
+        /// Tokens the shard can hold.
+        capacity: usize,
+        /// Tokens it holds.
+        len: usize,
+        /// Tokens that were to be appended.
+        requested: usize,
+    },
+    /// A peer left the group (dropped or panicked) before a collective was complete.
+    /// The receive buffer's contents are unspecified.
+    #[error("collective: rank {rank} left the group")]
+    Disconnected {
+        /// The first rank found missing.
+        rank: usize,
+    },
+    /// A peer did not reach a collective in time. The receive buffer's contents are unspecified.
+    #[error("collective: rank {rank} did not arrive within {seconds} s")]
+    Timeout {
+        /// The first rank found missing.
+        rank: usize,
+        /// How long was waited.
+        seconds: f64,
+    },
+    /// A peer called the collective with something that does not match this rank's call.
+    #[error("collective: rank {rank}: {argument}: expected {expected}, got {got}")]
+    Peer {
+        /// The rank that differs.
+        rank: usize,
+        /// What differs.
+        argument: &'static str,
+        /// What this rank has.
+        expected: String,
+        /// What the peer has.
+        got: String,
+    },
+    /// An error of candle, kept as it came.
+    #[cfg(feature = "candle")]
+    #[error("candle: {0}")]
+    Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    pub(crate) fn shape(argument: &'static str, expected: impl Into<String>, got: impl Into<String>) -> Self {
+        Self::Shape { argument, expected: expected.into(), got: got.into() }
+    }
+
+    pub(crate) fn stride(
+        argument: &'static str,
+        expected: impl Into<String>,
+        got: impl Into<String>,
+    ) -> Self {
+        Self::Stride { argument, expected: expected.into(), got: got.into() }
+    }
+
+    pub(crate) fn value(argument: &'static str, expected: impl Into<String>, got: impl ToString) -> Self {
+        Self::Value { argument, expected: expected.into(), got: got.to_string() }
+    }
+}

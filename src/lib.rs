@@ -1,0 +1,18 @@
+#![doc = include_str!("../README.md")]
+#![deny(unsafe_op_in_unsafe_fn, missing_docs, clippy::undocumented_unsafe_blocks)]
+
+pub mod comm;
+mod config;
+pub mod cpu;
+mod error;
+mod kv;
+mod layout;
+pub mod merge;
+mod tensor;
+
+pub use config::{AttentionConfig, AttentionShape, Mask};
+pub use error::{Error, Result};
+pub use half::{bf16, f16};
+pub use kv::KvShard;
+pub use layout::{HostLayout, StarLayout};
+pub use tensor::{DType, Element, TensorView, TensorViewMut};

@@ -1,0 +1,150 @@
+//! The exact softmax over several sets of keys, from the partial attention over each.
+//!
+//! With partials `(out_i, lse_i)` over disjoint keys and `m = max_i lse_i`:
+//!
+//! ```text
+//! out = Σ_i exp(lse_i - m) out_i / Σ_i exp(lse_i - m)        lse = m + ln Σ_i exp(lse_i - m)
+//! ```
+//!
+//! in f32, natural logarithm (paper section 2.2; line 19 of its Algorithm 2 misses the weights' shift). The identity is `(0, -inf)`:
+//! a partial with `lse = -inf` saw no key and counts for nothing, whatever its output holds. A NaN stays in its row.
+//! Partials are summed in the order given, so the same list gives the same bits.
+
+use crate::config::check_rows;
+use crate::tensor::SharedRows;
+use crate::{Element, Error, Result, TensorView, TensorViewMut};
+use rayon::prelude::*;
+
+/// Attention over some of the keys: an output and its log-sum-exp.
+#[derive(Clone, Copy, Debug)]
+pub struct Partial<'a, T> {
+    /// `[batch, seq, heads, dim]`, the last axis contiguous.
+    pub out: TensorView<'a, T>,
+    /// `[batch, heads, seq]`, natural logarithm; `-inf` where no key was seen.
+    pub lse: &'a [f32],
+}
+
+impl<T: Element> Partial<'_, T> {
+    fn check(&self, expected: [usize; 4]) -> Result<()> {
+        check_rows("partial", expected, self.out.shape(), self.out.strides())?;
+        check_lse("partial", expected, self.lse)
+    }
+
+    /// The output of one head of one token.
+    fn row(&self, batch: usize, seq: usize, head: usize) -> &[T] {
+        let [batch_stride, seq_stride, head_stride, _] = self.out.strides();
+        let start = batch * batch_stride + seq * seq_stride + head * head_stride;
+        &self.out.data()[start..start + self.out.shape()[3]]
+    }
+}
+
+fn check_lse(argument: &'static str, [batch, seq, heads, _]: [usize; 4], lse: &[f32]) -> Result<()> {
+    if lse.len() != batch * heads * seq {
+        let expected = format!("lse {:?}", [batch, heads, seq]);
+        return Err(Error::shape(argument, expected, format!("{} elements", lse.len())));
+    }
+    Ok(())
+}
+
+/// Merges any number of partials into `out` `[batch, seq, heads, dim]` and `lse` `[batch, heads, seq]`.
+///
+/// No partial at all gives the identity.
+///
+/// # Errors
+/// [`Error::Shape`] or [`Error::Stride`] (last axes must be contiguous) if they do not fit together.
+pub fn merge<T: Element, O: Element>(
+    partials: &[Partial<'_, T>],
+    out: TensorViewMut<'_, O>,
+    lse: &mut [f32],
+) -> Result<()> {
+    let shape = out.shape();
+    check_rows("out", shape, shape, out.strides())?;
+    check_lse("lse", shape, lse)?;
+    partials.iter().try_for_each(|partial| partial.check(shape))?;
+    let rows = SharedRows::new(out);
+    for_each_row(shape, lse, |index, [batch, seq, head], lse| {
+        // SAFETY: every index comes once.
+        let out = unsafe { rows.row(batch, seq, head) };
+        *lse = merge_row(partials.iter().map(|p| (p.row(batch, seq, head), p.lse[index])), out);
+    });
+    Ok(())
+}
+
+/// Merges `other` into `(out, lse)`, in place.
+///
+/// # Errors
+/// [`Error::Shape`] or [`Error::Stride`] (last axes must be contiguous) if they do not fit together.
+pub fn merge_into<T: Element>(
+    out: TensorViewMut<'_, f32>,
+    lse: &mut [f32],
+    other: &Partial<'_, T>,
+) -> Result<()> {
+    let shape = out.shape();
+    check_rows("out", shape, shape, out.strides())?;
+    check_lse("lse", shape, lse)?;
+    other.check(shape)?;
+    let rows = SharedRows::new(out);
+    for_each_row(shape, lse, |index, [batch, seq, head], lse| {
+        // SAFETY: every index comes once.
+        let out = unsafe { rows.row(batch, seq, head) };
+        let (other_row, other_lse) = (other.row(batch, seq, head), other.lse[index]);
+        if other_lse == f32::NEG_INFINITY {
+            return;
+        }
+        let max = maximum(*lse, other_lse);
+        let (mine, theirs) = ((*lse - max).exp(), (other_lse - max).exp());
+        let sum = mine + theirs;
+        let (scale, other_scale) = (mine / sum, theirs / sum);
+        for (out, &x) in out.iter_mut().zip(other_row) {
+            // Before any key was seen `out` may hold anything.
+            let kept = if *lse == f32::NEG_INFINITY { 0.0 } else { scale * *out };
+            *out = kept + other_scale * x.to_f32();
+        }
+        *lse = max + sum.ln();
+    });
+    Ok(())
+}
+
+/// Merges `(out_i, lse_i)` of one row into `out`; returns its log-sum-exp.
+pub(crate) fn merge_row<'a, T: Element, O: Element>(
+    partials: impl Iterator<Item = (&'a [T], f32)> + Clone,
+    out: &mut [O],
+) -> f32 {
+    let seen = partials.filter(|&(_, lse)| lse != f32::NEG_INFINITY);
+    let max = seen.clone().fold(f32::NEG_INFINITY, |max, (_, lse)| maximum(max, lse));
+    let sum: f32 = seen.clone().map(|(_, lse)| (lse - max).exp()).sum();
+    // Rows are summed through a buffer of one cache line's worth of f32, so that `out` may be of any type.
+    const LANES: usize = 16;
+    for (chunk, out) in out.chunks_mut(LANES).enumerate() {
+        let mut total = [0f32; LANES];
+        for (row, lse) in seen.clone() {
+            let scale = (lse - max).exp() / sum;
+            for (total, &x) in total.iter_mut().zip(&row[chunk * LANES..]) {
+                *total += scale * x.to_f32();
+            }
+        }
+        for (out, total) in out.iter_mut().zip(total) {
+            *out = O::from_f32(total);
+        }
+    }
+    if max == f32::NEG_INFINITY { max } else { max + sum.ln() }
+}
+
+/// The larger of two, or NaN if one is.
+fn maximum(a: f32, b: f32) -> f32 {
+    if a > b || a.is_nan() { a } else { b }
+}
+
+/// Calls `row(index, [batch, seq, head], &mut lse[index])` for each row, in parallel where there are many.
+fn for_each_row(
+    [_, seqs, heads, _]: [usize; 4],
+    lse: &mut [f32],
+    row: impl Fn(usize, [usize; 3], &mut f32) + Sync,
+) {
+    // Below this a thread's start costs more than the rows it takes over.
+    const ROWS_PER_TASK: usize = 64;
+    lse.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(index, lse)| {
+        let (plane, seq) = (index / seqs, index % seqs);
+        row(index, [plane / heads, seq, plane % heads], lse);
+    });
+}

@@ -1,0 +1,348 @@
+//! Borrowed, strided views of `[batch, seq, heads, dim]` tensors.
+//!
+//! A view of a `[batch, heads, seq, dim]` buffer is the same thing with other strides:
+//! `TensorView::new("q", data, [batch, heads, seq, dim], strides)?.swap_seq_heads()`.
+
+use crate::{Error, Result};
+use half::{bf16, f16};
+
+/// The element types of queries, keys, values and outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// IEEE 754 binary32.
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// bfloat16: binary32 cut to 16 bits.
+    BF16,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+        })
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// An element of a tensor: [`f32`], [`f16`] or [`bf16`].
+pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
+    /// The run-time name of the type.
+    const DTYPE: DType;
+    /// The same value in f32; exact.
+    fn to_f32(self) -> f32;
+    /// The nearest value, ties to even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        f16::from_f32(value)
+    }
+}
+
+impl Element for bf16 {
+    const DTYPE: DType = DType::BF16;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+}
+
+/// The extents and strides of a view, checked against its buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Strided {
+    shape: [usize; 4],
+    strides: [usize; 4],
+}
+
+impl Strided {
+    /// Accepts strides under which every index lies inside `len` elements and no two indices meet.
+    ///
+    /// Axes must nest: taken from the smallest stride up, each one steps over all that lies below it. Any
+    /// permutation and any padding passes; only interleaved axes, which no framework makes, are refused.
+    fn new(argument: &'static str, len: usize, shape: [usize; 4], strides: [usize; 4]) -> Result<Self> {
+        let got = || format!("{strides:?} for shape {shape:?}");
+        if shape.contains(&0) {
+            return Ok(Self { shape, strides });
+        }
+        let mut axes = [0, 1, 2, 3];
+        axes.sort_by_key(|&axis| strides[axis]);
+        let mut last = 0usize; // the offset of the last element over the axes seen so far
+        for axis in axes {
+            if shape[axis] == 1 {
+                continue;
+            }
+            if strides[axis] <= last {
+                return Err(Error::stride(argument, "that never overlap", got()));
+            }
+            last = (shape[axis] - 1)
+                .checked_mul(strides[axis])
+                .and_then(|span| last.checked_add(span))
+                .ok_or_else(|| Error::stride(argument, "that fit in memory", got()))?;
+        }
+        if last >= len {
+            return Err(Error::stride(argument, format!("inside the buffer of {len} elements"), got()));
+        }
+        Ok(Self { shape, strides })
+    }
+
+    fn contiguous(argument: &'static str, len: usize, shape: [usize; 4]) -> Result<Self> {
+        let elements = shape.iter().try_fold(1usize, |n, &extent| n.checked_mul(extent));
+        if elements != Some(len) {
+            return Err(Error::shape(argument, format!("of {len} elements"), format!("{shape:?}")));
+        }
+        let [_, seq, heads, dim] = shape;
+        Ok(Self { shape, strides: [seq * heads * dim, heads * dim, dim, 1] })
+    }
+
+    fn offset(&self, index: [usize; 4]) -> usize {
+        (0..4).map(|axis| index[axis] * self.strides[axis]).sum()
+    }
+
+    fn swap_seq_heads(mut self) -> Self {
+        self.shape.swap(1, 2);
+        self.strides.swap(1, 2);
+        self
+    }
+
+    fn narrow(mut self, axis: usize, start: usize, len: usize) -> Result<(Self, usize)> {
+        if axis > 3 {
+            return Err(Error::value("axis", "0 to 3", axis));
+        }
+        if start.checked_add(len).is_none_or(|end| end > self.shape[axis]) {
+            return Err(Error::value(
+                "narrow",
+                format!("a range inside 0..{}", self.shape[axis]),
+                format!("{len} from {start}"),
+            ));
+        }
+        self.shape[axis] = len;
+        let empty = self.shape.contains(&0);
+        Ok((self, if empty { 0 } else { start * self.strides[axis] }))
+    }
+}
+
+/// A borrowed tensor `[batch, seq, heads, dim]`, read only.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a, T> {
+    data: &'a [T],
+    layout: Strided,
+}
+
+impl<'a, T: Element> TensorView<'a, T> {
+    /// A view of `data` with explicit strides, in elements.
+    ///
+    /// # Errors
+    /// [`Error::Stride`], naming `argument`, if an index leaves `data` or two indices meet.
+    pub fn new(
+        argument: &'static str,
+        data: &'a [T],
+        shape: [usize; 4],
+        strides: [usize; 4],
+    ) -> Result<Self> {
+        Ok(Self { data, layout: Strided::new(argument, data.len(), shape, strides)? })
+    }
+
+    /// A row-major view of the whole of `data`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], naming `argument`, if `shape` has not exactly `data.len()` elements.
+    pub fn contiguous(argument: &'static str, data: &'a [T], shape: [usize; 4]) -> Result<Self> {
+        Ok(Self { data, layout: Strided::contiguous(argument, data.len(), shape)? })
+    }
+
+    /// The extents `[batch, seq, heads, dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.layout.shape
+    }
+
+    /// The strides of `[batch, seq, heads, dim]`, in elements.
+    pub fn strides(&self) -> [usize; 4] {
+        self.layout.strides
+    }
+
+    /// The same elements with the axes seq and heads exchanged.
+    #[must_use]
+    pub fn swap_seq_heads(self) -> Self {
+        Self { layout: self.layout.swap_seq_heads(), ..self }
+    }
+
+    /// The elements `start..start + len` of one axis.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if there is no such axis or the range leaves it.
+    pub fn narrow(self, axis: usize, start: usize, len: usize) -> Result<Self> {
+        let (layout, offset) = self.layout.narrow(axis, start, len)?;
+        Ok(Self { data: &self.data[offset..], layout })
+    }
+
+    /// The element at `[batch, seq, head, dim]`.
+    ///
+    /// # Panics
+    /// If the index leaves the buffer.
+    pub fn at(&self, index: [usize; 4]) -> T {
+        self.data[self.layout.offset(index)]
+    }
+
+    /// The buffer from the view's first element on.
+    pub fn data(&self) -> &'a [T] {
+        self.data
+    }
+}
+
+/// A borrowed tensor `[batch, seq, heads, dim]` to be written.
+#[derive(Debug)]
+pub struct TensorViewMut<'a, T> {
+    data: &'a mut [T],
+    layout: Strided,
+}
+
+impl<'a, T: Element> TensorViewMut<'a, T> {
+    /// A view of `data` with explicit strides, in elements.
+    ///
+    /// # Errors
+    /// [`Error::Stride`], naming `argument`, if an index leaves `data` or two indices meet.
+    pub fn new(
+        argument: &'static str,
+        data: &'a mut [T],
+        shape: [usize; 4],
+        strides: [usize; 4],
+    ) -> Result<Self> {
+        let layout = Strided::new(argument, data.len(), shape, strides)?;
+        Ok(Self { data, layout })
+    }
+
+    /// A row-major view of the whole of `data`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], naming `argument`, if `shape` has not exactly `data.len()` elements.
+    pub fn contiguous(argument: &'static str, data: &'a mut [T], shape: [usize; 4]) -> Result<Self> {
+        let layout = Strided::contiguous(argument, data.len(), shape)?;
+        Ok(Self { data, layout })
+    }
+
+    /// The extents `[batch, seq, heads, dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.layout.shape
+    }
+
+    /// The strides of `[batch, seq, heads, dim]`, in elements.
+    pub fn strides(&self) -> [usize; 4] {
+        self.layout.strides
+    }
+
+    /// The same elements with the axes seq and heads exchanged.
+    #[must_use]
+    pub fn swap_seq_heads(self) -> Self {
+        Self { layout: self.layout.swap_seq_heads(), ..self }
+    }
+
+    /// The elements `start..start + len` of one axis.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if there is no such axis or the range leaves it.
+    pub fn narrow(self, axis: usize, start: usize, len: usize) -> Result<Self> {
+        let (layout, offset) = self.layout.narrow(axis, start, len)?;
+        Ok(Self { data: &mut self.data[offset..], layout })
+    }
+
+    /// The same view, borrowed for a shorter time.
+    pub fn reborrow(&mut self) -> TensorViewMut<'_, T> {
+        TensorViewMut { data: self.data, layout: self.layout }
+    }
+
+    /// The same view, read only.
+    pub fn as_view(&self) -> TensorView<'_, T> {
+        TensorView { data: self.data, layout: self.layout }
+    }
+
+    /// Sets the element at `[batch, seq, head, dim]`.
+    ///
+    /// # Panics
+    /// If the index leaves the buffer.
+    pub fn set(&mut self, index: [usize; 4], value: T) {
+        self.data[self.layout.offset(index)] = value;
+    }
+
+    /// The buffer from the view's first element on.
+    pub fn data_mut(&mut self) -> &mut [T] {
+        self.data
+    }
+}
+
+/// The rows of an output, for threads that each write other rows.
+pub(crate) struct SharedRows<'a, T> {
+    data: *mut T,
+    layout: Strided,
+    view: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the only access is `row`, whose caller promises that no two threads hold the same row; `Strided::new`
+// has checked that different rows never overlap.
+unsafe impl<T: Send> Sync for SharedRows<'_, T> {}
+
+impl<'a, T: Element> SharedRows<'a, T> {
+    /// The last axis of `view` must be contiguous.
+    pub(crate) fn new(view: TensorViewMut<'a, T>) -> Self {
+        debug_assert!(view.layout.strides[3] == 1 || view.layout.shape[3] <= 1);
+        Self { data: view.data.as_mut_ptr(), layout: view.layout, view: std::marker::PhantomData }
+    }
+
+    /// The elements of one head of one token.
+    ///
+    /// # Safety
+    /// No other reference to the same row may be alive, in this or any other thread.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn row(&self, batch: usize, seq: usize, head: usize) -> &mut [T] {
+        let [batches, seqs, heads, dim] = self.layout.shape;
+        assert!(batch < batches && seq < seqs && head < heads);
+        // SAFETY: the index lies inside the shape, and `Strided::new` has checked that the shape lies inside the buffer,
+        // which `view` keeps borrowed; that nobody else holds the row is the caller's promise.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.data.add(self.layout.offset([batch, seq, head, 0])), dim)
+        }
+    }
+}
