@@ -38,11 +38,38 @@ impl std::fmt::Display for DType {
     }
 }
 
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for half::f16 {}
-    impl Sealed for half::bf16 {}
+pub(crate) mod sealed {
+    use half::{bf16, f16};
+
+    /// A slice of any element type.
+    #[derive(Clone, Copy, Debug)]
+    pub enum AnySlice<'a> {
+        F32(&'a [f32]),
+        F16(&'a [f16]),
+        BF16(&'a [bf16]),
+    }
+
+    pub trait Sealed: Sized {
+        fn erase(data: &[Self]) -> AnySlice<'_>;
+    }
+
+    impl Sealed for f32 {
+        fn erase(data: &[Self]) -> AnySlice<'_> {
+            AnySlice::F32(data)
+        }
+    }
+
+    impl Sealed for f16 {
+        fn erase(data: &[Self]) -> AnySlice<'_> {
+            AnySlice::F16(data)
+        }
+    }
+
+    impl Sealed for bf16 {
+        fn erase(data: &[Self]) -> AnySlice<'_> {
+            AnySlice::BF16(data)
+        }
+    }
 }
 
 /// An element of a tensor: [`f32`], [`f16`] or [`bf16`].

@@ -2,3 +2,6 @@
 
 pub mod flash;
 pub mod reference;
+pub(crate) mod simd;
+
+pub use simd::InstructionSet;

@@ -1,0 +1,497 @@
+//! Many query rows against tiles of keys: the online softmax.
+//!
+//! ```text
+//! for each tile of keys:   S = c · K Qᵀ        c = scale · log2 e, so that exp(scale · s - ..) = 2^(..)
+//!                          m' = max(m, max_j S_j),   α = 2^(m - m'),   P = 2^(S - m')
+//!                          l  = α l + Σ_j P_j,       O = α O + Pᵀ V
+//! at the end:              out = O / l,              lse = ln 2 · (m + log2 l)
+//! ```
+//!
+//! Scores are kept transposed, keys down and query rows across, one panel of rows (two vectors) after the other. So
+//! the softmax runs lane by lane, K and P enter the products as broadcast words and Q and V as vectors: K and V are
+//! copied once per tile and never transposed.
+//!
+//! The rows of a tile are the query heads of one KV head, token by token (row = token · heads + head), so that all heads of a
+//! group share one pass over the keys.
+
+use super::rows::{Rows, clear_special, for_each_special, pack_values, pack_words};
+use super::walk::Segment;
+use crate::cpu::simd::{Product, Simd};
+use crate::tensor::sealed::AnySlice;
+use std::ops::Range;
+
+/// Query rows of a tile at most: a tile of keys is copied once for so many rows, and the tile's outputs stay in L2.
+pub(super) const ROWS: usize = 128;
+/// Keys of a tile: one panel of scores and one of values together fit into L1. A multiple of [`STEP`].
+pub(super) const KEYS: usize = 96;
+/// Keys and words are padded to multiples of this: the register tile's rows, and the product's unrolling times two bf16.
+const STEP: usize = 8;
+/// The widest panel of any instruction set: two vectors of 16.
+const WIDEST_PANEL: usize = 32;
+
+/// The inputs of a call and its constants.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    pub query: Rows<'a>,
+    pub key: Rows<'a>,
+    pub value: Rows<'a>,
+    pub head_dim: usize,
+    pub scale: f32,
+    pub softcap: Option<f32>,
+}
+
+/// A piece of work: some rows of one segment against some entries of its list of keys.
+#[derive(Clone, Debug)]
+pub(super) struct Piece {
+    pub batch: usize,
+    pub kv_head: usize,
+    /// Query heads, all of them served by `kv_head`.
+    pub heads: Range<usize>,
+    /// The place of the sequence on the seq axes.
+    pub query_start: usize,
+    pub key_start: usize,
+    pub segment: Segment,
+    pub entries: Range<usize>,
+}
+
+impl Piece {
+    /// Query rows: heads times tokens.
+    pub fn rows(&self) -> usize {
+        self.segment.rows.len() * self.heads.len()
+    }
+
+    /// The token (on the seq axis) and the head of a row.
+    #[inline(always)]
+    pub fn place(&self, row: usize) -> (usize, usize) {
+        let token = self.query_start + self.segment.rows.start + row / self.heads.len();
+        (token, self.heads.start + row % self.heads.len())
+    }
+
+    /// Entries of the list that a row sees.
+    #[inline(always)]
+    fn visible(&self, row: usize) -> usize {
+        self.segment.visible(self.segment.rows.start + row / self.heads.len())
+    }
+
+    /// An entry's row of keys or values.
+    #[inline(always)]
+    pub fn key_row<'a>(&self, source: &Rows<'a>, entry: usize) -> AnySlice<'a> {
+        source.row(self.batch, self.key_start + self.segment.key(entry), self.kv_head)
+    }
+}
+
+impl Inputs<'_> {
+    /// The factor of `q·k`, and the log2-domain softcap that follows it.
+    pub fn factors(&self) -> (f32, Option<f32>) {
+        let log2_e = std::f32::consts::LOG2_E;
+        match self.softcap {
+            None => (self.scale * log2_e, None),
+            Some(cap) => (self.scale / cap, Some(cap * log2_e)),
+        }
+    }
+}
+
+/// Elements of workspace for one thread.
+pub(super) fn scratch_len(head_dim: usize) -> usize {
+    let words = head_dim.next_multiple_of(2 * STEP);
+    let columns = head_dim.next_multiple_of(WIDEST_PANEL);
+    ROWS * words
+        + KEYS * words
+        + KEYS * columns
+        + ROWS * KEYS
+        + ROWS * columns
+        + 3 * ROWS
+        + columns.max(words)
+}
+
+/// One thread's buffers.
+struct Scratch<'a> {
+    /// `[panel][word][row of the panel]`
+    query: &'a mut [f32],
+    /// `[key][word]`
+    key: &'a mut [f32],
+    /// `[panel of columns][word of keys][column]`
+    value: &'a mut [f32],
+    /// `[panel][key][row of the panel]`; scores, then probabilities as words.
+    scores: &'a mut [f32],
+    /// `[row][column]`
+    out: &'a mut [f32],
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    alpha: &'a mut [f32],
+    /// One row of words or columns.
+    row: &'a mut [f32],
+}
+
+impl<'a> Scratch<'a> {
+    fn new(mut memory: &'a mut [f32], words: usize, columns: usize) -> Self {
+        let mut take = |len: usize| {
+            let (taken, rest) = std::mem::take(&mut memory).split_at_mut(len);
+            memory = rest;
+            taken
+        };
+        Self {
+            query: take(ROWS * words),
+            key: take(KEYS * words),
+            value: take(KEYS * columns),
+            scores: take(ROWS * KEYS),
+            out: take(ROWS * columns),
+            max: take(ROWS),
+            sum: take(ROWS),
+            alpha: take(ROWS),
+            row: take(columns.max(words)),
+        }
+    }
+}
+
+/// Computes one piece. `write(row, out, lse)` gets each row's result; `out` has `head_dim` elements.
+#[inline(always)]
+pub(super) fn attend<S: Simd, P: Product<S>>(
+    simd: S,
+    product: P,
+    inputs: &Inputs<'_>,
+    piece: &Piece,
+    scratch: &mut [f32],
+    mut write: impl FnMut(usize, &[f32], f32),
+) {
+    let panel_rows = 2 * S::LANES;
+    let words = inputs.head_dim.div_ceil(P::ELEMENTS).next_multiple_of(STEP);
+    let columns = inputs.head_dim.next_multiple_of(panel_rows);
+    let rows = piece.rows();
+    let panels = rows.div_ceil(panel_rows);
+    let (factor, softcap) = inputs.factors();
+    let tile = Tile { simd, product, words, columns, factor, softcap };
+    let scratch = Scratch::new(scratch, words, columns);
+
+    pack_queries::<S, P>(inputs, piece, words, scratch.query, scratch.row);
+    scratch.out[..panels * panel_rows * columns].fill(0.0);
+    scratch.max.fill(f32::NEG_INFINITY);
+    scratch.sum.fill(0.0);
+
+    let visible = |row: usize| piece.visible(row);
+    for start in piece.entries.clone().step_by(KEYS) {
+        let count = KEYS.min(piece.entries.end - start);
+        let padded = count.next_multiple_of(STEP);
+        for i in 0..padded {
+            let to = &mut scratch.key[i * words..][..words];
+            if i < count { pack_row::<P, S>(piece.key_row(&inputs.key, start + i), to) } else { to.fill(0.0) }
+        }
+        let finite = pack_value_rows::<P, S>(
+            |i| piece.key_row(&inputs.value, start + i),
+            count,
+            padded / P::ELEMENTS,
+            panel_rows,
+            scratch.value,
+            &mut scratch.row[..columns],
+        );
+        let value_panel = padded / P::ELEMENTS * panel_rows;
+
+        for panel in 0..panels {
+            let (first, last) = (panel * panel_rows, ((panel + 1) * panel_rows).min(rows) - 1);
+            let seen = visible(last).saturating_sub(start).min(count);
+            if seen == 0 {
+                continue;
+            }
+            let keys = seen.next_multiple_of(STEP);
+            let scores = &mut scratch.scores[panel * panel_rows * KEYS..][..panel_rows * keys];
+            let state = first..first + panel_rows;
+            tile.scores(&scratch.query[first * words..], &scratch.key[..keys * words], scores);
+            let mut limits = [0.0; WIDEST_PANEL];
+            let boundary = visible(first) < start + keys || count < keys;
+            if boundary {
+                for (lane, limit) in limits.iter_mut().enumerate() {
+                    let row = (first + lane).min(last);
+                    *limit = visible(row).saturating_sub(start).min(count) as f32;
+                }
+            }
+            let online = Online {
+                max: &mut scratch.max[state.clone()],
+                sum: &mut scratch.sum[state.clone()],
+                alpha: &mut scratch.alpha[state],
+            };
+            match (boundary, softcap.is_some()) {
+                (false, false) => tile.softmax::<false, false>(scores, &limits, online),
+                (true, false) => tile.softmax::<true, false>(scores, &limits, online),
+                (false, true) => tile.softmax::<false, true>(scores, &limits, online),
+                (true, true) => tile.softmax::<true, true>(scores, &limits, online),
+            }
+            let out = &mut scratch.out[first * columns..][..panel_rows * columns];
+            let alpha = &scratch.alpha[first..][..panel_rows];
+            tile.accumulate(scores, &scratch.value[..], value_panel, keys, alpha, out);
+        }
+        if !finite {
+            // `pack_value_rows` has zeroed them; a row's weight of a key it sees is above 0, of others 0.
+            for i in 0..count {
+                for_each_special(piece.key_row(&inputs.value, start + i), |column, x| {
+                    for row in (0..rows).filter(|&row| start + i < visible(row)) {
+                        scratch.out[row * columns + column] += x;
+                    }
+                });
+            }
+        }
+    }
+
+    for row in 0..rows {
+        let (max, sum) = (scratch.max[row], scratch.sum[row]);
+        let scale = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+        let out = &mut scratch.out[row * columns..][..inputs.head_dim];
+        out.iter_mut().for_each(|x| *x *= scale);
+        write(row, out, (max + sum.log2()) * std::f32::consts::LN_2);
+    }
+}
+
+/// Packs the query rows of a piece panel by panel, rows across; missing rows are zero.
+#[inline(always)]
+fn pack_queries<S: Simd, P: Product<S>>(
+    inputs: &Inputs<'_>,
+    piece: &Piece,
+    words: usize,
+    packed: &mut [f32],
+    row_words: &mut [f32],
+) {
+    let panel_rows = 2 * S::LANES;
+    let rows = piece.rows();
+    for row in 0..rows.next_multiple_of(panel_rows) {
+        if row < rows {
+            let (token, head) = piece.place(row);
+            pack_row::<P, S>(inputs.query.row(piece.batch, token, head), &mut row_words[..words]);
+        } else {
+            row_words[..words].fill(0.0);
+        }
+        let (panel, lane) = (row / panel_rows, row % panel_rows);
+        let to = &mut packed[panel * panel_rows * words..][..panel_rows * words];
+        for (word, to) in row_words[..words].iter().zip(to.chunks_exact_mut(panel_rows)) {
+            to[lane] = *word;
+        }
+    }
+}
+
+#[inline(always)]
+fn pack_row<P: Product<S>, S: Simd>(row: AnySlice<'_>, to: &mut [f32]) {
+    if P::ELEMENTS == 1 { pack_words::<1>(row, to) } else { pack_words::<2>(row, to) }
+}
+
+/// [`pack_values`] with non-finite elements zeroed; returns whether there were none.
+#[inline(always)]
+fn pack_value_rows<'a, P: Product<S>, S: Simd>(
+    rows: impl Fn(usize) -> AnySlice<'a>,
+    count: usize,
+    words: usize,
+    panel: usize,
+    to: &mut [f32],
+    scratch: &mut [f32],
+) -> bool {
+    let used = words * scratch.len();
+    if P::ELEMENTS == 1 {
+        let finite = pack_values::<1>(rows, count, words, panel, to, scratch);
+        if !finite {
+            clear_special::<1>(&mut to[..used]);
+        }
+        finite
+    } else {
+        let finite = pack_values::<2>(rows, count, words, panel, to, scratch);
+        if !finite {
+            clear_special::<2>(&mut to[..used]);
+        }
+        finite
+    }
+}
+
+/// The running maximum (log2 domain) and sum of a panel's rows, and the factor that the last tile put on them.
+struct Online<'a> {
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    alpha: &'a mut [f32],
+}
+
+/// The steps of one tile.
+#[derive(Clone, Copy)]
+struct Tile<S, P> {
+    simd: S,
+    product: P,
+    words: usize,
+    columns: usize,
+    factor: f32,
+    softcap: Option<f32>,
+}
+
+impl<S: Simd, P: Product<S>> Tile<S, P> {
+    /// `scores[key][row] = factor · key · query`
+    #[inline(always)]
+    fn scores(&self, query: &[f32], key: &[f32], scores: &mut [f32]) {
+        match S::TILE_ROWS {
+            8 => self.scores_by::<8>(query, key, scores),
+            4 => self.scores_by::<4>(query, key, scores),
+            _ => self.scores_by::<2>(query, key, scores),
+        }
+    }
+
+    #[inline(always)]
+    fn scores_by<const R: usize>(&self, query: &[f32], key: &[f32], scores: &mut [f32]) {
+        let factor = self.simd.splat(self.factor);
+        let panel = 2 * S::LANES;
+        assert!(query.len() >= self.words * panel && self.words.is_multiple_of(4));
+        for (key, scores) in key.chunks_exact(R * self.words).zip(scores.chunks_exact_mut(R * panel)) {
+            let zero = [[self.simd.splat(0.0); 2]; R];
+            // SAFETY: `key` holds R rows of `words`, `query` holds `words` vectors of a panel.
+            let sums = unsafe { self.product(key.as_ptr(), self.words, 1, query.as_ptr(), self.words, zero) };
+            for (sums, scores) in sums.iter().zip(scores.chunks_exact_mut(panel)) {
+                let (low, high) = scores.split_at_mut(S::LANES);
+                store(self.simd, self.simd.mul(sums[0], factor), low);
+                store(self.simd, self.simd.mul(sums[1], factor), high);
+            }
+        }
+    }
+
+    /// Turns scores into probabilities and updates the rows' state.
+    #[inline(always)]
+    fn softmax<const BOUNDARY: bool, const SOFTCAP: bool>(
+        &self,
+        scores: &mut [f32],
+        limits: &[f32; WIDEST_PANEL],
+        online: Online<'_>,
+    ) {
+        let simd = self.simd;
+        let (zero, none) = (simd.splat(0.0), simd.splat(f32::NEG_INFINITY));
+        let cap = simd.splat(self.softcap.unwrap_or(0.0));
+        let (panel, keys) = (2 * S::LANES, scores.len() / (2 * S::LANES));
+        for half in [0, S::LANES] {
+            let limit = load(simd, &limits[half..]);
+            let before = load(simd, &online.max[half..]);
+            let mut max = before;
+            for (key, scores) in scores.chunks_exact_mut(panel).enumerate() {
+                let scores = &mut scores[half..][..S::LANES];
+                let mut score = load(simd, scores);
+                if SOFTCAP {
+                    score = simd.mul(cap, simd.tanh(score));
+                }
+                if BOUNDARY {
+                    score = simd.if_greater(limit, simd.splat(key as f32), score, none);
+                }
+                if SOFTCAP || BOUNDARY {
+                    store(simd, score, scores);
+                }
+                max = simd.max(score, max);
+            }
+            // Where nothing has been seen there is nothing to shift by, and -inf - -inf would be NaN.
+            let shift = simd.if_greater(max, none, max, zero);
+            let alpha = simd.exp2(simd.sub(before, shift));
+            let mut sum = zero;
+            for pair in 0..keys / 2 {
+                let (first, second) = (2 * pair * panel + half, (2 * pair + 1) * panel + half);
+                let first = simd.exp2(simd.sub(load(simd, &scores[first..]), shift));
+                let second = simd.exp2(simd.sub(load(simd, &scores[second..]), shift));
+                sum = simd.add(sum, simd.add(first, second));
+                let to = &mut scores[2 * pair / P::ELEMENTS * panel + half..];
+                assert!(to.len() >= if P::ELEMENTS == 1 { panel + S::LANES } else { S::LANES });
+                // SAFETY: the words end inside `to`, as just asserted.
+                unsafe { self.product.store_pair(first, second, to.as_mut_ptr(), panel) };
+            }
+            let total = simd.fma(load(simd, &online.sum[half..]), alpha, sum);
+            store(simd, total, &mut online.sum[half..]);
+            store(simd, max, &mut online.max[half..]);
+            store(simd, alpha, &mut online.alpha[half..]);
+        }
+    }
+
+    /// `out = alpha · out + probabilitiesᵀ · value`, for a panel of rows.
+    #[inline(always)]
+    fn accumulate(
+        &self,
+        probabilities: &[f32],
+        value: &[f32],
+        value_panel: usize,
+        keys: usize,
+        alpha: &[f32],
+        out: &mut [f32],
+    ) {
+        match S::TILE_ROWS {
+            8 => self.accumulate_by::<8>(probabilities, value, value_panel, keys, alpha, out),
+            4 => self.accumulate_by::<4>(probabilities, value, value_panel, keys, alpha, out),
+            _ => self.accumulate_by::<2>(probabilities, value, value_panel, keys, alpha, out),
+        }
+    }
+
+    #[inline(always)]
+    fn accumulate_by<const R: usize>(
+        &self,
+        probabilities: &[f32],
+        value: &[f32],
+        value_panel: usize,
+        keys: usize,
+        alpha: &[f32],
+        out: &mut [f32],
+    ) {
+        let simd = self.simd;
+        let panel = 2 * S::LANES;
+        let words = keys / P::ELEMENTS;
+        assert!(probabilities.len() >= words * panel && words.is_multiple_of(4) && panel.is_multiple_of(R));
+        assert!(out.len() >= panel * self.columns);
+        for (index, value) in value.chunks_exact(value_panel).take(self.columns / panel).enumerate() {
+            assert!(value.len() >= words * panel);
+            for row in (0..panel).step_by(R) {
+                let place = |r: usize| (row + r) * self.columns + index * panel;
+                let mut sums = [[simd.splat(0.0); 2]; R];
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let alpha = simd.splat(alpha[row + r]);
+                    sums[0] = simd.mul(alpha, load(simd, &out[place(r)..]));
+                    sums[1] = simd.mul(alpha, load(simd, &out[place(r) + S::LANES..]));
+                }
+                // SAFETY: `probabilities` holds `words` vectors of a panel, of which R lanes from `row` on
+                // are read, and `value` holds `words` vectors of a panel.
+                let sums = unsafe {
+                    self.product(probabilities.as_ptr().add(row), 1, panel, value.as_ptr(), words, sums)
+                };
+                for (r, sums) in sums.iter().enumerate() {
+                    store(simd, sums[0], &mut out[place(r)..]);
+                    store(simd, sums[1], &mut out[place(r) + S::LANES..]);
+                }
+            }
+        }
+    }
+
+    /// `sums[r] += Σ_w a[r · a_row + w · a_step] · b[w]`, `b[w]` being the two vectors of a panel.
+    ///
+    /// # Safety
+    /// All these words must be readable; `steps` must be a multiple of 4.
+    #[inline(always)]
+    unsafe fn product<const R: usize>(
+        &self,
+        a: *const f32,
+        a_row: usize,
+        a_step: usize,
+        b: *const f32,
+        steps: usize,
+        mut sums: [[S::V; 2]; R],
+    ) -> [[S::V; 2]; R] {
+        for step in (0..steps).step_by(4) {
+            for step in step..step + 4 {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let b = b.add(step * 2 * S::LANES);
+                    let (b0, b1) = (self.simd.load(b), self.simd.load(b.add(S::LANES)));
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let a = self.simd.splat(*a.add(r * a_row + step * a_step));
+                        sums[0] = self.product.fma(a, b0, sums[0]);
+                        sums[1] = self.product.fma(a, b1, sums[1]);
+                    }
+                }
+            }
+        }
+        sums
+    }
+}
+
+#[inline(always)]
+fn load<S: Simd>(simd: S, from: &[f32]) -> S::V {
+    assert!(from.len() >= S::LANES);
+    // SAFETY: as just asserted.
+    unsafe { simd.load(from.as_ptr()) }
+}
+
+#[inline(always)]
+fn store<S: Simd>(simd: S, x: S::V, to: &mut [f32]) {
+    assert!(to.len() >= S::LANES);
+    // SAFETY: as just asserted.
+    unsafe { simd.store(x, to.as_mut_ptr()) }
+}

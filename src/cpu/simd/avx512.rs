@@ -1,0 +1,171 @@
+//! AVX-512: 16 lanes, and products of bf16 pairs where the CPU has them.
+
+use super::{F32Product, Product, Simd, Task};
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+/// A CPU with AVX-512 F, BW, DQ and VL.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    pub(crate) fn new() -> Option<Self> {
+        let has = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        has.then_some(Self(()))
+    }
+}
+
+// SAFETY (of every block in this impl that gives no other): `self` proves that the CPU has these instructions.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Simd for Avx512 {
+    type V = __m512;
+    const LANES: usize = 16;
+    const TILE_ROWS: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
+        unsafe {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, x: __m512, to: *mut f32) {
+        unsafe { _mm512_storeu_ps(to, x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn if_greater(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x) }
+    }
+
+    #[inline(always)]
+    fn split_exponent(self, x: __m512) -> (__m512, __m512) {
+        let whole = unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) };
+        (self.sub(x, whole), whole)
+    }
+
+    #[inline(always)]
+    fn scale_exponent(self, y: __m512, r: __m512) -> __m512 {
+        unsafe { _mm512_scalef_ps(y, r) }
+    }
+
+    #[inline(always)]
+    fn sum_lanes(self, x: __m512) -> f32 {
+        unsafe { _mm512_reduce_add_ps(x) }
+    }
+
+    #[inline(always)]
+    fn max_lanes(self, x: __m512) -> f32 {
+        unsafe { _mm512_reduce_max_ps(x) }
+    }
+
+    #[inline(always)]
+    fn run<T: Task>(self, task: T) -> T::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        fn enter<T: Task>(simd: Avx512, task: T) -> T::Output {
+            task.run(simd, F32Product(simd))
+        }
+        unsafe { enter(self, task) }
+    }
+}
+
+/// A CPU with AVX-512 BF16: words of two bf16, the first in the low half.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16Product(Avx512);
+
+impl Bf16Product {
+    pub(crate) fn new() -> Option<(Avx512, Self)> {
+        let simd = Avx512::new()?;
+        is_x86_feature_detected!("avx512bf16").then_some((simd, Self(simd)))
+    }
+}
+
+impl Avx512 {
+    /// As [`Simd::run`], with products of bf16 pairs.
+    pub(crate) fn run_with<T: Task>(self, product: Bf16Product, task: T) -> T::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+        fn enter<T: Task>(simd: Avx512, product: Bf16Product, task: T) -> T::Output {
+            task.run(simd, product)
+        }
+        // SAFETY: `self` and `product` prove that the CPU has these instructions.
+        unsafe { enter(self, product, task) }
+    }
+}
+
+impl Product<Avx512> for Bf16Product {
+    const ELEMENTS: usize = 2;
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction; the casts only rename the 512 bits.
+        unsafe {
+            let (a, b) =
+                (std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b));
+            _mm512_dpbf16_ps(sum, a, b)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair(self, first: __m512, second: __m512, to: *mut f32, _next: usize) {
+        // SAFETY: `self` proves that the CPU has the instructions; 16 words at `to` are the caller's promise.
+        unsafe {
+            let low = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(first));
+            let high = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(second));
+            let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
+            let words = _mm512_or_si512(_mm512_cvtepu16_epi32(low), high);
+            _mm512_storeu_ps(to, _mm512_castsi512_ps(words));
+        }
+    }
+}

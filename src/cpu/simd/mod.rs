@@ -1,0 +1,228 @@
+//! Vectors of f32, chosen at run time.
+//!
+//! A [`Simd`] value is a proof that the CPU has its instructions: it is made by a checked constructor only, so that its methods are
+//! safe to call. Generic code is written against the trait, marked `#[inline(always)]`, and enters through
+//! [`dispatch`], which compiles it once per instruction set.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+
+use crate::{Error, Result};
+use half::{bf16, f16};
+
+/// The instructions that the CPU backend can be compiled to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum InstructionSet {
+    /// Plain Rust, on any CPU.
+    Portable,
+    /// AArch64 NEON.
+    Neon,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX-512 with BF16 dot products, for bf16 inputs; as `Avx512` for others.
+    Avx512Bf16,
+}
+
+impl InstructionSet {
+    /// Those of this CPU, the best last.
+    pub fn available() -> Vec<Self> {
+        let all = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+        all.into_iter().filter(|set| set.is_available()).collect()
+    }
+
+    /// The best of this CPU.
+    pub fn best() -> Self {
+        let all = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Neon];
+        all.into_iter().find(|set| set.is_available()).unwrap_or(Self::Portable)
+    }
+
+    fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::Neon::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::Avx2::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::Avx512::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => avx512::Bf16Product::new().is_some(),
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    pub(crate) fn check(self) -> Result<()> {
+        if self.is_available() {
+            return Ok(());
+        }
+        Err(Error::value("instructions", format!("one of {:?}", Self::available()), format!("{self:?}")))
+    }
+}
+
+/// Operations on vectors of [`LANES`](Self::LANES) f32.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// A vector.
+    type V: Copy;
+    /// f32 per vector.
+    const LANES: usize;
+    /// Rows of the register tile of a product, two vectors wide: enough independent sums to hide the latency of
+    /// a multiply-add, few enough to stay in registers. Divides `2 * LANES`.
+    const TILE_ROWS: usize;
+
+    fn splat(self, x: f32) -> Self::V;
+    /// # Safety
+    /// `LANES` f32 must be readable at `from`, of any alignment.
+    unsafe fn load(self, from: *const f32) -> Self::V;
+    /// # Safety
+    /// `LANES` f16 must be readable at `from`, of any alignment.
+    unsafe fn load_f16(self, from: *const f16) -> Self::V;
+    /// # Safety
+    /// `LANES` bf16 must be readable at `from`, of any alignment.
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
+    /// # Safety
+    /// `LANES` f32 must be writable at `to`, of any alignment.
+    unsafe fn store(self, x: Self::V, to: *mut f32);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the CPU can.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a > b ? a : b`, so `b` if either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a > b ? x : y`
+    fn if_greater(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// `x` without its fraction, `r`, and `2^r` times `y`: `(x - r, y ↦ y · 2^r)` for the exponential. `-200 <= x <= 127`
+    /// or NaN; below the normal range the power is 0.
+    fn split_exponent(self, x: Self::V) -> (Self::V, Self::V);
+    /// `y · 2^r` with `r` from [`split_exponent`](Self::split_exponent).
+    fn scale_exponent(self, y: Self::V, r: Self::V) -> Self::V;
+    /// The sum of the lanes.
+    fn sum_lanes(self, x: Self::V) -> f32;
+    /// The largest lane.
+    fn max_lanes(self, x: Self::V) -> f32;
+    /// Runs `task` compiled for this instruction set.
+    fn run<T: Task>(self, task: T) -> T::Output;
+
+    /// `2^x` for `x <= 127` (`0` for `x < -126`), within 2 units in the last place; NaN stays.
+    #[inline(always)]
+    fn exp2(self, x: Self::V) -> Self::V {
+        // 2^f on [-1/2, 1/2], least maximum of the relative error (2e-9) at this degree.
+        const POLYNOMIAL: [f32; 7] = [
+            1.0,
+            std::f32::consts::LN_2,
+            0.240_226_46,
+            0.055_503_286,
+            0.009_618_489,
+            0.001_339_993_1,
+            0.000_153_458_12,
+        ];
+        let (fraction, exponent) = self.split_exponent(self.max(self.splat(-200.0), x));
+        let mut y = self.splat(POLYNOMIAL[6]);
+        for i in (0..6).rev() {
+            y = self.fma(y, fraction, self.splat(POLYNOMIAL[i]));
+        }
+        self.scale_exponent(y, exponent)
+    }
+
+    /// `tanh(x)`, within 4e-7 of its magnitude; NaN stays.
+    #[inline(always)]
+    fn tanh(self, x: Self::V) -> Self::V {
+        let (one, two) = (self.splat(1.0), self.splat(2.0));
+        let magnitude = self.max(x, self.sub(self.splat(0.0), x));
+        // 1 - 2 / (e^2x + 1); beyond 20 it is 1 in f32.
+        let bounded = self.if_greater(magnitude, self.splat(20.0), self.splat(20.0), magnitude);
+        let power = self.exp2(self.mul(bounded, self.splat(2.0 * std::f32::consts::LOG2_E)));
+        let far = self.sub(one, self.div(two, self.add(power, one)));
+        let far = self.if_greater(self.splat(0.0), x, self.sub(self.splat(0.0), far), far);
+        // Near 0 that difference cancels; the series does not.
+        let square = self.mul(x, x);
+        let mut near = self.splat(-1382.0 / 155_925.0);
+        for term in [62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0] {
+            near = self.fma(near, square, self.splat(term));
+        }
+        self.if_greater(self.splat(0.3), magnitude, self.mul(near, x), far)
+    }
+}
+
+/// A piece of generic code to be compiled for each instruction set. Mark `run` `#[inline(always)]`.
+pub(crate) trait Task {
+    type Output;
+    fn run<S: Simd, P: Product<S>>(self, simd: S, product: P) -> Self::Output;
+}
+
+/// A product of 32-bit words into f32 sums: one f32 each, or two bf16.
+pub(crate) trait Product<S: Simd>: Copy + Send + Sync + 'static {
+    /// Elements of a word.
+    const ELEMENTS: usize;
+    /// `sum + a · b`, word by word.
+    fn fma(self, a: S::V, b: S::V, sum: S::V) -> S::V;
+    /// Stores the words that hold `first` and `second` for each lane: one after the other at `to` and `to + next` if a word
+    /// holds one element, together at `to` if it holds two.
+    ///
+    /// # Safety
+    /// `S::LANES` words must be writable at both (if a word holds one element) or at `to`.
+    unsafe fn store_pair(self, first: S::V, second: S::V, to: *mut f32, next: usize);
+}
+
+/// Words of one f32.
+#[derive(Clone, Copy)]
+pub(crate) struct F32Product<S>(S);
+
+impl<S: Simd> Product<S> for F32Product<S> {
+    const ELEMENTS: usize = 1;
+
+    #[inline(always)]
+    fn fma(self, a: S::V, b: S::V, sum: S::V) -> S::V {
+        self.0.fma(a, b, sum)
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair(self, first: S::V, second: S::V, to: *mut f32, next: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.0.store(first, to);
+            self.0.store(second, to.add(next));
+        }
+    }
+}
+
+/// Runs `task` with the instructions of `set`, or plainly where the CPU lacks them; `bf16` asks for products of bf16 pairs.
+pub(crate) fn dispatch<T: Task>(set: InstructionSet, bf16: bool, task: T) -> T::Output {
+    match set {
+        #[cfg(target_arch = "x86_64")]
+        InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => {
+            let pairs = bf16 && set == InstructionSet::Avx512Bf16;
+            if pairs && let Some((simd, product)) = avx512::Bf16Product::new() {
+                return simd.run_with(product, task);
+            }
+            if let Some(simd) = avx512::Avx512::new() {
+                return simd.run(task);
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        InstructionSet::Avx2 => {
+            if let Some(simd) = avx2::Avx2::new() {
+                return simd.run(task);
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        InstructionSet::Neon => {
+            if let Some(simd) = neon::Neon::new() {
+                return simd.run(task);
+            }
+        }
+        _ => {}
+    }
+    let _ = bf16;
+    portable::Portable.run(task)
+}
