@@ -3,9 +3,9 @@
 //! The same online softmax as in `tile`, with the head dimension across the vectors: keys and values are read where they
 //! lie, converted in registers, and serve all rows of their KV head at once. All rows see the same keys.
 
-use super::rows::pack_words;
+use super::rows::{Rows, pack_words};
 use super::tile::{Inputs, Piece};
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, load, store};
 use crate::tensor::sealed::AnySlice;
 use half::{bf16, f16};
 
@@ -13,8 +13,10 @@ use half::{bf16, f16};
 pub(super) const ROWS: usize = 16;
 /// Keys between two updates of the running maximum: their values stay in L1.
 const KEYS: usize = 32;
-/// Keys, and vectors of value columns, that are worked on at a time.
+/// Keys that are worked on at a time.
 const BLOCK: usize = 4;
+/// Heads are padded to whole blocks of so many vectors.
+const WIDTH: usize = 8;
 /// The widest vector of any instruction set.
 const WIDEST: usize = 16;
 
@@ -23,9 +25,8 @@ pub(super) fn scratch_len(head_dim: usize) -> usize {
     ROWS * (2 * padded::<WIDEST>(head_dim) + KEYS)
 }
 
-/// A head padded to whole blocks of vectors.
 fn padded<const LANES: usize>(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(BLOCK * LANES)
+    head_dim.next_multiple_of(WIDTH * LANES)
 }
 
 /// An element that loads as a vector of f32.
@@ -72,6 +73,27 @@ impl Load for bf16 {
     }
 }
 
+/// Consecutive rows of keys or values of one head.
+#[derive(Clone, Copy)]
+struct Run<'a, T> {
+    data: &'a [T],
+    stride: usize,
+}
+
+impl<'a, T: Load> Run<'a, T> {
+    /// The rows of the entries from `start` on, to the next gap in the list of keys.
+    #[inline(always)]
+    fn new(source: &Rows<'a>, piece: &Piece, start: usize) -> Self {
+        let data = source.from_row(piece.batch, piece.key(start), piece.kv_head);
+        Self { data: T::rows(data), stride: source.seq_stride() }
+    }
+
+    #[inline(always)]
+    fn row(&self, index: usize, head_dim: usize) -> &'a [T] {
+        &self.data[index * self.stride..][..head_dim]
+    }
+}
+
 /// Computes one piece of at most [`ROWS`] rows that all see `piece.entries`. `write(row, out, lse)` gets each row's result.
 #[inline(always)]
 pub(super) fn attend<S: Simd>(
@@ -96,7 +118,7 @@ fn attend_as<S: Simd, T: Load>(
     scratch: &mut [f32],
     mut write: impl FnMut(usize, &[f32], f32),
 ) {
-    let width = inputs.head_dim.next_multiple_of(BLOCK * S::LANES);
+    let width = inputs.head_dim.next_multiple_of(WIDTH * S::LANES);
     let rows = piece.rows();
     let (query, scratch) = scratch.split_at_mut(ROWS * width);
     let (out, scratch) = scratch.split_at_mut(ROWS * width);
@@ -111,36 +133,65 @@ fn attend_as<S: Simd, T: Load>(
         pack_words::<1>(inputs.query.row(piece.batch, token, head), query);
     }
 
-    for start in piece.entries.clone().step_by(KEYS) {
-        let count = KEYS.min(piece.entries.end - start);
-        let block =
-            Block::<S, T> { simd, head_dim: inputs.head_dim, width, element: std::marker::PhantomData };
-        let key = |i: usize| T::rows(piece.key_row(&inputs.key, start + i.min(count - 1)));
-        let value = |i: usize| T::rows(piece.key_row(&inputs.value, start + i));
+    let block = Block::<S, T> { simd, head_dim: inputs.head_dim, width, element: std::marker::PhantomData };
+    let mut start = piece.entries.start;
+    while start < piece.entries.end {
+        let count = KEYS.min(piece.run(start).end - start);
+        let keys = Run::<T>::new(&inputs.key, piece, start);
+        let values = Run::<T>::new(&inputs.value, piece, start);
+        start += count;
         for first in (0..count).step_by(BLOCK) {
-            let keys: [&[T]; BLOCK] = std::array::from_fn(|i| key(first + i));
-            for_row_blocks(rows, |row, size| {
+            let mut block_keys = [keys.row(first, inputs.head_dim); BLOCK];
+            for (i, row) in block_keys.iter_mut().enumerate() {
+                *row = keys.row((first + i).min(count - 1), inputs.head_dim);
+            }
+            // Loops and no closures: those are compiled without the vector instructions unless they are inlined.
+            let mut row = 0;
+            while row < rows {
                 let (query, scores) = (&query[row * width..], &mut scores[row * KEYS + first..]);
-                match size {
-                    1 => block.scores::<1>(query, keys, scores),
-                    2 => block.scores::<2>(query, keys, scores),
-                    _ => block.scores::<4>(query, keys, scores),
+                match block_rows(rows - row) {
+                    1 => block.scores::<1>(query, block_keys, scores),
+                    2 => block.scores::<2>(query, block_keys, scores),
+                    _ => block.scores::<4>(query, block_keys, scores),
                 }
-            });
+                row += block_rows(rows - row);
+            }
         }
         let mut alpha = [0f32; ROWS];
         for row in 0..rows {
             let scores = &mut scores[row * KEYS..][..KEYS];
             alpha[row] = softmax(simd, factor, softcap, scores, count, &mut max[row], &mut sum[row]);
         }
-        for_row_blocks(rows, |row, size| {
-            let (out, scores) = (&mut out[row * width..], &scores[row * KEYS..]);
-            match size {
-                1 => block.accumulate::<1>(&alpha[row..], scores, count, value, out),
-                2 => block.accumulate::<2>(&alpha[row..], scores, count, value, out),
-                _ => block.accumulate::<4>(&alpha[row..], scores, count, value, out),
-            }
-        });
+        // Sixteen sums fill the registers: of short heads four rows by four vectors, of longer ones two by eight,
+        // so that the values too are read in order.
+        let wide = inputs.head_dim > BLOCK * S::LANES;
+        let mut row = 0;
+        while row < rows {
+            let (out, scores, alpha) = (&mut out[row * width..], &scores[row * KEYS..], &alpha[row..]);
+            let taken = match rows - row {
+                1 if wide => {
+                    block.accumulate::<1, 8>(alpha, scores, values, count, out);
+                    1
+                }
+                1 => {
+                    block.accumulate::<1, 4>(alpha, scores, values, count, out);
+                    1
+                }
+                _ if wide => {
+                    block.accumulate::<2, 8>(alpha, scores, values, count, out);
+                    2
+                }
+                2 => {
+                    block.accumulate::<2, 4>(alpha, scores, values, count, out);
+                    2
+                }
+                _ => {
+                    block.accumulate::<4, 4>(alpha, scores, values, count, out);
+                    4
+                }
+            };
+            row += taken;
+        }
     }
 
     for (row, out) in out.chunks_exact_mut(width).take(rows).enumerate() {
@@ -151,15 +202,10 @@ fn attend_as<S: Simd, T: Load>(
     }
 }
 
-/// Cuts rows into blocks of 4, 2 and 1; three left over make a block of 4 with a row of zeros.
+/// Rows of the next register block: 4, 2 or 1; three that are left over make a block of 4 with a row of zeros.
 #[inline(always)]
-fn for_row_blocks(rows: usize, mut block: impl FnMut(usize, usize)) {
-    let mut row = 0;
-    while row < rows {
-        let size = if rows - row >= 3 { 4 } else { rows - row };
-        block(row, size);
-        row += size;
-    }
+fn block_rows(left: usize) -> usize {
+    if left >= 3 { 4 } else { left }
 }
 
 /// The first `count` scores of one row to probabilities, in place, and the rest to 0; returns the factor on what was summed before.
@@ -175,19 +221,15 @@ fn softmax<S: Simd>(
 ) -> f32 {
     let mut largest = simd.splat(f32::NEG_INFINITY);
     for scores in scores.chunks_exact_mut(S::LANES) {
-        // SAFETY: `scores` holds a vector.
-        unsafe {
-            let mut score = simd.mul(simd.load(scores.as_ptr()), simd.splat(factor));
-            if let Some(cap) = softcap {
-                score = simd.mul(simd.splat(cap), simd.tanh(score));
-            }
-            simd.store(score, scores.as_mut_ptr());
+        let mut score = simd.mul(load(simd, scores), simd.splat(factor));
+        if let Some(cap) = softcap {
+            score = simd.mul(simd.splat(cap), simd.tanh(score));
         }
+        store(simd, score, scores);
     }
     scores[count..].fill(f32::NEG_INFINITY);
     for scores in scores.chunks_exact(S::LANES) {
-        // SAFETY: `scores` holds a vector.
-        largest = simd.max(unsafe { simd.load(scores.as_ptr()) }, largest);
+        largest = simd.max(load(simd, scores), largest);
     }
     let before = *max;
     let largest = simd.max_lanes(largest);
@@ -195,12 +237,9 @@ fn softmax<S: Simd>(
     let shift = if *max == f32::NEG_INFINITY { 0.0 } else { *max };
     let mut total = simd.splat(0.0);
     for scores in scores.chunks_exact_mut(S::LANES) {
-        // SAFETY: `scores` holds a vector.
-        unsafe {
-            let p = simd.exp2(simd.sub(simd.load(scores.as_ptr()), simd.splat(shift)));
-            simd.store(p, scores.as_mut_ptr());
-            total = simd.add(total, p);
-        }
+        let p = simd.exp2(simd.sub(load(simd, scores), simd.splat(shift)));
+        store(simd, p, scores);
+        total = simd.add(total, p);
     }
     let alpha = (before - shift).exp2();
     *sum = *sum * alpha + simd.sum_lanes(total);
@@ -219,81 +258,108 @@ struct Block<S, T> {
 impl<S: Simd, T: Load> Block<S, T> {
     /// The vector of elements from `at` on, zero past the head's end.
     #[inline(always)]
-    fn load(&self, row: &[T], at: usize) -> S::V {
-        if at + S::LANES <= self.head_dim {
+    fn load<const FULL: bool>(&self, row: &[T], at: usize) -> S::V {
+        if FULL {
             let row = &row[at..at + S::LANES];
             // SAFETY: `row` holds a vector.
             return unsafe { T::load(self.simd, row.as_ptr()) };
         }
         let mut tail = [T::default(); WIDEST];
-        let rest = &row[at.min(self.head_dim)..self.head_dim];
-        tail[..rest.len()].copy_from_slice(rest);
+        for i in at..self.head_dim.min(at + S::LANES) {
+            tail[i - at] = row[i];
+        }
         // SAFETY: `tail` holds the widest vector.
         unsafe { T::load(self.simd, tail.as_ptr()) }
     }
 
-    /// `scores[r][i] = query[r] · keys[i]`
+    /// `scores[r][i] = query[r] · keys[i]`, one key after the other, so that they stream from memory in order.
     #[inline(always)]
     fn scores<const R: usize>(&self, query: &[f32], keys: [&[T]; BLOCK], scores: &mut [f32]) {
         let simd = self.simd;
-        assert!(query.len() >= R * self.width);
+        let whole = self.head_dim - self.head_dim % S::LANES;
         let mut sums = [[simd.splat(0.0); BLOCK]; R];
-        for at in (0..self.head_dim).step_by(S::LANES) {
-            let keys: [S::V; BLOCK] = std::array::from_fn(|i| self.load(keys[i], at));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: `width` is a multiple of a vector's length, and `query` holds R rows of it.
-                let query = unsafe { simd.load(query.as_ptr().add(r * self.width + at)) };
-                for (sum, key) in sums.iter_mut().zip(keys) {
-                    *sum = simd.fma(query, key, *sum);
-                }
-            }
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            for (i, sum) in sums.iter().enumerate() {
-                scores[r * KEYS + i] = simd.sum_lanes(*sum);
-            }
-        }
-    }
-
-    /// `out[r] = alpha[r] · out[r] + Σ_i probabilities[r][i] · value(i)`
-    #[inline(always)]
-    fn accumulate<'a, const R: usize>(
-        &self,
-        alpha: &[f32],
-        probabilities: &[f32],
-        count: usize,
-        value: impl Fn(usize) -> &'a [T],
-        out: &mut [f32],
-    ) where
-        T: 'a,
-    {
-        let simd = self.simd;
-        assert!(out.len() >= R * self.width && self.width.is_multiple_of(BLOCK * S::LANES));
-        for at in (0..self.head_dim).step_by(BLOCK * S::LANES) {
-            let place = |r: usize, i: usize| r * self.width + at + i * S::LANES;
-            let mut sums = [[simd.splat(0.0); BLOCK]; R];
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: `out` holds R rows of `width`, a multiple of the block's columns.
-                    let out = unsafe { simd.load(out.as_ptr().add(place(r, i))) };
-                    *sum = simd.mul(simd.splat(alpha[r]), out);
-                }
-            }
-            for key in 0..count {
-                let row = value(key);
-                let columns: [S::V; BLOCK] = std::array::from_fn(|i| self.load(row, at + i * S::LANES));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let p = simd.splat(probabilities[r * KEYS + key]);
-                    for (sum, column) in sums.iter_mut().zip(columns) {
-                        *sum = simd.fma(p, column, *sum);
+        assert!(query.len() >= R * self.width && keys.iter().all(|key| key.len() >= whole));
+        for (i, key) in keys.into_iter().enumerate() {
+            let mut products = [simd.splat(0.0); R];
+            for at in (0..whole).step_by(S::LANES) {
+                // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted above.
+                unsafe {
+                    let key = T::load(simd, key.as_ptr().add(at));
+                    for r in 0..R {
+                        let query = simd.load(query.as_ptr().add(r * self.width + at));
+                        products[r] = simd.fma(query, key, products[r]);
                     }
                 }
             }
-            for (r, sums) in sums.iter().enumerate() {
-                for (i, sum) in sums.iter().enumerate() {
-                    // SAFETY: as above.
-                    unsafe { simd.store(*sum, out.as_mut_ptr().add(place(r, i))) };
+            if whole < self.head_dim {
+                let key = self.load::<false>(key, whole);
+                for r in 0..R {
+                    products[r] = simd.fma(load(simd, &query[r * self.width + whole..]), key, products[r]);
                 }
+            }
+            for r in 0..R {
+                sums[r][i] = products[r];
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            scores[r * KEYS..][..BLOCK].copy_from_slice(&self.simd.sum_lanes_of(*sums));
+        }
+    }
+
+    /// `out[r] = alpha[r] · out[r] + Σ_i probabilities[r][i] · values[i]`, `C` vectors of columns at a time.
+    #[inline(always)]
+    fn accumulate<const R: usize, const C: usize>(
+        &self,
+        alpha: &[f32],
+        probabilities: &[f32],
+        values: Run<'_, T>,
+        count: usize,
+        out: &mut [f32],
+    ) {
+        let columns = C * S::LANES;
+        let whole = self.head_dim - self.head_dim % columns;
+        for at in (0..whole).step_by(columns) {
+            self.accumulate_columns::<R, C, true>(alpha, probabilities, values, count, at, out);
+        }
+        if whole < self.head_dim {
+            self.accumulate_columns::<R, C, false>(alpha, probabilities, values, count, whole, out);
+        }
+    }
+
+    #[inline(always)]
+    fn accumulate_columns<const R: usize, const C: usize, const FULL: bool>(
+        &self,
+        alpha: &[f32],
+        probabilities: &[f32],
+        values: Run<'_, T>,
+        count: usize,
+        at: usize,
+        out: &mut [f32],
+    ) {
+        let simd = self.simd;
+        let mut sums = [[simd.splat(0.0); C]; R];
+        for r in 0..R {
+            for i in 0..C {
+                let out = &out[r * self.width + at + i * S::LANES..];
+                sums[r][i] = simd.mul(simd.splat(alpha[r]), load(simd, out));
+            }
+        }
+        for key in 0..count {
+            let row = values.row(key, self.head_dim);
+            let mut p = [simd.splat(0.0); R];
+            for r in 0..R {
+                p[r] = simd.splat(probabilities[r * KEYS + key]);
+            }
+            for i in 0..C {
+                let column = self.load::<FULL>(row, at + i * S::LANES);
+                for r in 0..R {
+                    sums[r][i] = simd.fma(p[r], column, sums[r][i]);
+                }
+            }
+        }
+        for r in 0..R {
+            for i in 0..C {
+                store(simd, sums[r][i], &mut out[r * self.width + at + i * S::LANES..]);
             }
         }
     }

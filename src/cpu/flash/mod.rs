@@ -33,6 +33,9 @@ const SPLIT_KEYS: usize = 512;
 /// Multiply-adds below which a second thread costs more than it saves (some ten microseconds).
 const THREAD_WORK: usize = 1 << 18;
 
+/// Each thread's part of the workspace starts at a cache line: that many f32.
+const ALIGNMENT: usize = 16;
+
 /// How a call of known config and extents is worked off. Made once, it serves every layer of a model.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -138,7 +141,7 @@ impl Plan {
     /// Elements of the workspace that [`run`](Self::run) needs: some buffers for each of the threads that rayon had when the plan was
     /// made, and partials where keys are split.
     pub fn workspace_len(&self) -> usize {
-        self.threads * self.scratch_len() + self.partials_len()
+        self.threads * self.scratch_len() + self.partials_len() + ALIGNMENT
     }
 
     /// Multiply-adds that the mask leaves, each counted as two: `4 · head_dim` per query head for every key a row sees.
@@ -148,7 +151,8 @@ impl Plan {
     }
 
     fn scratch_len(&self) -> usize {
-        tile::scratch_len(self.shape.head_dim).max(few::scratch_len(self.shape.head_dim))
+        let head_dim = self.shape.head_dim;
+        tile::scratch_len(head_dim).max(few::scratch_len(head_dim)).next_multiple_of(ALIGNMENT)
     }
 
     /// A partial's row is its output and then its log-sum-exp.
@@ -254,7 +258,8 @@ impl Plan {
             softcap: self.config.softcap,
         };
 
-        let (scratch, partials) = workspace.split_at_mut(self.threads * self.scratch_len());
+        let aligned = workspace.as_ptr().align_offset(ALIGNMENT * size_of::<f32>()).min(ALIGNMENT);
+        let (scratch, partials) = workspace[aligned..].split_at_mut(self.threads * self.scratch_len());
         let partials = &mut partials[..self.partials_len()];
         if self.splits == 1 {
             self.work(&inputs, T::DTYPE, scratch, |piece, _, row, x, lse| {

@@ -4,6 +4,7 @@
 use crate::tensor::sealed::{AnySlice, Sealed};
 use crate::{Element, TensorView};
 use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 
 /// The rows (one head of one token each) of an input `[batch, seq, heads, dim]`.
 #[derive(Clone, Copy)]
@@ -24,11 +25,37 @@ impl<'a> Rows<'a> {
         self.data
     }
 
+    /// Elements from one token's row to the next.
+    #[inline(always)]
+    pub fn seq_stride(&self) -> usize {
+        self.strides[1]
+    }
+
     /// The row of one head of one token.
     #[inline(always)]
     pub fn row(&self, batch: usize, seq: usize, head: usize) -> AnySlice<'a> {
-        let start = batch * self.strides[0] + seq * self.strides[1] + head * self.strides[2];
-        let range = start..start + self.dim;
+        let start = self.start(batch, seq, head);
+        self.slice(start..start + self.dim)
+    }
+
+    /// All elements from the row of one head of one token on.
+    #[inline(always)]
+    pub fn from_row(&self, batch: usize, seq: usize, head: usize) -> AnySlice<'a> {
+        let len = match self.data {
+            AnySlice::F32(data) => data.len(),
+            AnySlice::F16(data) => data.len(),
+            AnySlice::BF16(data) => data.len(),
+        };
+        self.slice(self.start(batch, seq, head)..len)
+    }
+
+    #[inline(always)]
+    fn start(&self, batch: usize, seq: usize, head: usize) -> usize {
+        batch * self.strides[0] + seq * self.strides[1] + head * self.strides[2]
+    }
+
+    #[inline(always)]
+    fn slice(&self, range: Range<usize>) -> AnySlice<'a> {
         match self.data {
             AnySlice::F32(data) => AnySlice::F32(&data[range]),
             AnySlice::F16(data) => AnySlice::F16(&data[range]),

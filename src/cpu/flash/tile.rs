@@ -16,7 +16,7 @@
 
 use super::rows::{Rows, clear_special, for_each_special, pack_values, pack_words};
 use super::walk::Segment;
-use crate::cpu::simd::{Product, Simd};
+use crate::cpu::simd::{Product, Simd, load, store};
 use crate::tensor::sealed::AnySlice;
 use std::ops::Range;
 
@@ -73,10 +73,22 @@ impl Piece {
         self.segment.visible(self.segment.rows.start + row / self.heads.len())
     }
 
+    /// The key (on the seq axis) of an entry.
+    #[inline(always)]
+    pub fn key(&self, entry: usize) -> usize {
+        self.key_start + self.segment.key(entry)
+    }
+
+    /// The entries from `entry` on whose keys are consecutive.
+    pub fn run(&self, entry: usize) -> Range<usize> {
+        let gap = if entry < self.segment.prefix { self.segment.prefix } else { usize::MAX };
+        entry..self.entries.end.min(gap)
+    }
+
     /// An entry's row of keys or values.
     #[inline(always)]
-    pub fn key_row<'a>(&self, source: &Rows<'a>, entry: usize) -> AnySlice<'a> {
-        source.row(self.batch, self.key_start + self.segment.key(entry), self.kv_head)
+    fn key_row<'a>(&self, source: &Rows<'a>, entry: usize) -> AnySlice<'a> {
+        source.row(self.batch, self.key(entry), self.kv_head)
     }
 }
 
@@ -480,18 +492,4 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
         }
         sums
     }
-}
-
-#[inline(always)]
-fn load<S: Simd>(simd: S, from: &[f32]) -> S::V {
-    assert!(from.len() >= S::LANES);
-    // SAFETY: as just asserted.
-    unsafe { simd.load(from.as_ptr()) }
-}
-
-#[inline(always)]
-fn store<S: Simd>(simd: S, x: S::V, to: &mut [f32]) {
-    assert!(to.len() >= S::LANES);
-    // SAFETY: as just asserted.
-    unsafe { simd.store(x, to.as_mut_ptr()) }
 }

@@ -114,6 +114,15 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn sum_lanes_of(self, [a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+        unsafe {
+            let sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+            let sums = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps::<1>(sums));
+            std::mem::transmute::<__m128, [f32; 4]>(sums)
+        }
+    }
+
+    #[inline(always)]
     fn max_lanes(self, x: __m256) -> f32 {
         unsafe {
             let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));

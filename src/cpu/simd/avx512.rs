@@ -107,6 +107,22 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn sum_lanes_of(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        unsafe {
+            // Each 128-bit part holds a b c d after two rounds of interleaving and adding; then the parts are added.
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            let high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+            let sums = _mm512_add_ps(low, high);
+            let sums = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps::<1>(sums));
+            let sums = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps::<1>(sums));
+            std::mem::transmute::<__m128, [f32; 4]>(sums)
+        }
+    }
+
+    #[inline(always)]
     fn max_lanes(self, x: __m512) -> f32 {
         unsafe { _mm512_reduce_max_ps(x) }
     }

@@ -108,6 +108,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn scale_exponent(self, y: Self::V, r: Self::V) -> Self::V;
     /// The sum of the lanes.
     fn sum_lanes(self, x: Self::V) -> f32;
+    /// The sums of the lanes of four vectors.
+    #[inline(always)]
+    fn sum_lanes_of(self, x: [Self::V; 4]) -> [f32; 4] {
+        [self.sum_lanes(x[0]), self.sum_lanes(x[1]), self.sum_lanes(x[2]), self.sum_lanes(x[3])]
+    }
     /// The largest lane.
     fn max_lanes(self, x: Self::V) -> f32;
     /// Runs `task` compiled for this instruction set.
@@ -225,4 +230,20 @@ pub(crate) fn dispatch<T: Task>(set: InstructionSet, bf16: bool, task: T) -> T::
     }
     let _ = bf16;
     portable::Portable.run(task)
+}
+
+/// The first vector of a slice.
+#[inline(always)]
+pub(crate) fn load<S: Simd>(simd: S, from: &[f32]) -> S::V {
+    assert!(from.len() >= S::LANES);
+    // SAFETY: as just asserted.
+    unsafe { simd.load(from.as_ptr()) }
+}
+
+/// Writes the first vector of a slice.
+#[inline(always)]
+pub(crate) fn store<S: Simd>(simd: S, x: S::V, to: &mut [f32]) {
+    assert!(to.len() >= S::LANES);
+    // SAFETY: as just asserted.
+    unsafe { simd.store(x, to.as_mut_ptr()) }
 }
