@@ -1,0 +1,175 @@
+//! What the integration tests share: seeded values, and owned tensors of any strides.
+
+#![allow(dead_code)] // every test binary takes what it needs
+
+use proptest::prelude::*;
+use star_attention::{Element, TensorView, TensorViewMut};
+
+/// SplitMix64: a case is its seed, so it shrinks and reproduces without its tensors.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `end`, which is not 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    /// Uniform over (0, 1).
+    pub fn uniform(&mut self) -> f32 {
+        ((self.next() >> 41) as f32 + 0.5) / (1u64 << 23) as f32
+    }
+
+    /// Standard normal (Box-Muller).
+    pub fn normal(&mut self) -> f32 {
+        let radius = (-2.0 * self.uniform().ln()).sqrt();
+        radius * (std::f32::consts::TAU * self.uniform()).cos()
+    }
+}
+
+/// How a tensor lies in its buffer; the last axis is contiguous.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// The axes batch (0), seq (1) and heads (2), outermost first.
+    pub order: [usize; 3],
+    /// Elements left free after each step of those axes.
+    pub padding: [usize; 3],
+    /// Elements before the first one.
+    pub offset: usize,
+}
+
+impl Layout {
+    /// `[batch, seq, heads, dim]`, row-major.
+    pub const CONTIGUOUS: Self = Self { order: [0, 1, 2], padding: [0; 3], offset: 0 };
+}
+
+/// Half of them contiguous or `[batch, heads, seq, dim]`, the others any order with any padding.
+pub fn layouts() -> impl Strategy<Value = Layout> {
+    let order = Just([0, 1, 2]).prop_shuffle();
+    let padded = (order, [0..5usize, 0..40usize, 0..70usize], 0..20usize)
+        .prop_map(|(order, padding, offset)| Layout { order, padding, offset });
+    prop_oneof![
+        1 => Just(Layout::CONTIGUOUS),
+        1 => Just(Layout { order: [0, 2, 1], ..Layout::CONTIGUOUS }),
+        2 => padded,
+    ]
+}
+
+/// An owned tensor `[batch, seq, heads, dim]`. The buffer ends with its last element.
+#[derive(Clone, Debug)]
+pub struct Tensor<T> {
+    name: &'static str,
+    buffer: Vec<T>,
+    shape: [usize; 4],
+    strides: [usize; 4],
+    offset: usize,
+}
+
+impl<T: Element> Tensor<T> {
+    /// The elements are drawn from `value` in row-major order; everything between them is `padding`.
+    pub fn new(
+        name: &'static str,
+        shape: [usize; 4],
+        layout: &Layout,
+        padding: f32,
+        mut value: impl FnMut([usize; 4]) -> f32,
+    ) -> Self {
+        let mut strides = [0, 0, 0, 1];
+        let mut span = shape[3].max(1);
+        for (&axis, padding) in layout.order.iter().zip(layout.padding).rev() {
+            strides[axis] = span + padding;
+            span = strides[axis] * shape[axis].max(1);
+        }
+        let last: usize = (0..4).map(|axis| shape[axis].saturating_sub(1) * strides[axis]).sum();
+        let elements = if shape.contains(&0) { 0 } else { last + 1 };
+        let buffer = vec![T::from_f32(padding); layout.offset + elements];
+        let mut tensor = Self { name, buffer, shape, strides, offset: layout.offset };
+        for index in indices(shape) {
+            tensor.set(index, T::from_f32(value(index)));
+        }
+        tensor
+    }
+
+    /// A row-major tensor.
+    pub fn contiguous(name: &'static str, shape: [usize; 4], value: impl FnMut([usize; 4]) -> f32) -> Self {
+        Self::new(name, shape, &Layout::CONTIGUOUS, 0.0, value)
+    }
+
+    /// A row-major tensor of standard normal values.
+    pub fn normal(name: &'static str, shape: [usize; 4], rng: &mut Rng) -> Self {
+        Self::contiguous(name, shape, |_| rng.normal())
+    }
+
+    /// The rows `seqs` of this tensor, copied one after another.
+    pub fn gather(&self, seqs: impl IntoIterator<Item = usize>) -> Self {
+        let seqs: Vec<usize> = seqs.into_iter().collect();
+        let [batch, _, heads, dim] = self.shape;
+        Self::contiguous(self.name, [batch, seqs.len(), heads, dim], |[b, seq, head, d]| {
+            self.get([b, seqs[seq], head, d]).to_f32()
+        })
+    }
+
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    fn at(&self, index: [usize; 4]) -> usize {
+        self.offset + (0..4).map(|axis| index[axis] * self.strides[axis]).sum::<usize>()
+    }
+
+    pub fn get(&self, index: [usize; 4]) -> T {
+        self.buffer[self.at(index)]
+    }
+
+    pub fn set(&mut self, index: [usize; 4], value: T) {
+        let at = self.at(index);
+        self.buffer[at] = value;
+    }
+
+    pub fn view(&self) -> TensorView<'_, T> {
+        TensorView::new(self.name, &self.buffer[self.offset..], self.shape, self.strides).unwrap()
+    }
+
+    pub fn view_mut(&mut self) -> TensorViewMut<'_, T> {
+        TensorViewMut::new(self.name, &mut self.buffer[self.offset..], self.shape, self.strides).unwrap()
+    }
+
+    /// The elements in row-major order.
+    pub fn values(&self) -> impl Iterator<Item = f32> + '_ {
+        indices(self.shape).map(|index| self.get(index).to_f32())
+    }
+
+    /// The bits of the elements, in row-major order.
+    pub fn bits(&self) -> Vec<u32> {
+        self.values().map(f32::to_bits).collect()
+    }
+
+    /// Whether everything between the elements still is what it was made with.
+    pub fn padding_is(&self, padding: f32) -> bool {
+        let mut rest = vec![true; self.buffer.len()];
+        for index in indices(self.shape) {
+            rest[self.at(index)] = false;
+        }
+        let padding = T::from_f32(padding).to_f32().to_bits();
+        rest.iter().zip(&self.buffer).all(|(&rest, x)| !rest || x.to_f32().to_bits() == padding)
+    }
+}
+
+/// The indices of a shape in row-major order.
+pub fn indices(shape: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
+    let [batch, seq, heads, dim] = shape;
+    (0..batch).flat_map(move |b| {
+        (0..seq).flat_map(move |s| (0..heads).flat_map(move |h| (0..dim).map(move |d| [b, s, h, d])))
+    })
+}

@@ -1,0 +1,256 @@
+//! What a call must give, and how far from it rounding may lead.
+//!
+//! The values are the oracle's, in f64. With weights `w_j = exp(s_j - lse)` an error `δ_j` of the score `s_j` moves the output by
+//! `Σ w_j δ_j (v_j - out)` and the log-sum-exp by `Σ w_j δ_j`. In f32, with `u = 2⁻²⁴` the unit roundoff:
+//!
+//! - the dot product of `d` terms: `growth(d) u |q||k|` times the scale;
+//! - scaling, the shift by the maximum `m` and the argument of exp: a few `u (|s_j| + |m|)`; exp itself a few `u`;
+//! - tanh of a softcap `c`: a few `u c`;
+//! - the sums over `n` keys, rescaled now and then: `growth(n) u Σ w_j |v_j|`, and rounding the output.
+//!
+//! `growth(n)` is n where the terms repeat and their errors add up (the worst case), and `3 √n` where they are random: a walk of n
+//! steps. (Higham and Mary, A new approach to probabilistic rounding error analysis, 2019.)
+//!
+//! For f16 and bf16 the rule is FlashAttention's: `max|out - ref| <= 2 max|lowp - ref| + atol`, where `lowp` is the same maths done naively
+//! with the probabilities and the output rounded to the type. Scores and log-sum-exp get no such allowance:
+//! they are accumulated in f32 whatever the type. `atol` is for tensors of so few elements that
+//! `lowp` may be exact by luck: four standard deviations of the rounding of probabilities and output.
+
+use crate::common::Tensor;
+use proptest::prelude::*;
+use star_attention::cpu::reference::{self, sees};
+use star_attention::{AttentionConfig, DType, Element};
+
+/// The unit roundoff of f32.
+const U: f64 = 1.0 / (1 << 24) as f64;
+
+/// The unit roundoff of a type.
+fn roundoff(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 1.0 / (1 << 11) as f64,
+        DType::BF16 => 1.0 / (1 << 8) as f64,
+        _ => U,
+    }
+}
+
+/// The oracle's answer to one call, and the tolerances.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    dtype: DType,
+    pub shape: [usize; 4],
+    /// Row-major.
+    pub out: Vec<f64>,
+    /// `[batch, heads, seq]`.
+    pub lse: Vec<f64>,
+    /// For each of `out`: what f32 may lose.
+    out_tolerance: Vec<f64>,
+    lse_tolerance: Vec<f64>,
+    /// `2 max|lowp - ref| + atol` for the whole tensor; 0 for f32.
+    low_tolerance: f64,
+}
+
+/// A `[batch, heads, seq]` tensor of contiguous rows, in f64.
+struct Rows {
+    data: Vec<f64>,
+    shape: [usize; 4],
+}
+
+impl Rows {
+    fn new<T: Element>(tensor: &Tensor<T>) -> Self {
+        let shape @ [batch, seq, heads, dim] = tensor.shape();
+        let mut data = Vec::with_capacity(batch * seq * heads * dim);
+        for b in 0..batch {
+            for head in 0..heads {
+                for row in 0..seq {
+                    data.extend((0..dim).map(|d| f64::from(tensor.get([b, row, head, d]).to_f32())));
+                }
+            }
+        }
+        Self { data, shape }
+    }
+
+    fn row(&self, batch: usize, head: usize, seq: usize) -> &[f64] {
+        let [_, seqs, heads, dim] = self.shape;
+        &self.data[((batch * heads + head) * seqs + seq) * dim..][..dim]
+    }
+}
+
+/// In lanes, for speed.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let (a, a_rest) = a.as_chunks::<8>();
+    let (b, b_rest) = b.as_chunks::<8>();
+    let mut lanes = [0.0; 8];
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..8 {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    lanes.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f64>()
+}
+
+impl Expected {
+    /// `correlated`: whether many terms of the sums are the same.
+    pub fn of<T: Element>(
+        config: &AttentionConfig,
+        query: &Tensor<T>,
+        key: &Tensor<T>,
+        value: &Tensor<T>,
+        correlated: bool,
+    ) -> Self {
+        let oracle = reference::attention(config, query.view(), key.view(), value.view()).unwrap();
+        let shape @ [batch, query_len, heads, dim] = query.shape();
+        let [_, key_len, kv_heads, _] = key.shape();
+        let (q, k, v) = (Rows::new(query), Rows::new(key), Rows::new(value));
+        let scale = f64::from(config.scale_for(dim));
+        let cap = config.softcap.map(f64::from);
+        let growth = |n: usize| if correlated { n as f64 } else { 3.0 * (n as f64).sqrt() };
+        let norm = |row: &[f64]| dot(row, row).sqrt();
+        let key_norms: Vec<f64> = k.data.chunks(dim).map(norm).collect();
+        let low_u = roundoff(T::DTYPE);
+        let round = |x: f64| f64::from(T::from_f32(x as f32).to_f32());
+
+        let mut out_tolerance = vec![0.0; oracle.out.len()];
+        let mut lse_tolerance = vec![0.0; oracle.lse.len()];
+        let (mut lowp_error, mut atol) = (0f64, 0f64);
+        for row in 0..query_len {
+            let visible: Vec<usize> =
+                (0..key_len).filter(|&j| sees(config.mask, query_len, key_len, row, j)).collect();
+            let n = visible.len();
+            for (b, head) in (0..batch).flat_map(|b| (0..heads).map(move |head| (b, head))) {
+                let kv_head = head / (heads / kv_heads);
+                let q_row = q.row(b, head, row);
+                let q_norm = norm(q_row);
+                let at = ((b * query_len + row) * heads + head) * dim;
+                let out = &oracle.out[at..at + dim];
+                let lse_at = (b * heads + head) * query_len + row;
+                let lse = oracle.lse[lse_at];
+                if !lse.is_finite() {
+                    continue;
+                }
+                let scores: Vec<f64> = visible
+                    .iter()
+                    .map(|&j| {
+                        let score = scale * dot(q_row, k.row(b, kv_head, j));
+                        cap.map_or(score, |cap| cap * (score / cap).tanh())
+                    })
+                    .collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                // Per output element: error through the scores, Σ w|v|, Σ (w v)², and the naive low-precision sum.
+                let mut through = vec![0.0; dim];
+                let mut magnitude = vec![0.0; dim];
+                let mut squares = vec![0.0; dim];
+                let mut lowp = vec![0.0; dim];
+                let mut score_error = 0.0;
+                for (&j, &score) in visible.iter().zip(&scores) {
+                    let product = scale * q_norm * key_norms[(b * kv_heads + kv_head) * key_len + j];
+                    let error = U
+                        * ((growth(dim) + 2.0) * product
+                            + 4.0 * (score.abs() + max.abs() + 2.0)
+                            + 8.0 * cap.unwrap_or(0.0));
+                    let weight = (score - lse).exp();
+                    let moved = weight * error.exp_m1();
+                    let low_weight = round(weight);
+                    score_error += moved;
+                    for (d, &v) in v.row(b, kv_head, j).iter().enumerate() {
+                        through[d] += moved * (v - out[d]).abs();
+                        magnitude[d] += weight * v.abs();
+                        squares[d] += weight * v * weight * v;
+                        lowp[d] += low_weight * v;
+                    }
+                }
+                lse_tolerance[lse_at] = score_error + U * (growth(n) + 4.0 * lse.abs() + 8.0);
+                for d in 0..dim {
+                    if !out[d].is_finite() {
+                        continue;
+                    }
+                    let sums = U * (growth(n) + 8.0) * (magnitude[d] + out[d].abs());
+                    // Weights below f32's normal range may become 0.
+                    let underflow = n as f64 * f64::from(f32::MIN_POSITIVE) * 8.0;
+                    out_tolerance[at + d] = through[d] + sums + underflow;
+                    let spread = low_u
+                        * if correlated {
+                            magnitude[d] + out[d].abs()
+                        } else {
+                            4.0 * (squares[d] + out[d] * out[d]).sqrt()
+                        };
+                    atol = atol.max(out_tolerance[at + d] + spread);
+                    lowp_error = lowp_error.max((round(lowp[d]) - out[d]).abs());
+                }
+            }
+        }
+        let low_tolerance = if T::DTYPE == DType::F32 { 0.0 } else { 2.0 * lowp_error + atol };
+        Self {
+            dtype: T::DTYPE,
+            shape,
+            out: oracle.out,
+            lse: oracle.lse,
+            out_tolerance,
+            lse_tolerance,
+            low_tolerance,
+        }
+    }
+
+    /// The same values with every tolerance `factor` times as wide, for results that went through several steps.
+    pub fn widened(mut self, factor: f64) -> Self {
+        self.out_tolerance.iter_mut().for_each(|t| *t *= factor);
+        self.lse_tolerance.iter_mut().for_each(|t| *t *= factor);
+        self.low_tolerance *= factor;
+        self
+    }
+
+    /// Compares an output, in row-major order; NaN, infinities and rows that see nothing must be there exactly.
+    pub fn check_out(&self, out: impl Iterator<Item = f32>) -> Result<(), TestCaseError> {
+        let [_, seqs, heads, dim] = self.shape;
+        let mut elements = 0;
+        for (i, got) in out.enumerate() {
+            let (exact, got) = (self.out[i], f64::from(got));
+            let tolerance = if self.dtype == DType::F32 { self.out_tolerance[i] } else { self.low_tolerance };
+            prop_assert!(
+                near(exact, got, tolerance),
+                "out[batch {}, seq {}, head {}, dim {}]: expected {exact:e}, got {got:e}, off by {:e}, tolerance {tolerance:e}",
+                i / dim / heads / seqs,
+                i / dim / heads % seqs,
+                i / dim % heads,
+                i % dim,
+                (exact - got).abs(),
+            );
+            elements += 1;
+        }
+        prop_assert_eq!(elements, self.out.len());
+        Ok(())
+    }
+
+    /// Compares a log-sum-exp `[batch, heads, seq]`.
+    pub fn check_lse(&self, lse: &[f32]) -> Result<(), TestCaseError> {
+        let [_, seqs, heads, _] = self.shape;
+        prop_assert_eq!(lse.len(), self.lse.len());
+        for (i, &got) in lse.iter().enumerate() {
+            let (exact, got, tolerance) = (self.lse[i], f64::from(got), self.lse_tolerance[i]);
+            prop_assert!(
+                near(exact, got, tolerance),
+                "lse[batch {}, head {}, seq {}]: expected {exact:e}, got {got:e}, off by {:e}, tolerance {tolerance:e}",
+                i / seqs / heads,
+                i / seqs % heads,
+                i % seqs,
+                (exact - got).abs(),
+            );
+        }
+        Ok(())
+    }
+
+    /// Compares two results that ought to be the same, each with its own rounding.
+    pub fn check_pair(&self, index: usize, one: f32, other: f32) -> Result<(), TestCaseError> {
+        let tolerance = 2.0 * self.out_tolerance[index];
+        let (one, other) = (f64::from(one), f64::from(other));
+        prop_assert!(near(one, other, tolerance), "{one:e} and {other:e} differ by more than {tolerance:e}");
+        Ok(())
+    }
+}
+
+fn near(exact: f64, got: f64, tolerance: f64) -> bool {
+    if exact.is_finite() {
+        (exact - got).abs() <= tolerance
+    } else {
+        exact.to_bits() == got.to_bits() || (exact.is_nan() && got.is_nan())
+    }
+}
