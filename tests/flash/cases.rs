@@ -192,7 +192,8 @@ impl Case {
         let mut out = self.output();
         let mut lse = vec![RUBBISH; self.shape.lse_len()];
         let Inputs { query, key, value } = inputs;
-        plan.run(query.view(), key.view(), value.view(), out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+        plan.run(query.view(), key.view(), value.view(), out.view_mut(), Some(&mut lse), &mut workspace)
+            .unwrap();
         (out, lse)
     }
 }

@@ -7,5 +7,11 @@
 mod common;
 
 mod cases;
+mod edges;
+mod errors;
 mod expected;
+mod nonfinite;
 mod oracle;
+mod packed;
+mod query;
+mod star;
