@@ -1,0 +1,406 @@
+//! Draws which keys each row of a star layout sees, in both phases, as SVG.
+//!
+//! Every cell is asked of the library: the tokens of a host's local sequence, its mask, and whether a row sees a key.
+
+use clap::Parser;
+use star_attention::cpu::reference::sees;
+use star_attention::{HostLayout, Mask, StarLayout};
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Draws the star mask of a layout as SVG.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Tokens of the context
+    #[arg(long, default_value_t = 32)]
+    context_len: usize,
+    /// Tokens of a block
+    #[arg(long, default_value_t = 8)]
+    block_len: usize,
+    /// Tokens of the anchor
+    #[arg(long, default_value_t = 4)]
+    anchor_len: usize,
+    /// Hosts that share the context
+    #[arg(long, default_value_t = 4)]
+    hosts: usize,
+    /// Query tokens
+    #[arg(long, default_value_t = 4)]
+    query_len: usize,
+    /// File to write
+    #[arg(long, default_value = "docs/star-mask.svg")]
+    output: PathBuf,
+}
+
+/// One colour for each host, told apart also by readers who do not see all colours (Okabe and Ito).
+const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6d00"];
+
+/// Above this a cell is smaller than a pixel of any screen.
+const MOST_TOKENS: usize = 4096;
+/// Above this the legend is longer than the picture.
+const MOST_HOSTS: usize = 20;
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => {
+            print!("{error}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            let text = error.to_string();
+            let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
+            return fail(&lines.collect::<Vec<_>>().join(" "));
+        }
+    };
+    match draw(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => fail(&format!("error: {message}")),
+    }
+}
+
+fn fail(line: &str) -> ExitCode {
+    eprintln!("{line}");
+    ExitCode::from(2)
+}
+
+fn draw(args: &Args) -> Result<(), String> {
+    for (name, number, most) in [
+        ("--context-len", args.context_len, MOST_TOKENS),
+        ("--query-len", args.query_len, MOST_TOKENS),
+        ("--hosts", args.hosts, MOST_HOSTS),
+    ] {
+        if !(1..=most).contains(&number) {
+            return Err(format!("{name}: expected 1 to {most}, got {number}"));
+        }
+    }
+    let layout = StarLayout::new(args.context_len, args.block_len, args.anchor_len, args.hosts)
+        .map_err(|e| e.to_string())?;
+    let hosts: Vec<HostLayout> =
+        (0..args.hosts).map(|rank| layout.host(rank)).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
+    let maps: Vec<HostMap> = hosts.iter().map(|host| HostMap::of(&layout, host, args.query_len)).collect();
+    let svg = Picture::new(&layout, args.query_len).draw(&hosts, &maps);
+    write_whole(&args.output, svg.as_bytes())
+        .map_err(|e| format!("--output {}: {e}", args.output.display()))?;
+
+    println!("host  blocks  kept tokens  phase 1 cells  phase 2 cells");
+    for (host, map) in hosts.iter().zip(&maps) {
+        let (one, two) = (area(&map.own) + area(&map.anchor), area(&map.query));
+        println!(
+            "{:>4}  {:>6}  {:>11}  {one:>13}  {two:>13}",
+            host.rank(),
+            host.blocks().len(),
+            host.kept().len()
+        );
+    }
+    Ok(())
+}
+
+/// A rectangle of cells: column, row, columns, rows.
+type Rectangle = [usize; 4];
+
+fn area(rectangles: &[Rectangle]) -> usize {
+    rectangles.iter().map(|[_, _, columns, rows]| columns * rows).sum()
+}
+
+/// The cells that the rows of one host see: columns are context tokens and then query tokens.
+struct HostMap {
+    /// Phase 1, rows are the context tokens that the host keeps: cells of its own tokens.
+    own: Vec<Rectangle>,
+    /// The same rows, cells of the anchor in front of its own tokens.
+    anchor: Vec<Rectangle>,
+    /// Phase 2, rows are query tokens: cells of the host's shard.
+    query: Vec<Rectangle>,
+}
+
+impl HostMap {
+    fn of(layout: &StarLayout, host: &HostLayout, query_len: usize) -> Self {
+        let tokens: Vec<usize> = host.tokens().collect();
+        let (local_len, kept) = (tokens.len(), host.kept());
+        let block = |token: usize| token / layout.block_len();
+        // The anchor's keys come from the rows in front of the own ones, or, on the host of block 0, from block 0.
+        let phase_1 = |through_anchor: bool| {
+            rectangles(kept.clone().map(|row| {
+                let sees =
+                    (0..local_len).filter(move |&key| sees(host.mask(), local_len, local_len, row, key));
+                let columns = sees.map(|key| tokens[key]);
+                let columns = columns.filter(|&key| (block(key) != block(tokens[row])) == through_anchor);
+                (tokens[row], columns.collect())
+            }))
+        };
+        let (own, anchor) = (phase_1(false), phase_1(true));
+
+        let mut shard: Vec<usize> = tokens[kept.clone()].to_vec();
+        let mut mask = Mask::Full;
+        if host.rank() == layout.query_host() {
+            shard.extend((0..query_len).map(|query| layout.query_position() + query));
+            mask = Mask::Causal;
+        }
+        let query = rectangles((0..query_len).map(|row| {
+            let sees = (0..shard.len()).filter(|&key| sees(mask, query_len, shard.len(), row, key));
+            (row, sees.map(|key| shard[key]).collect())
+        }));
+        Self { own, anchor, query }
+    }
+}
+
+/// Joins cells, given as rows of ascending columns, into runs, and runs of following rows that are the same.
+fn rectangles(rows: impl Iterator<Item = (usize, Vec<usize>)>) -> Vec<Rectangle> {
+    let mut all: Vec<Rectangle> = Vec::new();
+    let mut open: Vec<usize> = Vec::new(); // rectangles of the row before
+    for (row, columns) in rows {
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for column in columns {
+            match runs.last_mut() {
+                Some((start, len)) if *start + *len == column => *len += 1,
+                _ => runs.push((column, 1)),
+            }
+        }
+        open = runs
+            .into_iter()
+            .map(|(start, len)| {
+                let above = |&i: &usize| {
+                    let [x, y, columns, rows] = all[i];
+                    (x, y + rows, columns) == (start, row, len)
+                };
+                if let Some(i) = open.iter().copied().find(above) {
+                    all[i][3] += 1;
+                    i
+                } else {
+                    all.push([start, row, len, 1]);
+                    all.len() - 1
+                }
+            })
+            .collect();
+    }
+    all
+}
+
+/// Where things stand, in pixels.
+struct Picture {
+    layout: StarLayout,
+    query_len: usize,
+    cell: f64,
+    phase_1: (f64, f64),
+    phase_2: (f64, f64),
+    legend: f64,
+    size: (f64, f64),
+}
+
+impl Picture {
+    /// The longer side of the cells together.
+    const CELLS: f64 = 540.0;
+    const LEGEND_LINE: f64 = 24.0;
+
+    fn new(layout: &StarLayout, query_len: usize) -> Self {
+        let (context, query) = (layout.context_len() as f64, query_len as f64);
+        let cell = (Self::CELLS / (context + query)).min(24.0);
+        let phase_1 = (112.0, 128.0);
+        let phase_2 = (phase_1.0, phase_1.1 + context * cell + 58.0);
+        let legend = phase_1.0 + (context + query) * cell + 32.0;
+        let lines = layout.hosts() as f64 + 7.0;
+        let bottom = (phase_2.1 + query * cell).max(phase_1.1 + lines * Self::LEGEND_LINE);
+        Self {
+            layout: *layout,
+            query_len,
+            cell,
+            phase_1,
+            phase_2,
+            legend,
+            size: (legend + 222.0, bottom + 34.0),
+        }
+    }
+
+    fn draw(&self, hosts: &[HostLayout], maps: &[HostMap]) -> String {
+        let (width, height) = self.size;
+        let mut svg = format!(
+            r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0} {height:.0}" width="{width:.0}" height="{height:.0}" font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#24292f">
+<title>The star mask</title>
+<rect x="0.5" y="0.5" width="{:.0}" height="{:.0}" rx="8" fill="#ffffff" stroke="#d0d7de"/>
+"##,
+            width - 1.0,
+            height - 1.0
+        );
+        self.texts(&mut svg, hosts);
+        self.cells(&mut svg, maps);
+        self.legend(&mut svg, hosts);
+        svg.push_str("</svg>\n");
+        svg
+    }
+
+    /// Titles, axes, and the names of blocks and hosts.
+    fn texts(&self, svg: &mut String, hosts: &[HostLayout]) {
+        let (layout, cell) = (&self.layout, self.cell);
+        let (context, query) = (layout.context_len() as f64 * cell, self.query_len as f64 * cell);
+        let (left, top) = self.phase_1;
+        let (_, bottom) = self.phase_2;
+        text(svg, (24.0, 34.0), r#"font-size="17" font-weight="bold""#, "Star Attention: who sees what");
+        text(svg, (24.0, 68.0), r#"font-weight="bold""#, "Phase 1: context encoding, no communication");
+        let axis = "keys: context tokens →";
+        text(svg, (left, top - 28.0), r##"fill="#57606a""##, axis);
+        text(
+            svg,
+            (24.0, bottom - 30.0),
+            r#"font-weight="bold""#,
+            "Phase 2: query and generated tokens, merged over hosts",
+        );
+        text(svg, (left, bottom - 10.0), r##"fill="#57606a""##, "keys: context tokens, then query tokens →");
+        let x = 34.0;
+        for (y, title) in [(top + context / 2.0, "context tokens ↓"), (bottom + query / 2.0, "query")] {
+            let at = format!(r##"transform="rotate(-90 {x} {y:.1})" text-anchor="middle" fill="#57606a""##);
+            // Rows too few for a title along them have it lying.
+            let lying = r##"text-anchor="end" fill="#57606a" dominant-baseline="central""##;
+            match title {
+                "query" => text(svg, (left - 10.0, y), lying, "query rows"),
+                _ => text(svg, (x, y), &at, title),
+            }
+        }
+        for host in hosts.iter().filter(|host| !host.kept().is_empty()) {
+            let own = host.own_tokens();
+            let y = top + (own.start + own.end) as f64 / 2.0 * cell;
+            if own.len() as f64 * cell >= 14.0 {
+                let style = format!(
+                    r#"text-anchor="end" dominant-baseline="central" font-weight="bold" fill="{}""#,
+                    colour(host.rank())
+                );
+                text(svg, (left - 10.0, y), &style, &format!("host {}", host.rank()));
+            }
+            for block in host.blocks() {
+                let start = block * layout.block_len();
+                let end = (start + layout.block_len()).min(layout.context_len());
+                if (end - start) as f64 * cell >= 52.0 {
+                    let x = left + (start + end) as f64 / 2.0 * cell;
+                    text(
+                        svg,
+                        (x, top - 8.0),
+                        r#"text-anchor="middle" font-size="12""#,
+                        &format!("block {block}"),
+                    );
+                }
+            }
+        }
+    }
+
+    fn cells(&self, svg: &mut String, maps: &[HostMap]) {
+        let (context, query, cell) = (self.layout.context_len(), self.query_len, self.cell);
+        let scaled = |(x, y): (f64, f64)| format!(r#"transform="translate({x:.1} {y:.1}) scale({cell:.4})""#);
+        let fill = |svg: &mut String, fill: &str, rectangles: &[Rectangle]| {
+            if rectangles.is_empty() {
+                return;
+            }
+            let mut path = String::new();
+            for [x, y, columns, rows] in rectangles {
+                let _ = write!(path, "M{x} {y}h{columns}v{rows}h-{columns}z");
+            }
+            let _ = writeln!(svg, r#"<path {fill} d="{path}"/>"#);
+        };
+        // Lines between cells where there is room for them, and stronger ones between blocks.
+        let lines = |svg: &mut String, columns: usize, rows: usize, row_blocks: bool| {
+            let mut fine = String::new();
+            let mut strong = String::new();
+            let block = self.layout.block_len();
+            for x in 1..columns {
+                let path =
+                    if x % block == 0 && x <= context || x == context { &mut strong } else { &mut fine };
+                let _ = write!(path, "M{x} 0v{rows}");
+            }
+            for y in 1..rows {
+                let path = if row_blocks && y % block == 0 { &mut strong } else { &mut fine };
+                let _ = write!(path, "M0 {y}h{columns}");
+            }
+            for (path, width, room) in [(fine, 1.0, 8.0), (strong, 2.5, 0.0)] {
+                let wanted = cell >= room && (room > 0.0 || cell * block as f64 >= 8.0);
+                if wanted && !path.is_empty() {
+                    let width = width / cell;
+                    let _ =
+                        writeln!(svg, r##"<path stroke="#ffffff" stroke-width="{width:.4}" d="{path}"/>"##);
+                }
+            }
+        };
+        let _ = writeln!(svg, r#"<g {} shape-rendering="crispEdges">"#, scaled(self.phase_1));
+        fill(svg, r##"fill="#eaeef2""##, &[[0, 0, context, context]]);
+        for (rank, map) in maps.iter().enumerate() {
+            fill(svg, &format!(r#"fill="{}""#, colour(rank)), &map.own);
+            fill(svg, &format!(r#"fill="{}" fill-opacity="0.45""#, colour(rank)), &map.anchor);
+        }
+        lines(svg, context, context, true);
+        let anchor = self.layout.anchor_len().min(context);
+        if anchor > 0 {
+            let dashes = format!(r#"stroke-width="{:.4}" stroke-dasharray="{:.4}""#, 2.0 / cell, 6.0 / cell);
+            let _ = writeln!(
+                svg,
+                r##"<rect width="{anchor}" height="{context}" fill="none" stroke="#24292f" {dashes}/>"##
+            );
+        }
+        svg.push_str("</g>\n");
+        let _ = writeln!(svg, r#"<g {} shape-rendering="crispEdges">"#, scaled(self.phase_2));
+        fill(svg, r##"fill="#eaeef2""##, &[[0, 0, context + query, query]]);
+        for (rank, map) in maps.iter().enumerate() {
+            fill(svg, &format!(r#"fill="{}""#, colour(rank)), &map.query);
+        }
+        lines(svg, context + query, query, false);
+        svg.push_str("</g>\n");
+    }
+
+    fn legend(&self, svg: &mut String, hosts: &[HostLayout]) {
+        let layout = &self.layout;
+        let x = self.legend;
+        let mut y = self.phase_1.1 + 8.0;
+        let mut line = |svg: &mut String, swatch: &str, words: &str| {
+            if !swatch.is_empty() {
+                let _ =
+                    writeln!(svg, r#"<rect x="{x:.1}" y="{:.1}" width="16" height="16" {swatch}/>"#, y - 8.0);
+            }
+            let at = if swatch.is_empty() { x } else { x + 26.0 };
+            text(svg, (at, y), r#"dominant-baseline="central""#, words);
+            y += Self::LEGEND_LINE;
+        };
+        for host in hosts {
+            let blocks = host.blocks();
+            let held = match blocks.len() {
+                0 => "no block".to_string(),
+                1 => format!("block {}", blocks.start),
+                _ => format!("blocks {} to {}", blocks.start, blocks.end - 1),
+            };
+            let query = if host.rank() == layout.query_host() { ", query" } else { "" };
+            let swatch = format!(r#"fill="{}""#, colour(host.rank()));
+            line(svg, &swatch, &format!("host {}: {held}{query}", host.rank()));
+        }
+        line(svg, r##"fill="#57606a" fill-opacity="0.45""##, "seen through the anchor");
+        let dashed = r##"fill="none" stroke="#24292f" stroke-width="2" stroke-dasharray="4""##;
+        line(svg, dashed, &format!("anchor: tokens 0 to {}", layout.anchor_len().saturating_sub(1)));
+        line(svg, r##"fill="#eaeef2""##, "not seen");
+        y_gap(&mut line, svg);
+        line(svg, "", &format!("{} context tokens", layout.context_len()));
+        line(svg, "", &format!("in blocks of {}", layout.block_len()));
+        line(svg, "", &format!("{} query tokens", self.query_len));
+    }
+}
+
+/// An empty line of the legend.
+fn y_gap(line: &mut impl FnMut(&mut String, &str, &str), svg: &mut String) {
+    line(svg, "", "");
+}
+
+fn colour(rank: usize) -> &'static str {
+    COLOURS[rank % COLOURS.len()]
+}
+
+fn text(svg: &mut String, (x, y): (f64, f64), style: &str, words: &str) {
+    if !words.is_empty() {
+        let _ = writeln!(svg, r#"<text x="{x:.1}" y="{y:.1}" {style}>{words}</text>"#);
+    }
+}
+
+/// Writes beside `path` and renames, so that `path` never holds half a picture.
+fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let name = path.file_name().ok_or(std::io::ErrorKind::IsADirectory)?.to_string_lossy();
+    let partial = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+    let written = fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path));
+    if written.is_err() {
+        // What went wrong is reported; the partial file may not even exist.
+        let _ = fs::remove_file(&partial);
+    }
+    written
+}
