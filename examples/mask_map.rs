@@ -192,12 +192,14 @@ impl Picture {
     /// The longer side of the cells together.
     const CELLS: f64 = 540.0;
     const LEGEND_LINE: f64 = 24.0;
+    /// From the middle of a line of text down to its baseline.
+    const MIDDLE: f64 = 4.5;
 
     fn new(layout: &StarLayout, query_len: usize) -> Self {
         let (context, query) = (layout.context_len() as f64, query_len as f64);
         let cell = (Self::CELLS / (context + query)).min(24.0);
         let phase_1 = (112.0, 128.0);
-        let phase_2 = (phase_1.0, phase_1.1 + context * cell + 58.0);
+        let phase_2 = (phase_1.0, phase_1.1 + context * cell + 66.0);
         let legend = phase_1.0 + (context + query) * cell + 32.0;
         let lines = layout.hosts() as f64 + 7.0;
         let bottom = (phase_2.1 + query * cell).max(phase_1.1 + lines * Self::LEGEND_LINE);
@@ -246,24 +248,16 @@ impl Picture {
             "Phase 2: query and generated tokens, merged over hosts",
         );
         text(svg, (left, bottom - 10.0), r##"fill="#57606a""##, "keys: context tokens, then query tokens →");
-        let x = 34.0;
-        for (y, title) in [(top + context / 2.0, "context tokens ↓"), (bottom + query / 2.0, "query")] {
-            let at = format!(r##"transform="rotate(-90 {x} {y:.1})" text-anchor="middle" fill="#57606a""##);
-            // Rows too few for a title along them have it lying.
-            let lying = r##"text-anchor="end" fill="#57606a" dominant-baseline="central""##;
-            match title {
-                "query" => text(svg, (left - 10.0, y), lying, "query rows"),
-                _ => text(svg, (x, y), &at, title),
-            }
-        }
+        let y = top + context / 2.0;
+        let upwards = format!(r##"transform="rotate(-90 34 {y:.1})" text-anchor="middle" fill="#57606a""##);
+        text(svg, (34.0, y), &upwards, "rows: context tokens ↓");
+        let y = bottom + query / 2.0 + Self::MIDDLE;
+        text(svg, (left - 10.0, y), r##"text-anchor="end" fill="#57606a""##, "query rows");
         for host in hosts.iter().filter(|host| !host.kept().is_empty()) {
             let own = host.own_tokens();
-            let y = top + (own.start + own.end) as f64 / 2.0 * cell;
+            let y = top + (own.start + own.end) as f64 / 2.0 * cell + Self::MIDDLE;
             if own.len() as f64 * cell >= 14.0 {
-                let style = format!(
-                    r#"text-anchor="end" dominant-baseline="central" font-weight="bold" fill="{}""#,
-                    colour(host.rank())
-                );
+                let style = format!(r#"text-anchor="end" font-weight="bold" fill="{}""#, colour(host.rank()));
                 text(svg, (left - 10.0, y), &style, &format!("host {}", host.rank()));
             }
             for block in host.blocks() {
@@ -353,7 +347,7 @@ impl Picture {
                     writeln!(svg, r#"<rect x="{x:.1}" y="{:.1}" width="16" height="16" {swatch}/>"#, y - 8.0);
             }
             let at = if swatch.is_empty() { x } else { x + 26.0 };
-            text(svg, (at, y), r#"dominant-baseline="central""#, words);
+            text(svg, (at, y + Self::MIDDLE), "", words);
             y += Self::LEGEND_LINE;
         };
         for host in hosts {
@@ -367,20 +361,17 @@ impl Picture {
             let swatch = format!(r#"fill="{}""#, colour(host.rank()));
             line(svg, &swatch, &format!("host {}: {held}{query}", host.rank()));
         }
-        line(svg, r##"fill="#57606a" fill-opacity="0.45""##, "seen through the anchor");
-        let dashed = r##"fill="none" stroke="#24292f" stroke-width="2" stroke-dasharray="4""##;
-        line(svg, dashed, &format!("anchor: tokens 0 to {}", layout.anchor_len().saturating_sub(1)));
+        if let Some(last) = layout.anchor_len().checked_sub(1) {
+            line(svg, r##"fill="#57606a" fill-opacity="0.45""##, "seen through the anchor");
+            let dashed = r##"fill="none" stroke="#24292f" stroke-width="2" stroke-dasharray="4""##;
+            line(svg, dashed, &format!("anchor: tokens 0 to {last}"));
+        }
         line(svg, r##"fill="#eaeef2""##, "not seen");
-        y_gap(&mut line, svg);
+        line(svg, "", "");
         line(svg, "", &format!("{} context tokens", layout.context_len()));
         line(svg, "", &format!("in blocks of {}", layout.block_len()));
         line(svg, "", &format!("{} query tokens", self.query_len));
     }
-}
-
-/// An empty line of the legend.
-fn y_gap(line: &mut impl FnMut(&mut String, &str, &str), svg: &mut String) {
-    line(svg, "", "");
 }
 
 fn colour(rank: usize) -> &'static str {

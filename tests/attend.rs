@@ -2,58 +2,18 @@
 
 mod common;
 
-use common::{Rng, Tensor};
+use common::{Folder, Rng, Tensor, assert_refused, example};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use star_attention::cpu::reference;
 use star_attention::{AttentionConfig, Element, Mask, bf16, f16};
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Output;
 
-/// A folder of its own for each test, removed with it.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(test: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("attend-{test}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
-    fn files(&self) -> Vec<String> {
-        let mut names: Vec<_> =
-            fs::read_dir(&self.0).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Cargo puts examples beside the folder of the test binaries.
 fn attend(input: &Path, output: &Path, options: &[&str]) -> Output {
-    let test = std::env::current_exe().unwrap();
-    let example = test.parent().unwrap().parent().unwrap().join("examples").join("attend");
-    let mut command = Command::new(example.with_extension(std::env::consts::EXE_EXTENSION));
+    let mut command = example("attend");
     command.arg("--input").arg(input).arg("--output").arg(output).args(options);
     command.output().expect("examples/attend, which `cargo test` builds with the tests")
-}
-
-/// Exit code 2 and one line that holds `message`.
-fn assert_refused(output: &Output, message: &str) {
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{stderr}");
-    assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    assert!(stderr.contains(message), "{stderr:?} does not name {message:?}");
-    assert!(output.stdout.is_empty());
 }
 
 type Entry = (&'static str, Dtype, Vec<usize>, Vec<u8>);
@@ -133,7 +93,7 @@ fn agrees<T: Bytes>(folder: &Folder, config: &AttentionConfig, options: &[&str],
 
 #[test]
 fn good_files() {
-    let folder = Folder::new("good");
+    let folder = Folder::new("attend-good");
     let config = AttentionConfig::new;
     agrees::<f32>(&folder, &config(Mask::Full), &[], 1e-6);
     agrees::<f32>(&folder, &config(Mask::Causal), &["--mask", "causal"], 1e-6);
@@ -148,7 +108,7 @@ fn good_files() {
 
 #[test]
 fn bad_files() {
-    let folder = Folder::new("files");
+    let folder = Folder::new("attend-files");
     let (input, output) = (folder.file("in.safetensors"), folder.file("out.safetensors"));
     let refused = |message: &str| {
         assert_refused(&attend(&input, &output, &[]), message);
@@ -203,7 +163,7 @@ fn bad_files() {
 
 #[test]
 fn bad_options() {
-    let folder = Folder::new("options");
+    let folder = Folder::new("attend-options");
     let (input, output) = (folder.file("in.safetensors"), folder.file("out.safetensors"));
     save(&input, &entries());
     fs::write(&output, "kept").unwrap();
@@ -232,6 +192,6 @@ fn bad_options() {
         assert_eq!(fs::read(&output).unwrap(), b"kept");
     }
     assert_refused(&attend(&input, &folder.file("no/such/folder"), &[]), "--output");
-    assert_refused(&attend(&input, &folder.0, &[]), "--output");
+    assert_refused(&attend(&input, &folder.path(), &[]), "--output");
     assert_eq!(folder.files(), ["in.safetensors", "out.safetensors"]);
 }

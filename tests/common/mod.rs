@@ -1,9 +1,12 @@
-//! What the integration tests share: seeded values, and owned tensors of any strides.
+//! What the integration tests share: seeded values, owned tensors of any strides, and running examples.
 
 #![allow(dead_code)] // every test binary takes what it needs
 
 use proptest::prelude::*;
 use star_attention::{Element, TensorView, TensorViewMut};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 /// SplitMix64: a case is its seed, so it shrinks and reproduces without its tensors.
 pub struct Rng(u64);
@@ -172,4 +175,54 @@ pub fn indices(shape: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
     (0..batch).flat_map(move |b| {
         (0..seq).flat_map(move |s| (0..heads).flat_map(move |h| (0..dim).map(move |d| [b, s, h, d])))
     })
+}
+
+/// A folder of its own for each test, removed with it.
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// `test` is a name that no other test takes.
+    pub fn new(test: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("{test}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// The names of all that is in it, sorted.
+    pub fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.0).unwrap();
+        let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A command that runs an example: cargo puts them beside the folder of the test binaries.
+pub fn example(name: &str) -> Command {
+    let test = std::env::current_exe().unwrap();
+    let example = test.parent().unwrap().parent().unwrap().join("examples").join(name);
+    Command::new(example.with_extension(std::env::consts::EXE_EXTENSION))
+}
+
+/// Exit code 2 and one line that holds `message`.
+pub fn assert_refused(output: &Output, message: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.contains(message), "{stderr:?} does not name {message:?}");
+    assert!(output.stdout.is_empty());
 }

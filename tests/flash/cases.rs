@@ -3,6 +3,7 @@
 use crate::common::{Layout, Rng, Tensor, layouts};
 use crate::expected::Expected;
 use proptest::prelude::*;
+use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
 use star_attention::{AttentionConfig, AttentionShape, Element, Mask};
 
@@ -43,6 +44,8 @@ pub struct Case {
     /// Of q, k, v and out.
     pub layouts: [Layout; 4],
     pub values: Values,
+    /// What the call is compiled to.
+    pub instructions: InstructionSet,
     pub seed: u64,
 }
 
@@ -130,8 +133,17 @@ pub fn configs() -> impl Strategy<Value = AttentionConfig> {
 
 pub fn cases() -> impl Strategy<Value = Case> {
     let layouts = [layouts(), layouts(), layouts(), layouts()];
-    (shapes(), configs(), layouts, values(), any::<u64>())
-        .prop_map(|(shape, config, layouts, values, seed)| Case { shape, config, layouts, values, seed })
+    let instructions = prop::sample::select(InstructionSet::available());
+    (shapes(), configs(), layouts, values(), instructions, any::<u64>()).prop_map(
+        |(shape, config, layouts, values, instructions, seed)| Case {
+            shape,
+            config,
+            layouts,
+            values,
+            instructions,
+            seed,
+        },
+    )
 }
 
 /// Queries, keys and values.
@@ -182,12 +194,16 @@ impl Case {
     }
 
     pub fn plan(&self) -> Plan {
-        Plan::new(&self.config, &self.shape).unwrap()
+        Plan::new(&self.config, &self.shape).unwrap().with_instructions(self.instructions).unwrap()
     }
 
     /// One call into an output and a workspace that hold rubbish.
     pub fn run<T: Element, O: Element>(&self, inputs: &Inputs<T>) -> (Tensor<O>, Vec<f32>) {
-        let plan = self.plan();
+        self.run_plan(&self.plan(), inputs)
+    }
+
+    /// The same under a plan made before.
+    pub fn run_plan<T: Element, O: Element>(&self, plan: &Plan, inputs: &Inputs<T>) -> (Tensor<O>, Vec<f32>) {
         let mut workspace = vec![f32::NAN; plan.workspace_len()];
         let mut out = self.output();
         let mut lse = vec![RUBBISH; self.shape.lse_len()];

@@ -1,7 +1,7 @@
 //! Bad input: a typed error that names the argument, and nothing written.
 
 use star_attention::cpu::flash::{self, Plan};
-use star_attention::cpu::reference;
+use star_attention::cpu::{InstructionSet, reference};
 use star_attention::{AttentionConfig, AttentionShape, Error, Mask, Result, TensorView, TensorViewMut};
 
 /// The kind of an error and the argument that it names.
@@ -243,12 +243,24 @@ fn packed_offsets_that_do_not_fit() {
     ] {
         refused(&ONE, &[0, 1, 1, 3], wrong, "key_offsets");
     }
-    refused(&ONE, &[], &[0, 5], "query_offsets");
-    refused(&ONE, &[0, 3], &[], "key_offsets");
-    refused(&ONE, &[3], &[0, 5], "query_offsets");
+    refused(&ONE, &[], &[], "query_offsets");
+    refused(&ONE, &[3], &[5], "query_offsets");
     // As many sequences of keys as of queries.
+    refused(&ONE, &[], &[0, 5], "key_offsets");
+    refused(&ONE, &[0, 3], &[], "key_offsets");
     refused(&ONE, &[0, 3], &[0, 2, 5], "key_offsets");
     refused(&ONE, &[0, 1, 3], &[0, 5], "key_offsets");
     let error = Plan::packed(&AttentionConfig::default(), &SHAPE, &[0, 3], &[0, 5]).unwrap_err();
-    assert_eq!(named(error).1, "batch");
+    assert_eq!(named(error), ("shape", "query"));
+}
+
+#[test]
+fn instructions_that_the_cpu_has_not_got() {
+    let available = InstructionSet::available();
+    assert_eq!(available.first(), Some(&InstructionSet::Portable));
+    assert_eq!(available.last(), Some(&InstructionSet::best()));
+    let foreign = if cfg!(target_arch = "x86_64") { InstructionSet::Neon } else { InstructionSet::Avx2 };
+    assert!(!available.contains(&foreign));
+    let plan = Plan::new(&AttentionConfig::default(), &SHAPE).unwrap();
+    assert_eq!(named(plan.with_instructions(foreign).unwrap_err()), ("value", "instructions"));
 }

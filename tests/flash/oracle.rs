@@ -2,42 +2,50 @@
 
 use crate::cases::{Case, Inputs, RUBBISH, cases};
 use proptest::prelude::*;
-use rayon::ThreadPoolBuilder;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use star_attention::cpu::InstructionSet;
 use star_attention::{Element, bf16, f16};
 
-/// The call gives what the definition says, writes nothing else, and does not depend on what it finds in the workspace
-/// or on whether the log-sum-exp is asked for.
+/// On any instructions the call gives what the definition says, writes nothing else, and does not depend on what it
+/// finds in the workspace or on whether the log-sum-exp is asked for.
 fn equals_the_oracle<T: Element, O: Element>(case: &Case) -> Result<(), TestCaseError> {
     let inputs = case.inputs::<T>();
     let expected = case.expected(&inputs);
     let Inputs { query, key, value } = &inputs;
-    let plan = case.plan();
-    let mut workspace = vec![f32::NAN; plan.workspace_len()];
-    let mut out = case.output::<O>();
-    let mut lse = vec![RUBBISH; case.shape.lse_len()];
-    plan.run(query.view(), key.view(), value.view(), out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
-    expected.check_lse(&lse)?;
-    expected.check_out(out.values())?;
-    prop_assert!(out.padding_is(RUBBISH), "wrote between the rows of out");
+    for instructions in InstructionSet::available() {
+        let on = |error: TestCaseError| TestCaseError::fail(format!("{instructions:?}: {error}"));
+        let plan = case.plan().with_instructions(instructions).unwrap();
+        let mut workspace = vec![f32::NAN; plan.workspace_len()];
+        let mut out = case.output::<O>();
+        let mut lse = vec![RUBBISH; case.shape.lse_len()];
+        let (q, k, v) = (query.view(), key.view(), value.view());
+        plan.run(q, k, v, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+        expected.check_lse(&lse).map_err(on)?;
+        expected.check_out(out.values()).map_err(on)?;
+        prop_assert!(out.padding_is(RUBBISH), "{instructions:?} wrote between the rows of out");
 
-    let mut again = case.output::<O>();
-    plan.run(query.view(), key.view(), value.view(), again.view_mut(), None, &mut workspace).unwrap();
-    prop_assert_eq!(out.bits(), again.bits(), "a used workspace, or no log-sum-exp, changes the output");
-    prop_assert!(again.padding_is(RUBBISH), "wrote between the rows of out");
+        let mut again = case.output::<O>();
+        plan.run(q, k, v, again.view_mut(), None, &mut workspace).unwrap();
+        prop_assert!(out.bits() == again.bits(), "a used workspace, or no log-sum-exp, changes the output");
+        prop_assert!(again.padding_is(RUBBISH), "{instructions:?} wrote between the rows of out");
+    }
     Ok(())
 }
 
-/// As many threads as there are, the bits are the same.
+/// However many threads there are, when the plan is made or when it runs, the bits are the same.
 fn same_on_any_threads<T: Element, O: Element>(case: &Case) -> Result<(), TestCaseError> {
     let inputs = case.inputs::<T>();
-    let run = |threads| {
-        let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let (out, lse) = pool.install(|| case.run::<T, O>(&inputs));
+    let pools = [1, 2, 3].map(|threads| ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
+    let run = |planning: &ThreadPool, running: &ThreadPool| {
+        let plan = planning.install(|| case.plan());
+        let (out, lse) = running.install(|| case.run_plan::<T, O>(&plan, &inputs));
         (out.bits(), lse.into_iter().map(f32::to_bits).collect::<Vec<_>>())
     };
-    let one = run(1);
-    for threads in [2, 3] {
-        prop_assert!(one == run(threads), "{threads} threads give other bits than one");
+    let [one, two, three] = &pools;
+    let alone = run(one, one);
+    for (planning, running) in [(two, two), (three, three), (three, one), (one, three)] {
+        let threads = [planning, running].map(ThreadPool::current_num_threads);
+        prop_assert!(alone == run(planning, running), "other bits on {threads:?} threads than on one");
     }
     Ok(())
 }

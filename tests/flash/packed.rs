@@ -4,6 +4,7 @@ use crate::cases::{RUBBISH, configs, head_dims};
 use crate::common::{Layout, Rng, Tensor, layouts};
 use crate::expected::Expected;
 use proptest::prelude::*;
+use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
 use star_attention::{AttentionConfig, AttentionShape, Element, bf16, f16};
 
@@ -16,6 +17,7 @@ struct Packed {
     head_dim: usize,
     config: AttentionConfig,
     layouts: [Layout; 4],
+    instructions: InstructionSet,
     seed: u64,
 }
 
@@ -38,14 +40,21 @@ fn packed() -> impl Strategy<Value = Packed> {
         lens
     });
     let layouts = [layouts(), layouts(), layouts(), layouts()];
-    (lens, 1..=3usize, 1..=4usize, head_dims(), configs(), layouts, any::<u64>()).prop_map(
-        |(lens, kv_heads, group, head_dim, config, layouts, seed)| {
+    (
+        lens,
+        1..=3usize,
+        1..=4usize,
+        head_dims(),
+        configs(),
+        (layouts, prop::sample::select(InstructionSet::available())),
+        any::<u64>(),
+    )
+        .prop_map(|(lens, kv_heads, group, head_dim, config, (layouts, instructions), seed)| {
             // Keeps the oracle's work small.
             let (kv_heads, group) =
                 if head_dim > 64 { (1 + kv_heads % 2, group.min(2)) } else { (kv_heads, group) };
-            Packed { lens, kv_heads, group, head_dim, config, layouts, seed }
-        },
-    )
+            Packed { lens, kv_heads, group, head_dim, config, layouts, instructions, seed }
+        })
 }
 
 fn each_sequence_stands_alone<T: Element, O: Element>(packed: &Packed) -> Result<(), TestCaseError> {
@@ -68,7 +77,9 @@ fn each_sequence_stands_alone<T: Element, O: Element>(packed: &Packed) -> Result
     let mut out = Tensor::<O>::new("out", shape.query_shape(), out_layout, RUBBISH, |_| f32::NAN);
     let mut lse = vec![RUBBISH; shape.lse_len()];
 
-    let plan = Plan::packed(&packed.config, &shape, &query_offsets, &key_offsets).unwrap();
+    let plan = Plan::packed(&packed.config, &shape, &query_offsets, &key_offsets)
+        .and_then(|plan| plan.with_instructions(packed.instructions))
+        .unwrap();
     let mut workspace = vec![f32::NAN; plan.workspace_len()];
     plan.run(query.view(), key.view(), value.view(), out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
 

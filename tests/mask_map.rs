@@ -1,0 +1,76 @@
+//! `examples/mask_map`: the picture in docs/ is what it draws, and bad options are refused.
+
+mod common;
+
+use common::{Folder, assert_refused, example};
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+
+fn mask_map(output: &Path, options: &[&str]) -> Output {
+    let mut command = example("mask_map");
+    command.arg("--output").arg(output).args(options);
+    command.output().expect("examples/mask_map, which `cargo test` builds with the tests")
+}
+
+#[test]
+fn the_committed_picture_is_what_it_draws() {
+    let folder = Folder::new("mask-map-picture");
+    let drawn = folder.file("star-mask.svg");
+    let result = mask_map(&drawn, &[]);
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/star-mask.svg");
+    let [drawn, committed] = [drawn, committed].map(|path| fs::read_to_string(path).unwrap());
+    assert!(drawn == committed, "run `cargo run --example mask_map`");
+}
+
+/// Blocks of 8 behind an anchor of 4: 36 cells in the triangle of each, 32 of the anchor, 4 x 8 in phase 2, and
+/// the 10 of the query's own triangle on the last host.
+#[test]
+fn the_table_counts_cells() {
+    let folder = Folder::new("mask-map-table");
+    let result = mask_map(&folder.file("map.svg"), &[]);
+    let text = String::from_utf8(result.stdout).unwrap();
+    let cells: Vec<Vec<&str>> =
+        text.lines().skip(1).map(|line| line.split_whitespace().skip(3).collect()).collect();
+    assert_eq!(cells, [["36", "32"], ["68", "32"], ["68", "32"], ["68", "42"]]);
+}
+
+#[test]
+fn every_layout_can_be_drawn() {
+    let folder = Folder::new("mask-map-layouts");
+    let drawn = folder.file("map.svg");
+    for options in [
+        &["--context-len", "1", "--block-len", "1", "--anchor-len", "0", "--hosts", "1", "--query-len", "1"]
+            [..],
+        &["--context-len", "30", "--hosts", "7", "--anchor-len", "8"],
+        &["--context-len", "300", "--block-len", "32", "--hosts", "3", "--query-len", "50"],
+        &["--context-len", "5", "--block-len", "100", "--anchor-len", "100", "--hosts", "20"],
+    ] {
+        let result = mask_map(&drawn, options);
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+        let svg = fs::read_to_string(&drawn).unwrap();
+        assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
+        assert!(svg.len() < 64 << 10, "{} bytes for {options:?}", svg.len());
+    }
+    assert_eq!(folder.files(), ["map.svg"]);
+}
+
+#[test]
+fn bad_options() {
+    let folder = Folder::new("mask-map-options");
+    for (options, message) in [
+        (["--context-len", "0"], "--context-len"),
+        (["--context-len", "1000000"], "--context-len"),
+        (["--context-len", "many"], "--context-len"),
+        (["--block-len", "0"], "block_len"),
+        (["--anchor-len", "9"], "anchor_len"),
+        (["--hosts", "0"], "--hosts"),
+        (["--query-len", "0"], "--query-len"),
+        (["--colour", "blue"], "--colour"),
+    ] {
+        assert_refused(&mask_map(&folder.file("map.svg"), &options), message);
+    }
+    assert_refused(&mask_map(&folder.file("no/folder/map.svg"), &[]), "--output");
+    assert_eq!(folder.files(), Vec::<String>::new());
+}
