@@ -192,6 +192,6 @@ fn bad_options() {
         assert_eq!(fs::read(&output).unwrap(), b"kept");
     }
     assert_refused(&attend(&input, &folder.file("no/such/folder"), &[]), "--output");
-    assert_refused(&attend(&input, &folder.path(), &[]), "--output");
+    assert_refused(&attend(&input, folder.path(), &[]), "--output");
     assert_eq!(folder.files(), ["in.safetensors", "out.safetensors"]);
 }

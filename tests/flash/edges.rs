@@ -2,13 +2,14 @@
 
 use crate::common::{Layout, Rng, Tensor};
 use crate::expected::Expected;
+use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::{self, Plan};
 use star_attention::{AttentionConfig, AttentionShape, Error, Mask, TensorView, TensorViewMut};
 
 const STAR: Mask = Mask::Star { anchor_len: 3, block_len: 8, first_block_len: 3 };
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
 
-/// One call on normal f32 values, compared with the oracle; gives output and log-sum-exp.
+/// A call on normal f32 values on all instructions, compared with the oracle; gives output and log-sum-exp of the last.
 fn check(
     mask: Mask,
     [batch, query_len, key_len]: [usize; 3],
@@ -20,14 +21,23 @@ fn check(
     let key = Tensor::<f32>::normal("key", [batch, key_len, heads[1], dim], &mut rng);
     let value = Tensor::<f32>::normal("value", [batch, key_len, heads[1], dim], &mut rng);
     let config = AttentionConfig::new(mask);
-    let mut out = Tensor::<f32>::contiguous("out", query.shape(), |_| f32::NAN);
-    let mut lse = vec![f32::NAN; batch * heads[0] * query_len];
-    flash::attention(&config, query.view(), key.view(), value.view(), out.view_mut(), Some(&mut lse))
-        .unwrap();
     let expected = Expected::of(&config, &query, &key, &value, false);
-    expected.check_out(out.values()).unwrap();
-    expected.check_lse(&lse).unwrap();
-    (out.values().collect(), lse)
+    let (q, k, v) = (query.view(), key.view(), value.view());
+    let shape = AttentionShape::of(&q, &k, &v).unwrap();
+    let results: Vec<_> = InstructionSet::available()
+        .into_iter()
+        .map(|instructions| {
+            let plan = Plan::new(&config, &shape).unwrap().with_instructions(instructions).unwrap();
+            let mut out = Tensor::<f32>::contiguous("out", query.shape(), |_| f32::NAN);
+            let mut lse = vec![f32::NAN; shape.lse_len()];
+            let mut workspace = vec![f32::NAN; plan.workspace_len()];
+            plan.run(q, k, v, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+            expected.check_out(out.values()).unwrap();
+            expected.check_lse(&lse).unwrap();
+            (out.values().collect(), lse)
+        })
+        .collect();
+    results.into_iter().next_back().unwrap()
 }
 
 #[test]
