@@ -113,7 +113,8 @@ impl AttentionShape {
     }
 
     /// # Errors
-    /// [`Error::Shape`] if heads or head_dim are 0, or the query heads are no multiple of the KV heads.
+    /// [`Error::Shape`] if heads or head_dim are 0, the query heads are no multiple of the KV heads, or a tensor of these extents
+    /// could not be addressed.
     pub fn validate(&self) -> Result<()> {
         if self.head_dim == 0 {
             return Err(Error::shape("query", "head_dim of at least 1", "0"));
@@ -124,6 +125,13 @@ impl AttentionShape {
         if self.query_heads == 0 || !self.query_heads.is_multiple_of(self.kv_heads) {
             let expected = format!("heads a multiple of the {} KV heads", self.kv_heads);
             return Err(Error::shape("query", expected, self.query_heads.to_string()));
+        }
+        for (argument, shape) in [("query", self.query_shape()), ("key", self.key_shape())] {
+            // Empty axes count as one, so that products of any of the extents are in range.
+            let elements = shape.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
+            if elements.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+                return Err(Error::shape(argument, "extents that can be addressed", format!("{shape:?}")));
+            }
         }
         Ok(())
     }

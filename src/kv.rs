@@ -23,7 +23,7 @@ impl<T: Element> KvShard<T> {
     /// An empty shard with room for `capacity` tokens of each of `batch` sequences.
     ///
     /// # Errors
-    /// [`Error::Value`] if an extent but the capacity is 0, or the size does not fit in memory's address range.
+    /// [`Error::Value`] if an extent but the capacity is 0, or memory has no room for so many tokens.
     pub fn new(batch: usize, kv_heads: usize, head_dim: usize, capacity: usize) -> Result<Self> {
         for (argument, extent) in [("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim)] {
             if extent == 0 {
@@ -33,9 +33,17 @@ impl<T: Element> KvShard<T> {
         let elements = [batch, kv_heads, head_dim]
             .iter()
             .try_fold(capacity, |n, &extent| n.checked_mul(extent))
-            .filter(|n| n.checked_mul(T::DTYPE.size()).is_some_and(|bytes| isize::try_from(bytes).is_ok()))
             .ok_or_else(|| Error::value("capacity", "a size that can be addressed", capacity))?;
-        let (keys, values) = (vec![T::default(); elements], vec![T::default(); elements]);
+        let buffer = || {
+            let mut buffer = Vec::new();
+            buffer.try_reserve_exact(elements).map(|()| {
+                buffer.resize(elements, T::default());
+                buffer
+            })
+        };
+        let (Ok(keys), Ok(values)) = (buffer(), buffer()) else {
+            return Err(Error::value("capacity", "a size that memory has room for", capacity));
+        };
         Ok(Self { keys, values, batch, kv_heads, head_dim, capacity, len: 0 })
     }
 

@@ -39,7 +39,8 @@ impl<T: Element> Partial<'_, T> {
 }
 
 fn check_lse(argument: &'static str, [batch, seq, heads, _]: [usize; 4], lse: &[f32]) -> Result<()> {
-    if lse.len() != batch * heads * seq {
+    let rows = batch.checked_mul(heads).and_then(|rows| rows.checked_mul(seq));
+    if rows != Some(lse.len()) {
         let expected = format!("lse {:?}", [batch, heads, seq]);
         return Err(Error::shape(argument, expected, format!("{} elements", lse.len())));
     }

@@ -72,7 +72,7 @@ pub(crate) mod sealed {
     }
 }
 
-/// An element of a tensor: [`f32`], [`f16`] or [`bf16`].
+/// An element of a tensor: [`f32`], [`struct@f16`] or [`bf16`].
 pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
     /// The run-time name of the type.
     const DTYPE: DType;
@@ -130,8 +130,15 @@ impl Strided {
     ///
     /// Axes must nest: taken from the smallest stride up, each one steps over all that lies below it. Any
     /// permutation and any padding passes; only interleaved axes, which no framework makes, are refused.
-    fn new(argument: &'static str, len: usize, shape: [usize; 4], strides: [usize; 4]) -> Result<Self> {
-        let got = || format!("{strides:?} for shape {shape:?}");
+    fn new(argument: &'static str, len: usize, shape: [usize; 4], mut strides: [usize; 4]) -> Result<Self> {
+        let given = strides;
+        let got = || format!("{given:?} for shape {shape:?}");
+        // Steps that are never taken may be anything; as 0 they do no harm in address arithmetic.
+        for axis in 0..4 {
+            if shape[axis] <= 1 || shape.contains(&0) {
+                strides[axis] = 0;
+            }
+        }
         if shape.contains(&0) {
             return Ok(Self { shape, strides });
         }
@@ -162,7 +169,9 @@ impl Strided {
             return Err(Error::shape(argument, format!("of {len} elements"), format!("{shape:?}")));
         }
         let [_, seq, heads, dim] = shape;
-        Ok(Self { shape, strides: [seq * heads * dim, heads * dim, dim, 1] })
+        // Without elements no step is taken, and the products may be out of range.
+        let strides = if len == 0 { [0; 4] } else { [seq * heads * dim, heads * dim, dim, 1] };
+        Ok(Self { shape, strides })
     }
 
     fn offset(&self, index: [usize; 4]) -> usize {
@@ -226,7 +235,7 @@ impl<'a, T: Element> TensorView<'a, T> {
         self.layout.shape
     }
 
-    /// The strides of `[batch, seq, heads, dim]`, in elements.
+    /// The strides of `[batch, seq, heads, dim]`, in elements; 0 where [`new`](Self::new) was given an axis of one element or none.
     pub fn strides(&self) -> [usize; 4] {
         self.layout.strides
     }
@@ -296,7 +305,7 @@ impl<'a, T: Element> TensorViewMut<'a, T> {
         self.layout.shape
     }
 
-    /// The strides of `[batch, seq, heads, dim]`, in elements.
+    /// The strides of `[batch, seq, heads, dim]`, in elements; 0 where [`new`](Self::new) was given an axis of one element or none.
     pub fn strides(&self) -> [usize; 4] {
         self.layout.strides
     }

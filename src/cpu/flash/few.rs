@@ -5,7 +5,7 @@
 
 use super::rows::{Rows, pack_words};
 use super::tile::{Inputs, Piece};
-use crate::cpu::simd::{Simd, load, store};
+use crate::cpu::simd::{Product, Simd, load, prefetch, store};
 use crate::tensor::sealed::AnySlice;
 use half::{bf16, f16};
 
@@ -15,6 +15,8 @@ pub(super) const ROWS: usize = 16;
 const KEYS: usize = 32;
 /// Keys that are worked on at a time.
 const BLOCK: usize = 4;
+/// Keys by which reading runs ahead of computing where rows lie apart.
+const AHEAD: usize = 8;
 /// Heads are padded to whole blocks of so many vectors.
 const WIDTH: usize = 8;
 /// The widest vector of any instruction set.
@@ -84,7 +86,7 @@ impl<'a, T: Load> Run<'a, T> {
     /// The rows of the entries from `start` on, to the next gap in the list of keys.
     #[inline(always)]
     fn new(source: &Rows<'a>, piece: &Piece, start: usize) -> Self {
-        let data = source.from_row(piece.batch, piece.key(start), piece.kv_head);
+        let data = source.rows_from(piece.batch, piece.key(start), piece.kv_head);
         Self { data: T::rows(data), stride: source.seq_stride() }
     }
 
@@ -92,27 +94,44 @@ impl<'a, T: Load> Run<'a, T> {
     fn row(&self, index: usize, head_dim: usize) -> &'a [T] {
         &self.data[index * self.stride..][..head_dim]
     }
+
+    /// Asks for the rows of the block that comes [`AHEAD`] of this one, if they lie apart: the hardware foresees only
+    /// contiguous rows, and those it foresees better.
+    #[inline(always)]
+    fn prefetch(&self, first: usize, head_dim: usize) {
+        if self.stride < 2 * head_dim {
+            return;
+        }
+        for index in first + AHEAD..first + AHEAD + BLOCK {
+            let start = index * self.stride;
+            if start + head_dim <= self.data.len() {
+                prefetch(&self.data[start..start + head_dim]);
+            }
+        }
+    }
 }
 
 /// Computes one piece of at most [`ROWS`] rows that all see `piece.entries`. `write(row, out, lse)` gets each row's result.
 #[inline(always)]
-pub(super) fn attend<S: Simd>(
+pub(super) fn attend<S: Simd, P: Product<S>>(
     simd: S,
+    product: P,
     inputs: &Inputs<'_>,
     piece: &Piece,
     scratch: &mut [f32],
     write: impl FnMut(usize, &[f32], f32),
 ) {
     match inputs.key.elements() {
-        AnySlice::F32(_) => attend_as::<S, f32>(simd, inputs, piece, scratch, write),
-        AnySlice::F16(_) => attend_as::<S, f16>(simd, inputs, piece, scratch, write),
-        AnySlice::BF16(_) => attend_as::<S, bf16>(simd, inputs, piece, scratch, write),
+        AnySlice::F32(_) => attend_as::<S, P, f32>(simd, product, inputs, piece, scratch, write),
+        AnySlice::F16(_) => attend_as::<S, P, f16>(simd, product, inputs, piece, scratch, write),
+        AnySlice::BF16(_) => attend_as::<S, P, bf16>(simd, product, inputs, piece, scratch, write),
     }
 }
 
 #[inline(always)]
-fn attend_as<S: Simd, T: Load>(
+fn attend_as<S: Simd, P: Product<S>, T: Load>(
     simd: S,
+    product: P,
     inputs: &Inputs<'_>,
     piece: &Piece,
     scratch: &mut [f32],
@@ -130,10 +149,17 @@ fn attend_as<S: Simd, T: Load>(
     out.fill(0.0);
     for (row, query) in query.chunks_exact_mut(width).take(rows).enumerate() {
         let (token, head) = piece.place(row);
-        pack_words::<1>(inputs.query.row(piece.batch, token, head), query);
+        let row = inputs.query.row(piece.batch, token, head);
+        if P::ELEMENTS == 1 { pack_words::<1>(row, query) } else { pack_words::<2>(row, query) }
     }
 
-    let block = Block::<S, T> { simd, head_dim: inputs.head_dim, width, element: std::marker::PhantomData };
+    let block = Block::<S, P, T> {
+        simd,
+        product,
+        head_dim: inputs.head_dim,
+        width,
+        element: std::marker::PhantomData,
+    };
     let mut start = piece.entries.start;
     while start < piece.entries.end {
         let count = KEYS.min(piece.run(start).end - start);
@@ -145,6 +171,8 @@ fn attend_as<S: Simd, T: Load>(
             for (i, row) in block_keys.iter_mut().enumerate() {
                 *row = keys.row((first + i).min(count - 1), inputs.head_dim);
             }
+            keys.prefetch(first, inputs.head_dim);
+            values.prefetch(first, inputs.head_dim);
             // Loops and no closures: those are compiled without the vector instructions unless they are inlined.
             let mut row = 0;
             while row < rows {
@@ -162,9 +190,9 @@ fn attend_as<S: Simd, T: Load>(
             let scores = &mut scores[row * KEYS..][..KEYS];
             alpha[row] = softmax(simd, factor, softcap, scores, count, &mut max[row], &mut sum[row]);
         }
-        // Sixteen sums fill the registers: of short heads four rows by four vectors, of longer ones two by eight,
-        // so that the values too are read in order.
-        let wide = inputs.head_dim > BLOCK * S::LANES;
+        // Sixteen sums fill the registers. f32 values of longer heads go through two rows by eight vectors, so that they too
+        // are read in order; halves through four by four, so that they are converted once.
+        let wide = inputs.head_dim > BLOCK * S::LANES && size_of::<T>() == size_of::<f32>();
         let mut row = 0;
         while row < rows {
             let (out, scores, alpha) = (&mut out[row * width..], &scores[row * KEYS..], &alpha[row..]);
@@ -248,14 +276,17 @@ fn softmax<S: Simd>(
 
 /// The register blocks: up to four rows by four keys, or by four vectors of columns.
 #[derive(Clone, Copy)]
-struct Block<S, T> {
+struct Block<S, P, T> {
     simd: S,
+    product: P,
     head_dim: usize,
     width: usize,
     element: std::marker::PhantomData<T>,
 }
 
-impl<S: Simd, T: Load> Block<S, T> {
+// Register blocks are arrays that are indexed by constants once the loops are unrolled.
+#[allow(clippy::needless_range_loop)]
+impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
     /// The vector of elements from `at` on, zero past the head's end.
     #[inline(always)]
     fn load<const FULL: bool>(&self, row: &[T], at: usize) -> S::V {
@@ -265,36 +296,50 @@ impl<S: Simd, T: Load> Block<S, T> {
             return unsafe { T::load(self.simd, row.as_ptr()) };
         }
         let mut tail = [T::default(); WIDEST];
-        for i in at..self.head_dim.min(at + S::LANES) {
-            tail[i - at] = row[i];
-        }
+        let rest = &row[at.min(self.head_dim)..self.head_dim.min(at + S::LANES)];
+        tail[..rest.len()].copy_from_slice(rest);
         // SAFETY: `tail` holds the widest vector.
         unsafe { T::load(self.simd, tail.as_ptr()) }
+    }
+
+    /// A vector of words of the product: elements as f32, or pairs of elements as they lie.
+    ///
+    /// # Safety
+    /// `P::ELEMENTS * S::LANES` elements must be readable at `from`.
+    #[inline(always)]
+    unsafe fn load_words(&self, from: *const T) -> S::V {
+        // SAFETY: the caller's promise; pairs are of two bytes each.
+        unsafe { if P::ELEMENTS == 1 { T::load(self.simd, from) } else { self.simd.load(from.cast()) } }
     }
 
     /// `scores[r][i] = query[r] · keys[i]`, one key after the other, so that they stream from memory in order.
     #[inline(always)]
     fn scores<const R: usize>(&self, query: &[f32], keys: [&[T]; BLOCK], scores: &mut [f32]) {
         let simd = self.simd;
-        let whole = self.head_dim - self.head_dim % S::LANES;
+        let elements = P::ELEMENTS * S::LANES;
+        let whole = self.head_dim - self.head_dim % elements;
         let mut sums = [[simd.splat(0.0); BLOCK]; R];
         assert!(query.len() >= R * self.width && keys.iter().all(|key| key.len() >= whole));
         for (i, key) in keys.into_iter().enumerate() {
             let mut products = [simd.splat(0.0); R];
-            for at in (0..whole).step_by(S::LANES) {
+            for at in (0..whole).step_by(elements) {
                 // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted above.
                 unsafe {
-                    let key = T::load(simd, key.as_ptr().add(at));
+                    let key = self.load_words(key.as_ptr().add(at));
                     for r in 0..R {
-                        let query = simd.load(query.as_ptr().add(r * self.width + at));
-                        products[r] = simd.fma(query, key, products[r]);
+                        let query = simd.load(query.as_ptr().add(r * self.width + at / P::ELEMENTS));
+                        products[r] = self.product.fma(query, key, products[r]);
                     }
                 }
             }
             if whole < self.head_dim {
-                let key = self.load::<false>(key, whole);
+                let mut tail = [T::default(); 2 * WIDEST];
+                tail[..self.head_dim - whole].copy_from_slice(&key[whole..self.head_dim]);
+                // SAFETY: `tail` holds the longest vector of words.
+                let key = unsafe { self.load_words(tail.as_ptr()) };
                 for r in 0..R {
-                    products[r] = simd.fma(load(simd, &query[r * self.width + whole..]), key, products[r]);
+                    let query = load(simd, &query[r * self.width + whole / P::ELEMENTS..]);
+                    products[r] = self.product.fma(query, key, products[r]);
                 }
             }
             for r in 0..R {

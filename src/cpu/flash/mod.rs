@@ -330,21 +330,22 @@ impl Task for Worker<'_> {
 
     #[inline(always)]
     fn run<S: Simd, P: Product<S>>(self, simd: S, product: P) {
-        let splits = self.plan.splits;
-        let total = self.plan.pieces() * splits;
+        let pieces = self.plan.pieces();
+        let total = pieces * self.plan.splits;
         loop {
             let taken = self.next.fetch_add(1, Ordering::Relaxed);
             if taken >= total {
                 return;
             }
-            let (index, split) = (taken / splits, taken % splits);
+            // All heads of a split before the next: in [seq, heads] layouts they share their pages.
+            let (split, index) = (taken / pieces, taken % pieces);
             let piece = self.plan.piece(index, split);
             let write = |row: usize, out: &[f32], lse: f32| {
                 (self.write)(&piece, [index, split], row, out, lse);
             };
             let one_length = !piece.segment.causal || piece.segment.rows.len() == 1;
             if one_length && piece.rows() <= few::ROWS {
-                few::attend(simd, self.inputs, &piece, self.scratch, write);
+                few::attend(simd, product, self.inputs, &piece, self.scratch, write);
             } else {
                 tile::attend(simd, product, self.inputs, &piece, self.scratch, write);
             }

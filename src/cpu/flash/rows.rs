@@ -40,7 +40,7 @@ impl<'a> Rows<'a> {
 
     /// All elements from the row of one head of one token on.
     #[inline(always)]
-    pub fn from_row(&self, batch: usize, seq: usize, head: usize) -> AnySlice<'a> {
+    pub fn rows_from(&self, batch: usize, seq: usize, head: usize) -> AnySlice<'a> {
         let len = match self.data {
             AnySlice::F32(data) => data.len(),
             AnySlice::F16(data) => data.len(),

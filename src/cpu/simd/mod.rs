@@ -247,3 +247,16 @@ pub(crate) fn store<S: Simd>(simd: S, x: S::V, to: &mut [f32]) {
     // SAFETY: as just asserted.
     unsafe { simd.store(x, to.as_mut_ptr()) }
 }
+
+/// Asks for the cache lines of a slice; only a hint.
+#[inline(always)]
+pub(crate) fn prefetch<T>(data: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(data)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing, and the line lies inside `data`.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().add(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
+}
