@@ -25,20 +25,24 @@ pub struct Partial<'a, T> {
 }
 
 impl<T: Element> Partial<'_, T> {
-    fn check(&self, expected: [usize; 4]) -> Result<()> {
+    pub(crate) fn check(&self, expected: [usize; 4]) -> Result<()> {
         check_rows("partial", expected, self.out.shape(), self.out.strides())?;
         check_lse("partial", expected, self.lse)
     }
 
     /// The output of one head of one token.
-    fn row(&self, batch: usize, seq: usize, head: usize) -> &[T] {
+    pub(crate) fn row(&self, batch: usize, seq: usize, head: usize) -> &[T] {
         let [batch_stride, seq_stride, head_stride, _] = self.out.strides();
         let start = batch * batch_stride + seq * seq_stride + head * head_stride;
         &self.out.data()[start..start + self.out.shape()[3]]
     }
 }
 
-fn check_lse(argument: &'static str, [batch, seq, heads, _]: [usize; 4], lse: &[f32]) -> Result<()> {
+pub(crate) fn check_lse(
+    argument: &'static str,
+    [batch, seq, heads, _]: [usize; 4],
+    lse: &[f32],
+) -> Result<()> {
     let rows = batch.checked_mul(heads).and_then(|rows| rows.checked_mul(seq));
     if rows != Some(lse.len()) {
         let expected = format!("lse {:?}", [batch, heads, seq]);

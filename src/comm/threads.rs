@@ -1,5 +1,211 @@
 //! The collective over threads of one process.
+//!
+//! Each rank posts its message in a slot and waits until all have posted theirs: one synchronisation for each collective. A rank has
+//! two slots, used in turn: it can post message `n + 2` only after all have posted `n + 1`, and so after all have read message `n`.
 
-/// One rank of a group of threads (being written).
+use super::{Collective, Traffic};
+use crate::{Error, Result};
+use std::cell::Cell;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// How long a rank waits for the others unless told otherwise.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// One rank of a group of threads: hand each to its thread.
+///
+/// A rank that is dropped, by a panic too, has left the group: the others get [`Error::Disconnected`] from the first collective that it
+/// has not posted its part of, and at once; what it has posted they still receive. A rank that is late makes the others
+/// return [`Error::Timeout`]. Ranks that call different collectives, or with different lengths, all get [`Error::Peer`].
 #[derive(Debug)]
-pub struct ThreadGroup;
+pub struct ThreadGroup {
+    rank: usize,
+    shared: Arc<Shared>,
+    timeout: Duration,
+    posted: Cell<u64>,
+    traffic: Cell<Traffic>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    members: Mutex<Vec<Member>>,
+    changed: Condvar,
+    /// For each rank two messages, of even and of odd number.
+    slots: Vec<[RwLock<Vec<u8>>; 2]>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Member {
+    posted: u64,
+    gone: bool,
+    /// The collectives of the two slots.
+    calls: [Option<Call>; 2],
+}
+
+/// What all ranks must agree on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    AllGather { bytes: usize },
+    AllToAll { bytes: usize },
+    Broadcast { root: usize, bytes: usize },
+}
+
+impl ThreadGroup {
+    /// The ranks of a group of `size`, in order, that wait up to 30 s for each other.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a size of 0.
+    pub fn ranks(size: usize) -> Result<Vec<Self>> {
+        Self::ranks_with_timeout(size, TIMEOUT)
+    }
+
+    /// As [`ranks`](Self::ranks), with another time to wait.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a size of 0.
+    pub fn ranks_with_timeout(size: usize, timeout: Duration) -> Result<Vec<Self>> {
+        if size == 0 {
+            return Err(Error::value("size", "at least 1", size));
+        }
+        let shared = Arc::new(Shared {
+            members: Mutex::new(vec![Member::default(); size]),
+            changed: Condvar::new(),
+            slots: (0..size).map(|_| Default::default()).collect(),
+        });
+        let rank = |rank| Self {
+            rank,
+            shared: shared.clone(),
+            timeout,
+            posted: Cell::new(0),
+            traffic: Cell::default(),
+        };
+        Ok((0..size).map(rank).collect())
+    }
+
+    /// Posts `message`, waits for all, and gives `read` each rank's message in order.
+    fn exchange(
+        &self,
+        call: Call,
+        message: &[u8],
+        sent: usize,
+        mut read: impl FnMut(usize, &[u8]),
+    ) -> Result<()> {
+        let number = self.posted.get();
+        let parity = (number % 2) as usize;
+        let result = self.wait(call, message, number, parity);
+        if result.is_err() {
+            self.leave();
+            return result;
+        }
+        for (rank, slots) in self.shared.slots.iter().enumerate() {
+            read(rank, &slots[parity].read().unwrap_or_else(PoisonError::into_inner));
+        }
+        self.posted.set(number + 1);
+        let Traffic { collectives, bytes } = self.traffic.get();
+        self.traffic.set(Traffic { collectives: collectives + 1, bytes: bytes + sent as u64 });
+        Ok(())
+    }
+
+    fn wait(&self, call: Call, message: &[u8], number: u64, parity: usize) -> Result<()> {
+        if self.members()[self.rank].gone {
+            return Err(Error::Disconnected { rank: self.rank });
+        }
+        {
+            let slot = &self.shared.slots[self.rank][parity];
+            let mut slot = slot.write().unwrap_or_else(PoisonError::into_inner);
+            slot.clear();
+            slot.extend_from_slice(message);
+        }
+        let start = Instant::now();
+        let mut members = self.members();
+        members[self.rank].calls[parity] = Some(call);
+        members[self.rank].posted = number + 1;
+        self.shared.changed.notify_all();
+        while let Some(missing) = members.iter().position(|member| member.posted <= number) {
+            if let Some(rank) = members.iter().position(|member| member.posted <= number && member.gone) {
+                return Err(Error::Disconnected { rank });
+            }
+            let Some(left) = self.timeout.checked_sub(start.elapsed()).filter(|left| !left.is_zero()) else {
+                return Err(Error::Timeout { rank: missing, seconds: self.timeout.as_secs_f64() });
+            };
+            let waited = self.shared.changed.wait_timeout(members, left);
+            members = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        match members.iter().position(|member| member.calls[parity] != Some(call)) {
+            None => Ok(()),
+            Some(rank) => {
+                let got = members[rank].calls[parity].map_or_else(String::new, |call| format!("{call:?}"));
+                Err(Error::Peer { rank, argument: "call", expected: format!("{call:?}"), got })
+            }
+        }
+    }
+
+    fn members(&self) -> MutexGuard<'_, Vec<Member>> {
+        self.shared.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave(&self) {
+        self.members()[self.rank].gone = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for ThreadGroup {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl Collective for ThreadGroup {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.shared.slots.len()
+    }
+
+    fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        let bytes = send.len();
+        check_len("receive", self.size().saturating_mul(bytes), receive.len())?;
+        self.exchange(Call::AllGather { bytes }, send, (self.size() - 1) * bytes, |rank, message| {
+            receive[rank * bytes..][..bytes].copy_from_slice(message);
+        })
+    }
+
+    fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        check_len("send", send.len().next_multiple_of(self.size()), send.len())?;
+        check_len("receive", send.len(), receive.len())?;
+        let part = send.len() / self.size();
+        let call = Call::AllToAll { bytes: send.len() };
+        self.exchange(call, send, (self.size() - 1) * part, |rank, message| {
+            receive[rank * part..][..part].copy_from_slice(&message[self.rank * part..][..part]);
+        })
+    }
+
+    fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
+        if root >= self.size() {
+            return Err(Error::value("root", format!("below {}", self.size()), root));
+        }
+        let call = Call::Broadcast { root, bytes: buffer.len() };
+        if root == self.rank {
+            return self.exchange(call, buffer, (self.size() - 1) * buffer.len(), |_, _| {});
+        }
+        self.exchange(call, &[], 0, |rank, message| {
+            if rank == root {
+                buffer.copy_from_slice(message);
+            }
+        })
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.traffic.get()
+    }
+}
+
+fn check_len(argument: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected != got {
+        return Err(Error::shape(argument, format!("{expected} bytes"), format!("{got} bytes")));
+    }
+    Ok(())
+}
