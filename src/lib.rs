@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_op_in_unsafe_fn, missing_docs, clippy::undocumented_unsafe_blocks)]
 
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod comm;
 mod config;
 pub mod cpu;

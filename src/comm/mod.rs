@@ -71,7 +71,7 @@ pub fn merge_scratch_len([batch, seq, heads, dim]: [usize; 4], hosts: usize) -> 
 
 /// Merges every host's partial into `out` and `lse`, on every host, with the same bits.
 ///
-/// One all-gather of the packed `(out, lse)`, `batch · seq · heads · (4 dim + 4)` bytes a host, and an n-way [`merge`](crate::merge) in rank
+/// One all-gather of the packed `(out, lse)`, `batch · seq · heads · (4 dim + 4)` bytes a host, and an n-way [`merge`](mod@crate::merge) in rank
 /// order. `out` has the partial's shape `[batch, seq, heads, dim]`, any element type and any strides with a contiguous last axis; `lse`
 /// is `[batch, heads, seq]`. What the scratch holds does not matter.
 ///

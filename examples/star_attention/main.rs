@@ -1,0 +1,282 @@
+//! Answers from a long context with Star Attention, and with dense attention beside it.
+//!
+//! Loads a Hugging Face Llama checkpoint, encodes a context over several hosts (threads of this process), and asks for facts
+//! that stand in it. Without options: the retrieval Llama of this repository, 8,192 tokens, 4 hosts.
+
+mod config;
+mod error;
+mod haystack;
+mod host;
+mod model;
+mod report;
+mod run;
+mod table;
+mod vocabulary;
+mod weights;
+
+use candle_core::{DType, Tensor};
+use clap::{Parser, ValueEnum};
+use error::{Error, Result};
+use haystack::{ANSWER_LEN, Haystack, NEEDLE, QUERY};
+use indicatif::{ProgressBar, ProgressStyle};
+use model::Llama;
+use report::{Task, Total, answers, costs, headline, reading};
+use run::{Job, Mode, Run, run, threads_per_host, ticks};
+use star_attention::StarLayout;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+use vocabulary::Vocabulary;
+
+/// Answers from a long context with Star Attention, and with dense attention beside it.
+#[derive(Parser)]
+struct Args {
+    /// Directory of a Hugging Face Llama checkpoint [default: the retrieval Llama of this repository]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Tokens of the haystack
+    #[arg(long, default_value_t = 8192, value_name = "L", conflicts_with = "context_ids")]
+    context_len: usize,
+    /// Tokens of a block [default: context / hosts]
+    #[arg(long, value_name = "B")]
+    block_len: Option<usize>,
+    /// Tokens of the anchor, at most a block [default: a block]
+    #[arg(long, value_name = "A")]
+    anchor_len: Option<usize>,
+    /// Hosts over which the context is spread
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    hosts: usize,
+    /// Facts in the haystack
+    #[arg(long, default_value_t = 8, value_name = "N", conflicts_with = "context_ids")]
+    needles: usize,
+    /// Questions, over as many haystacks as it takes [default: one for each needle]
+    #[arg(long, value_name = "N", conflicts_with = "context_ids")]
+    queries: Option<usize>,
+    /// Seed of the haystack
+    #[arg(long, default_value_t = 0, value_name = "S", conflicts_with = "context_ids")]
+    seed: u64,
+    /// Attention over the context
+    #[arg(long, value_enum, default_value_t = Modes::Both)]
+    mode: Modes,
+    /// Type of weights, queries, keys and values [default: the checkpoint's]
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
+    /// Tokens to generate for each query
+    #[arg(long, default_value_t = ANSWER_LEN, value_name = "N")]
+    generate: usize,
+    /// Context as a JSON array of token ids, instead of a haystack
+    #[arg(long, value_name = "FILE", requires = "query_ids")]
+    context_ids: Option<PathBuf>,
+    /// Query as a JSON array of token ids
+    #[arg(long, value_name = "FILE", requires = "context_ids")]
+    query_ids: Option<PathBuf>,
+    /// Writes the logits of all query and generated tokens, f32 [tokens, vocab], as tensors `star` and `dense`
+    #[arg(long, value_name = "FILE", requires = "context_ids")]
+    save_logits: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Modes {
+    Star,
+    Dense,
+    Both,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Precision {
+    F32,
+    F16,
+    Bf16,
+}
+
+/// Each host is a thread, with threads of its own.
+const MOST_HOSTS: usize = 1024;
+/// The query host's shards have room for all generated tokens from the start.
+const MOST_GENERATED: usize = 1 << 20;
+/// Every haystack is in memory from the start.
+const MOST_QUERIES: usize = 1 << 16;
+
+fn main() -> ExitCode {
+    tame_candle();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => {
+            print!("{error}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            // The first paragraph says what is wrong; usage follows.
+            let text = error.to_string();
+            let first = text.split("\n\n").next().unwrap_or_default();
+            eprintln!("{}", first.split_whitespace().collect::<Vec<_>>().join(" "));
+            return ExitCode::from(2);
+        }
+    };
+    match answer(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Keeps candle's own threads out of the hosts' way.
+///
+/// Its element-wise operations share one pool of spinning threads, for which the hosts would queue, and every matrix product counts the
+/// machine's cores anew, by parsing a file. Both can be changed only through the environment.
+fn tame_candle() {
+    for (name, threads) in [("CANDLE_NUM_THREADS", 1), ("RAYON_NUM_THREADS", threads_per_host(1))] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: called first in `main`, when no other thread can read the environment.
+            unsafe { std::env::set_var(name, threads.to_string()) };
+        }
+    }
+}
+
+fn answer(args: &Args) -> Result<()> {
+    within("--generate", args.generate, MOST_GENERATED)?;
+    within("--hosts", args.hosts, MOST_HOSTS)?;
+    if let Some(queries) = args.queries {
+        within("--queries", queries, MOST_QUERIES)?;
+    }
+    if let Some(path) = &args.save_logits {
+        check_writable(path)?;
+    }
+    let directory = args
+        .model
+        .clone()
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/retrieval-llama"));
+    if !directory.is_dir() {
+        return Err(Error::input("--model", format!("no directory {}", directory.display())));
+    }
+    let vocabulary = Vocabulary::read(&directory)?;
+    let dtype = args.dtype.map(|dtype| match dtype {
+        Precision::F32 => DType::F32,
+        Precision::F16 => DType::F16,
+        Precision::Bf16 => DType::BF16,
+    });
+    let model = Llama::load(&directory, dtype)?;
+    let tasks = tasks(args, &model, &vocabulary)?;
+    let context_len = tasks[0].context.len();
+    let block_len = args.block_len.unwrap_or_else(|| context_len.div_ceil(args.hosts.max(1)).max(1));
+    let layout = StarLayout::new(context_len, block_len, args.anchor_len.unwrap_or(block_len), args.hosts)?;
+    let modes = match args.mode {
+        Modes::Star => vec![("star", Mode::Star(layout))],
+        Modes::Dense => vec![("dense", Mode::Dense)],
+        Modes::Both => vec![("star", Mode::Star(layout)), ("dense", Mode::Dense)],
+    };
+    println!("{}", headline(&model, &tasks, layout));
+    let results = modes
+        .iter()
+        .map(|&(name, mode)| Ok((name, total(args, &model, name, mode, &tasks)?)))
+        .collect::<Result<Vec<_>>>()?;
+    print!(
+        "\n{}\n{}",
+        answers(&vocabulary, &tasks, &results),
+        costs(&model, args.generate, &tasks, &results)
+    );
+    println!("\n{}", reading(args.hosts));
+    if let Some(path) = &args.save_logits {
+        save_logits(path, &results)?;
+    }
+    Ok(())
+}
+
+/// Refuses 0, and numbers that no run could end with.
+fn within(argument: &str, number: usize, most: usize) -> Result<()> {
+    if (1..=most).contains(&number) {
+        return Ok(());
+    }
+    Err(Error::input(argument, format!("expected 1 to {most}, got {number}")))
+}
+
+/// The haystacks, or the ids of the files.
+fn tasks(args: &Args, model: &Llama, vocabulary: &Vocabulary) -> Result<Vec<Task>> {
+    if let (Some(context), Some(query)) = (&args.context_ids, &args.query_ids) {
+        let (context, query) =
+            (read_ids(model, "--context-ids", context)?, read_ids(model, "--query-ids", query)?);
+        if query.is_empty() {
+            return Err(Error::input("--query-ids", "expected at least 1 id, got none"));
+        }
+        return Ok(vec![Task { context, queries: vec![query], expected: vec![None] }]);
+    }
+    if vocabulary.word(NEEDLE) != Some("<needle>") || vocabulary.word(QUERY) != Some("<query>") {
+        let reason =
+            "a haystack is written in the retrieval Llama's words; give --context-ids and --query-ids";
+        return Err(Error::input("--model", reason));
+    }
+    let mut left = args.queries.unwrap_or(args.needles);
+    let mut tasks = Vec::new();
+    while tasks.is_empty() || left > 0 {
+        let seed = args.seed.wrapping_add(tasks.len() as u64);
+        let haystack = Haystack::new(args.context_len, args.needles, seed)?;
+        let asked = &haystack.needles[..left.min(args.needles)];
+        left -= asked.len();
+        tasks.push(Task {
+            queries: asked.iter().map(|needle| needle.query()).collect(),
+            expected: asked.iter().map(|needle| Some(needle.values)).collect(),
+            context: haystack.context,
+        });
+    }
+    Ok(tasks)
+}
+
+fn read_ids(model: &Llama, argument: &str, path: &Path) -> Result<Vec<u32>> {
+    let refuse = |reason: String| Error::input(argument, format!("{}: {reason}", path.display()));
+    let text = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+    let ids: Vec<u32> = serde_json::from_slice(&text).map_err(|error| refuse(error.to_string()))?;
+    model.check_ids(argument, &ids)?;
+    Ok(ids)
+}
+
+fn total(args: &Args, model: &Llama, name: &'static str, mode: Mode, tasks: &[Task]) -> Result<Total> {
+    let jobs: Vec<Job> = tasks
+        .iter()
+        .map(|task| Job {
+            context: &task.context,
+            queries: &task.queries,
+            generate: args.generate,
+            all_logits: args.save_logits.is_some(),
+        })
+        .collect();
+    let style = ProgressStyle::with_template("{msg:5} [{elapsed_precise}] {wide_bar} {percent}% eta {eta}");
+    let bar = ProgressBar::new(jobs.iter().map(|job| ticks(model, mode, job)).sum())
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_message(name);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let runs = jobs.iter().map(|job| run(model, mode, job, &bar)).collect::<Result<Vec<Run>>>();
+    bar.finish_and_clear();
+    let runs = runs?;
+    Ok(Total {
+        encode_time: runs.iter().map(|run| run.encode_time).sum::<Duration>() / runs.len() as u32,
+        query_time: runs.iter().map(|run| run.query_time).sum(),
+        kv_bytes: runs[0].kv_bytes.clone(),
+        sent: runs.iter().map(|run| run.traffic.bytes).sum(),
+        collectives: runs.iter().map(|run| run.traffic.collectives).sum(),
+        answers: runs.into_iter().flat_map(|run| run.answers).collect(),
+    })
+}
+
+/// Refuses a file that could not be written, before the work is done.
+fn check_writable(path: &Path) -> Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !parent.is_dir() || path.is_dir() {
+        return Err(Error::input("--save-logits", format!("cannot write {}", path.display())));
+    }
+    Ok(())
+}
+
+fn save_logits(path: &Path, results: &[(&'static str, Total)]) -> Result<()> {
+    let tensors: HashMap<&str, Tensor> = results
+        .iter()
+        .filter_map(|(name, total)| Some((*name, total.answers.first()?.logits.clone()?)))
+        .collect();
+    // Written beside it first, so that no half-written file takes its place.
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(".part");
+    candle_core::safetensors::save(&tensors, Path::new(&unfinished))
+        .map_err(|error| Error::input("--save-logits", error))?;
+    std::fs::rename(&unfinished, path).map_err(|error| Error::input("--save-logits", error))
+}

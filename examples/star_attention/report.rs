@@ -1,0 +1,134 @@
+//! What was run, what was answered, and what it cost.
+
+use super::haystack::ANSWER_LEN;
+use super::model::Llama;
+use super::run::{Answer, threads_per_host};
+use super::table::{bytes, table, time};
+use super::vocabulary::Vocabulary;
+use star_attention::StarLayout;
+use std::time::Duration;
+
+/// A context and what is asked about it.
+pub struct Task {
+    pub context: Vec<u32>,
+    pub queries: Vec<Vec<u32>>,
+    /// For each query the right answer, where it is known.
+    pub expected: Vec<Option<[u32; ANSWER_LEN]>>,
+}
+
+/// All tasks of one mode together.
+pub struct Total {
+    pub answers: Vec<Answer>,
+    /// Of one context, on average.
+    pub encode_time: Duration,
+    pub query_time: Duration,
+    pub kv_bytes: Vec<usize>,
+    pub sent: u64,
+    pub collectives: u64,
+}
+
+/// What is run.
+pub fn headline(model: &Llama, tasks: &[Task], layout: StarLayout) -> String {
+    let config = &model.config;
+    format!(
+        "Llama of {} layers, {}/{} heads of {}, {:?} | {} context of {} tokens | star: {} hosts, blocks of {}, anchor of {}",
+        config.layers,
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        model.dtype,
+        tasks.len(),
+        layout.context_len(),
+        layout.hosts(),
+        layout.block_len(),
+        layout.anchor_len(),
+    )
+}
+
+/// The first queries with the answers of all modes.
+pub fn answers(vocabulary: &Vocabulary, tasks: &[Task], results: &[(&'static str, Total)]) -> String {
+    let heading = ["query", "expected"].into_iter().chain(results.iter().map(|&(name, _)| name));
+    let mut rows = vec![heading.map(str::to_owned).collect::<Vec<_>>()];
+    let asked = tasks.iter().flat_map(|task| task.queries.iter().zip(&task.expected));
+    let (count, shown) = (asked.clone().count(), 16);
+    for (index, (query, expected)) in asked.enumerate().take(shown) {
+        // A long query is known by its end.
+        let end = &query[query.len().saturating_sub(8)..];
+        let known = expected.map_or_else(|| "not known".to_owned(), |values| vocabulary.text(&values));
+        let mut row = vec![vocabulary.text(end), known];
+        row.extend(results.iter().map(|(_, total)| {
+            let answer = &total.answers[index];
+            let verdict = match expected.map(|expected| score(answer, &expected)) {
+                Some((right, of)) if right == of => " (right)",
+                Some(_) => " (wrong)",
+                None => "",
+            };
+            vocabulary.text(&answer.tokens) + verdict
+        }));
+        rows.push(row);
+    }
+    if count > shown {
+        rows.push(vec![format!("and {} more", count - shown)]);
+    }
+    table(&rows)
+}
+
+/// What each mode cost, and how often it was right: a column for each mode.
+pub fn costs(model: &Llama, generate: usize, tasks: &[Task], results: &[(&'static str, Total)]) -> String {
+    let headings = [
+        "",
+        "answers right",
+        "value tokens right",
+        "phase 1: context encoding",
+        "  speed-up over dense",
+        "phase 2: per token",
+        "KV of the context, per host",
+        "sent per layer and token",
+        "collectives per layer and token",
+    ];
+    let mut rows = headings.map(|heading| vec![heading.to_owned()]);
+    let dense = results.iter().find(|(name, _)| *name == "dense").map(|(_, dense)| dense.encode_time);
+    for (name, total) in results {
+        let expected = tasks.iter().flat_map(|task| &task.expected).zip(&total.answers);
+        let scores: Vec<(usize, usize)> =
+            expected.filter_map(|(expected, answer)| Some(score(answer, expected.as_ref()?))).collect();
+        let values: usize = scores.iter().map(|score| score.0).sum();
+        let asked: usize = scores.iter().map(|score| score.1).sum();
+        let whole = scores.iter().filter(|(right, of)| right == of).count();
+        let share = |part: usize, of: usize| match of {
+            0 => "-".to_owned(),
+            _ => format!("{part}/{of} ({:.3})", part as f64 / of as f64),
+        };
+        let encode = total.encode_time.as_secs_f64();
+        let generated = (total.answers.len() * generate) as f64;
+        let layers_tokens = generated * model.config.layers as f64;
+        let column = [
+            (*name).to_owned(),
+            share(whole, scores.len()),
+            share(values, asked),
+            time(encode),
+            dense.map_or_else(|| "-".to_owned(), |dense| format!("{:.2}x", dense.as_secs_f64() / encode)),
+            time(total.query_time.as_secs_f64() / generated),
+            bytes(total.kv_bytes.iter().copied().max().unwrap_or(0) as f64),
+            bytes(total.sent as f64 / layers_tokens),
+            format!("{:.2}", total.collectives as f64 / layers_tokens),
+        ];
+        rows.iter_mut().zip(column).for_each(|(row, cell)| row.push(cell));
+    }
+    table(&rows)
+}
+
+/// How the times are to be read.
+pub fn reading(hosts: usize) -> String {
+    let (cores, each) = (threads_per_host(1), threads_per_host(hosts));
+    format!(
+        "Wall time on this machine, whose {cores} cores dense has for itself and star's {hosts} hosts share, {each} for each: the\n\
+         speed-up is that on equal hardware. Hosts on machines of their own would have more of it."
+    )
+}
+
+/// Tokens of `answer` that are as expected, and how many there could be.
+fn score(answer: &Answer, expected: &[u32]) -> (usize, usize) {
+    let right = answer.tokens.iter().zip(expected).filter(|(got, expected)| got == expected).count();
+    (right, expected.len().min(answer.tokens.len()))
+}

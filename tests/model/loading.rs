@@ -1,0 +1,152 @@
+//! Checkpoints that load, and those that are refused.
+
+use super::checkpoint::{Directory, config, config_with, tensors, write, write_sharded};
+use super::literal::Literal;
+use super::model::Llama;
+use super::{Mode, answers, assert_logits, ids};
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use star_attention::StarLayout;
+
+/// The checkpoint, as `dtype` or its own, gives the literal model's logits.
+fn assert_loads(config: &Value, stored: DType, dtype: Option<DType>, tolerance: f64) {
+    let tensors = tensors(config, stored);
+    let directory = write(config, &tensors);
+    let model = Llama::load(directory.path(), dtype).unwrap();
+    assert_eq!(model.dtype, dtype.unwrap_or(stored));
+    let literal = Literal::new(config, &tensors);
+    let (context, query) = (ids(70, 50, 6), ids(3, 50, 7));
+    let queries = std::slice::from_ref(&query);
+    let dense = answers(&model, Mode::Dense, &context, queries, 1).unwrap();
+    assert_logits(&dense[0], &query, tolerance, |inputs| literal.dense(&context, inputs));
+    let layout = StarLayout::new(70, 16, 8, 3).unwrap();
+    let star = answers(&model, Mode::Star(layout), &context, queries, 1).unwrap();
+    assert_logits(&star[0], &query, tolerance, |inputs| literal.star(&context, 16, 8, inputs));
+}
+
+#[test]
+fn every_head_arrangement_loads() {
+    for changes in [
+        json!({ "num_key_value_heads": 4 }),
+        json!({ "num_key_value_heads": null }),
+        json!({ "num_key_value_heads": 1 }),
+        json!({ "head_dim": 12 }),
+        json!({ "tie_word_embeddings": true }),
+    ] {
+        assert_loads(&config_with(changes), DType::F32, None, 1e-4);
+    }
+}
+
+#[test]
+fn half_checkpoints_load() {
+    for (stored, unit) in [(DType::F16, 2f64.powi(-11)), (DType::BF16, 2f64.powi(-8))] {
+        // Widened, only the weights as stored count.
+        assert_loads(&config(), stored, Some(DType::F32), 1e-4);
+        // As stored, queries, keys and values are rounded too, in each of two layers with steep attention: the logits,
+        // of size 10, then move by several units.
+        assert_loads(&config(), stored, None, 20.0 * unit);
+    }
+}
+
+#[test]
+fn llama_3_1_scaling_slows_the_slow_rotations() {
+    let scaling = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256
+    });
+    let scaled = config_with(json!({ "rope_scaling": scaling }));
+    assert_loads(&scaled, DType::F32, None, 1e-4);
+    // Theta may lie beside the scaling, too.
+    let mut beside = scaling.clone();
+    beside["rope_theta"] = scaled["rope_theta"].clone();
+    let newer = config_with(json!({ "rope_theta": null, "rope_parameters": beside }));
+    let frequencies = |config: &Value| {
+        let directory = write(config, &tensors(config, DType::F32));
+        Llama::load(directory.path(), None).unwrap().config.rope_frequencies()
+    };
+    assert_eq!(frequencies(&scaled), frequencies(&newer));
+    assert_ne!(frequencies(&scaled), frequencies(&config()));
+    for plain in [json!(null), json!({ "rope_type": "default" })] {
+        assert_eq!(frequencies(&config_with(json!({ "rope_scaling": plain }))), frequencies(&config()));
+    }
+}
+
+#[test]
+fn shards_load_as_one_file_does() {
+    let (config, context, query) = (config(), ids(40, 50, 1), [ids(2, 50, 2)]);
+    let tensors = tensors(&config, DType::F32);
+    let (one, two) = (write(&config, &tensors), write_sharded(&config, &tensors));
+    let logits = |directory: &Directory| {
+        let model = Llama::load(directory.path(), None).unwrap();
+        let answers = answers(&model, Mode::Dense, &context, &query, 1).unwrap();
+        answers[0].logits.as_ref().unwrap().to_vec2::<f32>().unwrap()
+    };
+    assert_eq!(logits(&one), logits(&two));
+}
+
+/// The error of a checkpoint, which names what is wrong in one line.
+fn refused(directory: &Directory, named: &str) {
+    let error = Llama::load(directory.path(), None).err().expect("an error").to_string();
+    assert!(error.contains(named) && !error.contains('\n'), "{named:?} is not in {error:?}");
+}
+
+#[test]
+fn bad_configs_are_refused() {
+    let weights = tensors(&config(), DType::F32);
+    for (changes, named) in [
+        (json!({ "architectures": ["MistralForCausalLM"] }), "architectures"),
+        (json!({ "model_type": "qwen2" }), "model_type"),
+        (json!({ "hidden_act": "gelu" }), "hidden_act"),
+        (json!({ "attention_bias": true }), "attention_bias"),
+        (json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0 } }), "rope scaling"),
+        (json!({ "rope_scaling": { "rope_type": "llama3", "factor": 4.0 } }), "low_freq_factor"),
+        (json!({ "rope_theta": -1.0 }), "rope_theta"),
+        (json!({ "vocab_size": null }), "vocab_size"),
+        (json!({ "num_hidden_layers": 0 }), "num_hidden_layers"),
+        (json!({ "num_attention_heads": "four" }), "num_attention_heads"),
+        (json!({ "num_key_value_heads": 3 }), "num_key_value_heads"),
+        (json!({ "head_dim": 7 }), "head_dim"),
+        // Extents that the weights do not have.
+        (json!({ "intermediate_size": 64 }), "mlp.gate_proj"),
+        (json!({ "num_hidden_layers": 3 }), "model.layers.2"),
+    ] {
+        refused(&write(&config_with(changes), &weights), named);
+    }
+}
+
+#[test]
+fn bad_files_are_refused() {
+    let (config, tensors) = (config(), tensors(&config(), DType::F32));
+    let good = || write(&config, &tensors);
+
+    let directory = good();
+    std::fs::remove_file(directory.path().join("config.json")).unwrap();
+    refused(&directory, "config.json");
+    std::fs::write(directory.path().join("config.json"), "{ \"model_type\": ").unwrap();
+    refused(&directory, "config.json");
+
+    let directory = good();
+    let file = directory.path().join("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    for len in [0, 4, 100, bytes.len() - 1] {
+        std::fs::write(&file, &bytes[..len]).unwrap();
+        refused(&directory, "model.safetensors");
+    }
+    std::fs::write(&file, vec![0xff; 4096]).unwrap();
+    refused(&directory, "model.safetensors");
+    std::fs::remove_file(&file).unwrap();
+    refused(&directory, "model.safetensors");
+
+    let mut integers = tensors.clone();
+    integers.insert("model.norm.weight".into(), Tensor::ones(32, DType::I64, &Device::Cpu).unwrap());
+    refused(&write(&config, &integers), "model.norm.weight");
+
+    let directory = write_sharded(&config, &tensors);
+    std::fs::remove_file(directory.path().join("model-00002-of-00002.safetensors")).unwrap();
+    refused(&directory, "model-00002-of-00002.safetensors");
+    let index = directory.path().join("model.safetensors.index.json");
+    for map in [json!({}), json!({ "weight_map": { "x": 1 } }), json!({ "weight_map": { "x": "../x" } })] {
+        std::fs::write(&index, map.to_string()).unwrap();
+        refused(&directory, "weight_map");
+    }
+}

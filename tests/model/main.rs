@@ -1,0 +1,231 @@
+//! The example's model: star attention through the crate against Star Attention to the letter, on the same weights; its
+//! loader, and its haystacks.
+#![cfg(feature = "candle")]
+
+mod checkpoint;
+mod literal;
+
+// The example's own modules; what its command line uses is not all used here.
+#[allow(dead_code)]
+#[path = "../../examples/star_attention/config.rs"]
+mod config;
+#[allow(dead_code)]
+#[path = "../../examples/star_attention/error.rs"]
+mod error;
+#[allow(dead_code)]
+#[path = "../../examples/star_attention/haystack.rs"]
+mod haystack;
+#[allow(dead_code)]
+#[path = "../../examples/star_attention/host.rs"]
+mod host;
+#[allow(dead_code)]
+#[path = "../../examples/star_attention/model.rs"]
+mod model;
+#[allow(dead_code)]
+#[path = "../../examples/star_attention/run.rs"]
+mod run;
+#[allow(dead_code)]
+#[path = "../../examples/star_attention/weights.rs"]
+mod weights;
+
+mod haystacks;
+mod loading;
+
+use candle_core::DType;
+use checkpoint::{config, config_with, tensors, write};
+use error::{Error, Result};
+use indicatif::ProgressBar;
+use literal::Literal;
+use model::Llama;
+use run::{Answer, Job, Mode};
+use serde_json::json;
+use star_attention::StarLayout;
+use std::path::Path;
+
+/// Token ids without a pattern, the same for the same seed.
+fn ids(count: usize, vocab: u32, seed: u64) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((state >> 33) % u64::from(vocab)) as u32
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// The answers of one mode, with all logits.
+fn answers(
+    model: &Llama,
+    mode: Mode,
+    context: &[u32],
+    queries: &[Vec<u32>],
+    generate: usize,
+) -> Result<Vec<Answer>> {
+    let job = Job { context, queries, generate, all_logits: true };
+    Ok(run::run(model, mode, &job, &ProgressBar::hidden())?.answers)
+}
+
+/// Each row of the logits against the literal implementation's, run on the query and the answer's tokens.
+fn assert_logits(answer: &Answer, query: &[u32], tolerance: f64, literal: impl Fn(&[u32]) -> Vec<Vec<f64>>) {
+    let inputs = [query, &answer.tokens].concat();
+    let logits = answer.logits.as_ref().unwrap().to_vec2::<f32>().unwrap();
+    let expected = literal(&inputs);
+    assert_eq!(logits.len(), expected.len());
+    for (row, (got, expected)) in logits.iter().zip(&expected).enumerate() {
+        assert_eq!(got.len(), expected.len());
+        for (got, expected) in got.iter().zip(expected) {
+            let difference = (f64::from(*got) - expected).abs();
+            assert!(difference <= tolerance, "row {row}: {got} is not {expected}");
+        }
+    }
+    // Each token generated is the most likely one after the row before it.
+    for (index, &token) in answer.tokens.iter().enumerate() {
+        let row = &logits[query.len() + index - 1];
+        assert!(
+            row.iter().all(|&logit| logit <= row[token as usize]),
+            "token {index} is not the most likely"
+        );
+    }
+}
+
+#[test]
+fn star_equals_the_literal_per_block_encoding() {
+    let config = config();
+    let tensors = tensors(&config, DType::F32);
+    let directory = write(&config, &tensors);
+    let model = Llama::load(directory.path(), None).unwrap();
+    let literal = Literal::new(&config, &tensors);
+    let queries = [ids(1, 50, 1), ids(2, 50, 2), ids(7, 50, 3)];
+    // Context, block and anchor: even, uneven tails, short anchors, none, one block, a block of one token, no context.
+    for (context_len, block_len, anchor_len) in [
+        (64, 16, 16),
+        (61, 16, 16),
+        (61, 16, 5),
+        (50, 7, 3),
+        (33, 8, 1),
+        (40, 8, 0),
+        (20, 20, 20),
+        (20, 64, 8),
+        (5, 1, 1),
+        (0, 4, 2),
+    ] {
+        let context = ids(context_len, 50, context_len as u64);
+        for hosts in [1, 2, 3, 4, 9] {
+            let layout = StarLayout::new(context_len, block_len, anchor_len, hosts).unwrap();
+            let answers = answers(&model, Mode::Star(layout), &context, &queries, 3).unwrap();
+            for (answer, query) in answers.iter().zip(&queries) {
+                assert_eq!(answer.tokens.len(), 3);
+                assert_logits(answer, query, 1e-4, |inputs| {
+                    literal.star(&context, block_len, anchor_len, inputs)
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn dense_equals_the_literal_causal_model() {
+    let config = config();
+    let tensors = tensors(&config, DType::F32);
+    let directory = write(&config, &tensors);
+    let model = Llama::load(directory.path(), None).unwrap();
+    let literal = Literal::new(&config, &tensors);
+    let queries = [ids(1, 50, 1), ids(5, 50, 2)];
+    for context_len in [0, 1, 37, 64] {
+        let context = ids(context_len, 50, 9);
+        let answers = answers(&model, Mode::Dense, &context, &queries, 3).unwrap();
+        for (answer, query) in answers.iter().zip(&queries) {
+            assert_logits(answer, query, 1e-4, |inputs| literal.dense(&context, inputs));
+        }
+    }
+}
+
+#[test]
+fn the_retrieval_llama_equals_the_literal_one() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/retrieval-llama");
+    let config = config::read_json(&directory.join("config.json")).unwrap();
+    let tensors =
+        candle_core::safetensors::load(directory.join("model.safetensors"), &candle_core::Device::Cpu)
+            .unwrap();
+    let model = Llama::load(&directory, None).unwrap();
+    let literal = Literal::new(&config, &tensors);
+    let haystack = haystack::Haystack::new(300, 3, 5).unwrap();
+    let queries: Vec<Vec<u32>> = haystack.needles.iter().map(|needle| needle.query()).collect();
+    for (block_len, anchor_len, hosts) in [(75, 75, 4), (64, 20, 3)] {
+        let layout = StarLayout::new(300, block_len, anchor_len, hosts).unwrap();
+        let star = answers(&model, Mode::Star(layout), &haystack.context, &queries, 2).unwrap();
+        for (answer, query) in star.iter().zip(&queries) {
+            assert_logits(answer, query, 1e-4, |inputs| {
+                literal.star(&haystack.context, block_len, anchor_len, inputs)
+            });
+        }
+    }
+    let dense = answers(&model, Mode::Dense, &haystack.context, &queries, 2).unwrap();
+    for ((answer, query), needle) in dense.iter().zip(&queries).zip(&haystack.needles) {
+        assert_logits(answer, query, 1e-4, |inputs| literal.dense(&haystack.context, inputs));
+        assert_eq!(answer.tokens, needle.values);
+    }
+}
+
+/// More rows than go through the linear layers at a time.
+#[test]
+fn long_sequences_equal_the_literal_model() {
+    let config = config_with(json!({ "num_hidden_layers": 1 }));
+    let tensors = tensors(&config, DType::F32);
+    let directory = write(&config, &tensors);
+    let model = Llama::load(directory.path(), None).unwrap();
+    let literal = Literal::new(&config, &tensors);
+    let (context, query) = (ids(1300, 50, 4), ids(600, 50, 5));
+    let layout = StarLayout::new(1300, 700, 600, 2).unwrap();
+    let star = answers(&model, Mode::Star(layout), &context, std::slice::from_ref(&query), 1).unwrap();
+    assert_logits(&star[0], &query, 1e-4, |inputs| literal.star(&context, 700, 600, inputs));
+}
+
+#[test]
+fn every_run_gives_the_same_bits() {
+    let config = config();
+    let directory = write(&config, &tensors(&config, DType::F32));
+    let model = Llama::load(directory.path(), None).unwrap();
+    let (context, queries) = (ids(90, 50, 3), [ids(4, 50, 1)]);
+    let layout = StarLayout::new(90, 16, 8, 4).unwrap();
+    let run = || {
+        let answers = answers(&model, Mode::Star(layout), &context, &queries, 4).unwrap();
+        (answers[0].tokens.clone(), answers[0].logits.as_ref().unwrap().to_vec2::<f32>().unwrap())
+    };
+    let first = run();
+    for _ in 0..3 {
+        assert_eq!(run(), first);
+    }
+}
+
+#[test]
+fn a_shard_holds_the_host_s_own_tokens_only() {
+    let config = config();
+    let directory = write(&config, &tensors(&config, DType::F32));
+    let model = Llama::load(directory.path(), None).unwrap();
+    let context = ids(61, 50, 3);
+    let job = Job { context: &context, queries: &[ids(2, 50, 1)], generate: 2, all_logits: false };
+    let layout = StarLayout::new(61, 16, 16, 3).unwrap();
+    let run = run::run(&model, Mode::Star(layout), &job, &ProgressBar::hidden()).unwrap();
+    // Keys and values of 2 layers, 2 heads of 8 elements, 4 bytes each.
+    let token = 2 * 2 * 2 * 8 * 4;
+    assert_eq!(run.kv_bytes, [32 * token, 16 * token, 13 * token]);
+    assert!(run.answers[0].logits.is_none());
+}
+
+#[test]
+fn bad_jobs_are_refused() {
+    let config = config();
+    let directory = write(&config, &tensors(&config, DType::F32));
+    let model = Llama::load(directory.path(), None).unwrap();
+    let layout = StarLayout::new(8, 4, 4, 2).unwrap();
+    let good = ids(8, 50, 1);
+    for (context, query, named) in [
+        (vec![1, 2, 3, 4, 5, 6, 7, 50], vec![1], "context"),
+        (good.clone(), vec![1, 50], "query"),
+        (good.clone(), vec![], "query"),
+        (good[1..].to_vec(), vec![1], "context"),
+    ] {
+        let error = answers(&model, Mode::Star(layout), &context, &[query], 1).err().expect("an error");
+        assert!(matches!(&error, Error::Input { argument, .. } if argument == named), "{error}");
+    }
+}

@@ -1,0 +1,185 @@
+//! The built example: a good run, saved logits, and bad input, which gives one line and exit code 2.
+#![cfg(feature = "candle")]
+
+use safetensors::{Dtype, SafeTensors};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+/// A directory that goes away with its owner.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("star-attention-cli-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// Writes a file; returns its path.
+    fn file(&self, name: &str, bytes: &[u8]) -> String {
+        std::fs::write(self.0.join(name), bytes).unwrap();
+        self.path(name)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+
+    /// A copy of the retrieval Llama, in a directory of its own.
+    fn checkpoint(&self, name: &str) -> PathBuf {
+        let (from, to) = (retrieval_llama(), self.0.join(name));
+        std::fs::create_dir_all(&to).unwrap();
+        for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+            std::fs::write(to.join(file), std::fs::read(from.join(file)).unwrap()).unwrap();
+        }
+        to
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn retrieval_llama() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/retrieval-llama")
+}
+
+/// The example, which `cargo test` builds beside the folder of its tests unless it was told to build this test alone.
+fn built() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let test = std::env::current_exe().unwrap();
+        let profile = test.parent().and_then(Path::parent).unwrap();
+        let path = profile.join("examples/star_attention").with_extension(std::env::consts::EXE_EXTENSION);
+        if !path.exists() {
+            let profile = if profile.ends_with("release") { "release" } else { "test" };
+            let args = ["build", "--features", "candle", "--example", "star_attention", "--profile", profile];
+            assert!(Command::new(env!("CARGO")).args(args).status().unwrap().success());
+        }
+        path
+    })
+}
+
+fn example(args: &[&str]) -> Output {
+    Command::new(built()).args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn star_and_dense_find_the_needles() {
+    let output = example(&["--context-len", "512", "--needles", "4", "--hosts", "3", "--block-len", "100"]);
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{err}");
+    assert_eq!(out.matches("(right)").count(), 8, "{out}");
+    for row in [
+        "phase 1",
+        "phase 2",
+        "speed-up over dense",
+        "KV of the context",
+        "sent per layer",
+        "collectives per layer",
+    ] {
+        assert!(out.contains(row), "{row} is not in {out}");
+    }
+}
+
+#[test]
+fn logits_are_saved_for_every_query_and_generated_token() {
+    let directory = Directory::new("logits");
+    let context = directory.file("context.json", b"[0,16,17,18,1,112,200,201,16,17,18]");
+    let query = directory.file("query.json", b"[2,112]");
+    for (mode, names) in [("both", vec!["dense", "star"]), ("star", vec!["star"]), ("dense", vec!["dense"])] {
+        let logits = directory.path("logits.safetensors");
+        let mut args = vec!["--context-ids", &context, "--query-ids", &query, "--generate", "3"];
+        args.extend(["--save-logits", &logits, "--mode", mode, "--block-len", "4", "--anchor-len", "2"]);
+        let output = example(&args);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let bytes = std::fs::read(&logits).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let mut found: Vec<&str> = tensors.names();
+        found.sort_unstable();
+        assert_eq!(found, names);
+        for name in names {
+            let tensor = tensors.tensor(name).unwrap();
+            assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::F32, [5, 256].as_slice()));
+        }
+        assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 3, "nothing else is left behind");
+    }
+}
+
+#[test]
+fn bad_input_gives_one_line_and_exit_code_2() {
+    let directory = Directory::new("bad");
+    let ids = directory.file("ids.json", b"[0,16,17,18]");
+    let outside = directory.file("outside.json", b"[0,256]");
+    let negative = directory.file("negative.json", b"[-1]");
+    let words = directory.file("words.json", b"{\"ids\": 3}");
+    let empty = directory.file("empty.json", b"[]");
+    let logits = directory.path("logits.safetensors");
+    let nowhere = directory.path("no/where");
+
+    let truncated = directory.checkpoint("truncated");
+    let weights = truncated.join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let foreign = directory.checkpoint("foreign");
+    let config = std::fs::read_to_string(foreign.join("config.json")).unwrap();
+    std::fs::write(foreign.join("config.json"), config.replace("Llama", "Mistral")).unwrap();
+    let wordless = directory.checkpoint("wordless");
+    std::fs::remove_file(wordless.join("tokenizer.json")).unwrap();
+    let scrambled = directory.checkpoint("scrambled");
+    std::fs::write(scrambled.join("tokenizer.json"), "{").unwrap();
+    let [truncated, foreign, wordless, scrambled] =
+        [truncated, foreign, wordless, scrambled].map(|path| path.display().to_string());
+
+    let cases: &[(&[&str], &str)] = &[
+        (&["--model", &nowhere], "--model"),
+        (&["--model", &truncated], "model.safetensors"),
+        (&["--model", &foreign], "config.json"),
+        (&["--model", &scrambled], "tokenizer.json"),
+        (&["--model", &wordless], "--model"),
+        (&["--context-len", "16"], "--context-len"),
+        (&["--context-len", "-5"], "-5"),
+        (&["--context-len", "99999999999999"], "--context-len"),
+        (&["--block-len", "0"], "block_len"),
+        (&["--block-len", "100", "--anchor-len", "101"], "anchor_len"),
+        (&["--hosts", "0"], "--hosts"),
+        (&["--hosts", "1000000000"], "--hosts"),
+        (&["--needles", "0"], "--needles"),
+        (&["--needles", "65"], "--needles"),
+        (&["--queries", "0"], "--queries"),
+        (&["--generate", "0"], "--generate"),
+        (&["--generate", "1000000000000"], "--generate"),
+        (&["--mode", "ring"], "--mode"),
+        (&["--dtype", "f64"], "--dtype"),
+        (&["--seed", "x"], "--seed"),
+        (&["--no-such-option"], "--no-such-option"),
+        (&["--context-ids", &ids], "--query-ids"),
+        (&["--query-ids", &ids], "--context-ids"),
+        (&["--save-logits", &logits], "--context-ids"),
+        (&["--context-ids", &ids, "--query-ids", &ids, "--needles", "3"], "--needles"),
+        (&["--context-ids", &nowhere, "--query-ids", &ids], "--context-ids"),
+        (&["--context-ids", &outside, "--query-ids", &ids], "--context-ids"),
+        (&["--context-ids", &ids, "--query-ids", &outside], "--query-ids"),
+        (&["--context-ids", &ids, "--query-ids", &negative], "--query-ids"),
+        (&["--context-ids", &words, "--query-ids", &ids], "--context-ids"),
+        (&["--context-ids", &ids, "--query-ids", &empty], "--query-ids"),
+        (&["--context-ids", &ids, "--query-ids", &ids, "--save-logits", &nowhere], "--save-logits"),
+        (&["--context-ids", &outside, "--query-ids", &ids, "--save-logits", &logits], "--context-ids"),
+    ];
+    for (args, named) in cases {
+        let output = example(args);
+        let err = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {err}");
+        assert_eq!(err.lines().count(), 1, "{args:?}: {err}");
+        assert!(err.contains(named), "{args:?}: {named} is not in {err}");
+        assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
+        assert!(!Path::new(&logits).exists(), "{args:?}");
+    }
+}
