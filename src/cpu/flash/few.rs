@@ -3,8 +3,8 @@
 //! The same online softmax as in `tile`, with the head dimension across the vectors: keys and values are read where they
 //! lie, converted in registers, and serve all rows of their KV head at once. All rows see the same keys.
 
+use super::piece::{Inputs, Piece};
 use super::rows::{Rows, pack_words};
-use super::tile::{Inputs, Piece};
 use crate::cpu::simd::{Product, Simd, load, prefetch, store};
 use crate::tensor::sealed::AnySlice;
 use half::{bf16, f16};

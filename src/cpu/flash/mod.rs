@@ -11,6 +11,7 @@
 //! number of threads.
 
 mod few;
+mod piece;
 mod rows;
 mod tile;
 mod walk;
@@ -19,11 +20,11 @@ use super::simd::{InstructionSet, Product, Simd, Task, dispatch};
 use crate::merge::merge_row;
 use crate::tensor::SharedRows;
 use crate::{AttentionConfig, AttentionShape, DType, Element, Error, Result, TensorView, TensorViewMut};
+use piece::{Inputs, Piece};
 use rayon::prelude::*;
 use rows::Rows;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use tile::{Inputs, Piece};
 use walk::Segment;
 
 /// Keys are split until there are this many pieces of work, enough for the threads of a large machine...

@@ -148,6 +148,25 @@ impl Bf16Product {
     }
 }
 
+impl Bf16Product {
+    /// Lane `2i` from the low half's `i`, lane `2i + 1` from the high half's.
+    #[inline(always)]
+    fn interleave(self) -> __m512i {
+        const LANES: [u16; 32] = {
+            let mut lanes = [0; 32];
+            let mut i = 0;
+            while i < 16 {
+                lanes[2 * i] = i as u16;
+                lanes[2 * i + 1] = i as u16 + 16;
+                i += 1;
+            }
+            lanes
+        };
+        // SAFETY: `self` proves that the CPU has the instruction; 32 lanes are 512 bits.
+        unsafe { _mm512_loadu_si512(LANES.as_ptr().cast()) }
+    }
+}
+
 impl Avx512 {
     /// As [`Simd::run`], with products of bf16 pairs.
     pub(crate) fn run_with<T: Task>(self, product: Bf16Product, task: T) -> T::Output {
@@ -177,10 +196,9 @@ impl Product<Avx512> for Bf16Product {
     unsafe fn store_pair(self, first: __m512, second: __m512, to: *mut f32, _next: usize) {
         // SAFETY: `self` proves that the CPU has the instructions; 16 words at `to` are the caller's promise.
         unsafe {
-            let low = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(first));
-            let high = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(second));
-            let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
-            let words = _mm512_or_si512(_mm512_cvtepu16_epi32(low), high);
+            // Both rounded at once, `first` in the low half; then interleaved.
+            let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+            let words = _mm512_permutexvar_epi16(self.interleave(), halves);
             _mm512_storeu_ps(to, _mm512_castsi512_ps(words));
         }
     }
