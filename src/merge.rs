@@ -38,6 +38,15 @@ impl<T: Element> Partial<'_, T> {
     }
 }
 
+fn check_out<O: Element>(out: &TensorViewMut<'_, O>, lse: &[f32]) -> Result<()> {
+    let shape = out.shape();
+    if shape[3] == 0 {
+        return Err(Error::shape("out", "head_dim of at least 1", format!("{shape:?}")));
+    }
+    check_rows("out", shape, shape, out.strides())?;
+    check_lse("lse", shape, lse)
+}
+
 pub(crate) fn check_lse(
     argument: &'static str,
     [batch, seq, heads, _]: [usize; 4],
@@ -63,16 +72,11 @@ pub fn merge<T: Element, O: Element>(
     lse: &mut [f32],
 ) -> Result<()> {
     let shape = out.shape();
-    check_rows("out", shape, shape, out.strides())?;
-    check_lse("lse", shape, lse)?;
+    check_out(&out, lse)?;
     partials.iter().try_for_each(|partial| partial.check(shape))?;
-    let rows = SharedRows::new(out);
-    for_each_row(shape, lse, |index, [batch, seq, head], lse| {
-        // SAFETY: every index comes once.
-        let out = unsafe { rows.row(batch, seq, head) };
+    for_each_row(out, lse, |index, [batch, seq, head], out, lse| {
         *lse = merge_row(partials.iter().map(|p| (p.row(batch, seq, head), p.lse[index])), out);
-    });
-    Ok(())
+    })
 }
 
 /// Merges `other` into `(out, lse)`, in place.
@@ -85,14 +89,14 @@ pub fn merge_into<T: Element>(
     other: &Partial<'_, T>,
 ) -> Result<()> {
     let shape = out.shape();
-    check_rows("out", shape, shape, out.strides())?;
-    check_lse("lse", shape, lse)?;
+    check_out(&out, lse)?;
     other.check(shape)?;
-    let rows = SharedRows::new(out);
-    for_each_row(shape, lse, |index, [batch, seq, head], lse| {
-        // SAFETY: every index comes once.
-        let out = unsafe { rows.row(batch, seq, head) };
+    for_each_row(out, lse, |index, [batch, seq, head], out, lse| {
         let (other_row, other_lse) = (other.row(batch, seq, head), other.lse[index]);
+        // Before any key was seen `out` may hold anything.
+        if *lse == f32::NEG_INFINITY {
+            out.fill(0.0);
+        }
         if other_lse == f32::NEG_INFINITY {
             return;
         }
@@ -101,13 +105,10 @@ pub fn merge_into<T: Element>(
         let sum = mine + theirs;
         let (scale, other_scale) = (mine / sum, theirs / sum);
         for (out, &x) in out.iter_mut().zip(other_row) {
-            // Before any key was seen `out` may hold anything.
-            let kept = if *lse == f32::NEG_INFINITY { 0.0 } else { scale * *out };
-            *out = kept + other_scale * x.to_f32();
+            *out = scale * *out + other_scale * x.to_f32();
         }
         *lse = max + sum.ln();
-    });
-    Ok(())
+    })
 }
 
 /// Merges `(out_i, lse_i)` of one row into `out`; returns its log-sum-exp.
@@ -117,20 +118,20 @@ pub(crate) fn merge_row<'a, T: Element, O: Element>(
 ) -> f32 {
     let seen = partials.filter(|&(_, lse)| lse != f32::NEG_INFINITY);
     let max = seen.clone().fold(f32::NEG_INFINITY, |max, (_, lse)| maximum(max, lse));
-    let sum: f32 = seen.clone().map(|(_, lse)| (lse - max).exp()).sum();
-    // Rows are summed through a buffer of one cache line's worth of f32, so that `out` may be of any type.
-    const LANES: usize = 16;
-    for (chunk, out) in out.chunks_mut(LANES).enumerate() {
-        let mut total = [0f32; LANES];
+    let mut sum = 0f32;
+    // Summed in f32 on the stack, so that `out` may be of any type: most heads in one go.
+    const COLUMNS: usize = 128;
+    for (chunk, out) in out.chunks_mut(COLUMNS).enumerate() {
+        let (mut total, columns) = ([0f32; COLUMNS], out.len());
+        sum = 0.0;
         for (row, lse) in seen.clone() {
-            let scale = (lse - max).exp() / sum;
-            for (total, &x) in total.iter_mut().zip(&row[chunk * LANES..]) {
-                *total += scale * x.to_f32();
-            }
+            let weight = (lse - max).exp();
+            sum += weight;
+            let row = &row[chunk * COLUMNS..][..columns];
+            total[..columns].iter_mut().zip(row).for_each(|(total, &x)| *total += weight * x.to_f32());
         }
-        for (out, total) in out.iter_mut().zip(total) {
-            *out = O::from_f32(total);
-        }
+        let scale = if max == f32::NEG_INFINITY { 0.0 } else { 1.0 / sum };
+        out.iter_mut().zip(total).for_each(|(out, total)| *out = O::from_f32(scale * total));
     }
     if max == f32::NEG_INFINITY { max } else { max + sum.ln() }
 }
@@ -140,16 +141,23 @@ fn maximum(a: f32, b: f32) -> f32 {
     if a > b || a.is_nan() { a } else { b }
 }
 
-/// Calls `row(index, [batch, seq, head], &mut lse[index])` for each row, in parallel where there are many.
-fn for_each_row(
-    [_, seqs, heads, _]: [usize; 4],
+/// Calls `row(index of lse, [batch, seq, head], out, lse)` for each row, in the order of row-major outputs, in parallel where there are
+/// many.
+fn for_each_row<O: Element>(
+    out: TensorViewMut<'_, O>,
     lse: &mut [f32],
-    row: impl Fn(usize, [usize; 3], &mut f32) + Sync,
-) {
+    row: impl Fn(usize, [usize; 3], &mut [O], &mut f32) + Sync,
+) -> Result<()> {
     // Below this a thread's start costs more than the rows it takes over.
     const ROWS_PER_TASK: usize = 64;
-    lse.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(index, lse)| {
-        let (plane, seq) = (index / seqs, index % seqs);
-        row(index, [plane / heads, seq, plane % heads], lse);
+    let [batches, seqs, heads, _] = out.shape();
+    let out = SharedRows::new(out);
+    let lse = SharedRows::new(TensorViewMut::contiguous("lse", lse, [batches, heads, seqs, 1])?);
+    (0..batches * seqs * heads).into_par_iter().with_min_len(ROWS_PER_TASK).for_each(|index| {
+        let (batch, seq, head) = (index / heads / seqs, index / heads % seqs, index % heads);
+        // SAFETY: every index comes once.
+        let (out, lse) = unsafe { (out.row(batch, seq, head), lse.row(batch, head, seq)) };
+        row((batch * heads + head) * seqs + seq, [batch, seq, head], out, &mut lse[0]);
     });
+    Ok(())
 }
