@@ -68,13 +68,16 @@ fn exact(parts: &[&Data], index: usize, dim: usize) -> (Vec<f64>, f64) {
     (out, max + sum.ln())
 }
 
-fn assert_close(result: &Data, parts: &[&Data]) {
+/// `merges` is how many times a log-sum-exp was rounded to f32 on the way and then weighed against others: each time the weights move
+/// by as much, relatively, as it was rounded by.
+fn assert_close(result: &Data, parts: &[&Data], merges: usize) {
     for index in 0..result.lse.len() {
         let (out, lse) = exact(parts, index, result.shape[3]);
         let got = f64::from(result.lse[index]);
-        assert!(got == lse || (got - lse).abs() <= 4e-7 * lse.abs().max(1.0), "lse {got} {lse}");
-        // Outputs are at most 1: weights and sums round by some units of 6e-8 for each partial, or for each step of a fold.
-        let bound = 1e-6 * parts.len().max(2) as f64;
+        let rounding = f64::from(f32::EPSILON) * if lse.is_finite() { lse.abs() } else { 0.0 };
+        assert!(got == lse || (got - lse).abs() <= 4e-7 + (1 + merges) as f64 * rounding, "lse {got} {lse}");
+        // Outputs are at most 1: each partial's weight, product and sum round by some 6e-8.
+        let bound = 5e-7 * (1 + parts.len()) as f64 + merges as f64 * rounding;
         for (got, out) in result.row(index).iter().zip(out) {
             assert!((f64::from(*got) - out).abs() <= bound, "out {got} {out}");
         }
@@ -106,8 +109,10 @@ proptest! {
     fn both_merges_are_the_softmax_over_the_union(parts in parts(9)) {
         let parts: Vec<&Data> = parts.iter().collect();
         let shape = parts.first().map_or([1, 2, 3, 4], |part| part.shape);
-        assert_close(&merged(&parts, shape), &parts);
-        assert_close(&pairwise(&parts, shape), &parts);
+        assert_close(&merged(&parts, shape), &parts, 0);
+        if !parts.is_empty() {
+            assert_close(&pairwise(&parts, shape), &parts, parts.len());
+        }
     }
 
     #[test]
@@ -116,10 +121,10 @@ proptest! {
         let all: Vec<&Data> = parts.iter().collect();
         let mut reversed = all.clone();
         reversed.reverse();
-        assert_close(&merged(&reversed, shape), &all);
+        assert_close(&merged(&reversed, shape), &all, 0);
         let left = merged(&all[..2], shape);
         let right = merged(&all[2..], shape);
-        assert_close(&merged(&[&left, &right], shape), &all);
+        assert_close(&merged(&[&left, &right], shape), &all, 2);
     }
 
     #[test]
@@ -128,10 +133,10 @@ proptest! {
         let mut garbage = Data::identity(part.shape);
         garbage.out.fill(f32::NAN);
         let alone = merged(&[part], part.shape);
-        assert_close(&alone, &[part]);
+        assert_close(&alone, &[part], 0);
         for list in [[&garbage, part], [part, &garbage]] {
             prop_assert_eq!(bits(&merged(&list, part.shape)), bits(&alone));
-            assert_close(&pairwise(&list, part.shape), &[part]);
+            assert_close(&pairwise(&list, part.shape), &[part], 1);
         }
     }
 
