@@ -87,7 +87,7 @@ fn main() {
         let shape = shape(tokens);
         let mut tensors = Tensors::new(tokens);
         let plan = Plan::new(&AttentionConfig::new(star), &shape).unwrap();
-        let seconds = tensors.seconds(&shape, &plan, if test { 1 } else { 3 });
+        let seconds = tensors.seconds(&shape, &plan, if test { 1 } else { 2 });
         // Longer runs come later, so that the largest memory so far is this run's.
         let extra = peak_memory().map(|peak| peak.saturating_sub(tensors.bytes()) as f64 / (1 << 20) as f64);
         let dense = Plan::new(&AttentionConfig::new(Mask::Causal), &shape).unwrap();
