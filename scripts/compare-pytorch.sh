@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs this crate and PyTorch's scaled_dot_product_attention on the same inputs, in turn, and prints a table of ratios.
 #
-#   scripts/compare-pytorch.sh [--threads N] [--quick] [--pairs N]
+#   scripts/compare-pytorch.sh [--threads N] [--quick] [--pairs N] [--only TEXT]
 #
 # PyTorch is installed from its package into a temporary folder, which is removed at the end (on x86-64 Linux it brings CUDA along:
 # 2 GB to download, 5 GB on disk). VENV=folder keeps and reuses an environment instead.

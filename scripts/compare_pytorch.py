@@ -19,6 +19,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 parser.add_argument("--pairs", type=int, default=7, help="turns of each side, at most")
 parser.add_argument("--quick", action="store_true", help="the shortest contexts alone")
+parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this")
 args = parser.parse_args()
 
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
@@ -123,6 +124,8 @@ with tempfile.TemporaryDirectory() as folder:
         name = f"{dtype} {mask} d{dim} {heads}/{kv_heads} heads, " + (
             f"{key_len // 1024}K tokens" if query_len > 1 else f"1 query, {key_len // 1024}K keys"
         )
+        if args.only not in name:
+            continue
         print(name, file=sys.stderr)
         theirs, ours, unit, ratios, difference, expanded = compare(folder, *case)
         note = " (expanded KV)" if expanded else ""
