@@ -94,6 +94,31 @@ pub enum Error {
         /// What the peer has.
         got: String,
     },
+    /// Something this machine or this build has not got: a driver, a device, a library.
+    #[error("{what} is not available: {reason}")]
+    Unavailable {
+        /// What is missing.
+        what: &'static str,
+        /// Why, and what would help.
+        reason: String,
+    },
+    /// A kernel did what it must not. Only the checks of the host device find this. Outputs are unspecified.
+    #[error("kernel {kernel}: {reason}")]
+    Kernel {
+        /// Its name.
+        kernel: String,
+        /// What went wrong, where.
+        reason: String,
+    },
+    /// An error of the CUDA driver, kept as it came. Outputs are unspecified.
+    #[cfg(feature = "cuda")]
+    #[error("CUDA driver: {operation}: {source}")]
+    Driver {
+        /// What was asked of it.
+        operation: &'static str,
+        /// Its answer.
+        source: cudarc::driver::DriverError,
+    },
     /// An error of candle, kept as it came.
     #[cfg(feature = "candle")]
     #[error("candle: {0}")]

@@ -6,11 +6,14 @@ pub mod candle;
 pub mod comm;
 mod config;
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 mod error;
 mod kv;
 mod layout;
 pub mod merge;
 mod tensor;
+mod walk;
 
 pub use config::{AttentionConfig, AttentionShape, Mask};
 pub use error::{Error, Result};

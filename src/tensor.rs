@@ -120,9 +120,9 @@ impl Element for bf16 {
 
 /// The extents and strides of a view, checked against its buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Strided {
-    shape: [usize; 4],
-    strides: [usize; 4],
+pub(crate) struct Strided {
+    pub(crate) shape: [usize; 4],
+    pub(crate) strides: [usize; 4],
 }
 
 impl Strided {
@@ -130,7 +130,12 @@ impl Strided {
     ///
     /// Axes must nest: taken from the smallest stride up, each one steps over all that lies below it. Any
     /// permutation and any padding passes; only interleaved axes, which no framework makes, are refused.
-    fn new(argument: &'static str, len: usize, shape: [usize; 4], mut strides: [usize; 4]) -> Result<Self> {
+    pub(crate) fn new(
+        argument: &'static str,
+        len: usize,
+        shape: [usize; 4],
+        mut strides: [usize; 4],
+    ) -> Result<Self> {
         let given = strides;
         let got = || format!("{given:?} for shape {shape:?}");
         // Steps that are never taken may be anything; as 0 they do no harm in address arithmetic.
@@ -163,7 +168,7 @@ impl Strided {
         Ok(Self { shape, strides })
     }
 
-    fn contiguous(argument: &'static str, len: usize, shape: [usize; 4]) -> Result<Self> {
+    pub(crate) fn contiguous(argument: &'static str, len: usize, shape: [usize; 4]) -> Result<Self> {
         let elements = shape.iter().try_fold(1usize, |n, &extent| n.checked_mul(extent));
         if elements != Some(len) {
             return Err(Error::shape(argument, format!("of {len} elements"), format!("{shape:?}")));
@@ -178,13 +183,13 @@ impl Strided {
         (0..4).map(|axis| index[axis] * self.strides[axis]).sum()
     }
 
-    fn swap_seq_heads(mut self) -> Self {
+    pub(crate) fn swap_seq_heads(mut self) -> Self {
         self.shape.swap(1, 2);
         self.strides.swap(1, 2);
         self
     }
 
-    fn narrow(mut self, axis: usize, start: usize, len: usize) -> Result<(Self, usize)> {
+    pub(crate) fn narrow(mut self, axis: usize, start: usize, len: usize) -> Result<(Self, usize)> {
         if axis > 3 {
             return Err(Error::value("axis", "0 to 3", axis));
         }

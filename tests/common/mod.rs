@@ -127,6 +127,23 @@ impl<T: Element> Tensor<T> {
         self.shape
     }
 
+    pub fn strides(&self) -> [usize; 4] {
+        self.strides
+    }
+
+    /// Elements of the buffer before the first one.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    pub fn buffer(&self) -> &[T] {
+        &self.buffer
+    }
+
+    pub fn buffer_mut(&mut self) -> &mut [T] {
+        &mut self.buffer
+    }
+
     fn at(&self, index: [usize; 4]) -> usize {
         self.offset + (0..4).map(|axis| index[axis] * self.strides[axis]).sum::<usize>()
     }

@@ -14,18 +14,17 @@ mod few;
 mod piece;
 mod rows;
 mod tile;
-mod walk;
 
 use super::simd::{InstructionSet, Product, Simd, Task, dispatch};
 use crate::merge::merge_row;
 use crate::tensor::SharedRows;
+use crate::walk::{self, Segment};
 use crate::{AttentionConfig, AttentionShape, DType, Element, Error, Result, TensorView, TensorViewMut};
 use piece::{Inputs, Piece};
 use rayon::prelude::*;
 use rows::Rows;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use walk::Segment;
 
 /// Keys are split until there are this many pieces of work, enough for the threads of a large machine...
 const PIECES: usize = 128;
@@ -77,26 +76,7 @@ impl Plan {
         query_offsets: &[usize],
         key_offsets: &[usize],
     ) -> Result<Self> {
-        if shape.batch != 1 {
-            return Err(Error::shape("query", "batch 1 for packed sequences", shape.batch.to_string()));
-        }
-        if query_offsets.len() != key_offsets.len() {
-            let expected = format!("{} offsets, as query_offsets", query_offsets.len());
-            return Err(Error::shape("key_offsets", expected, key_offsets.len().to_string()));
-        }
-        for (argument, offsets, total) in
-            [("query_offsets", query_offsets, shape.query_len), ("key_offsets", key_offsets, shape.key_len)]
-        {
-            let bounds = offsets.first() == Some(&0) && offsets.last() == Some(&total);
-            if !bounds || !offsets.is_sorted() {
-                let expected = format!("offsets that ascend from 0 to {total}");
-                return Err(Error::value(argument, expected, format!("{offsets:?}")));
-            }
-        }
-        let ranges = |offsets: &[usize], i: usize| offsets[i]..offsets[i + 1];
-        let count = query_offsets.len() - 1;
-        let sequences = (0..count).map(|i| [ranges(query_offsets, i), ranges(key_offsets, i)]).collect();
-        Self::with_sequences(config, shape, sequences)
+        Self::with_sequences(config, shape, walk::packed_sequences(shape, query_offsets, key_offsets)?)
     }
 
     fn with_sequences(

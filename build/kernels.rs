@@ -1,0 +1,83 @@
+//! What there is to compile: each source with the definitions that make a module of it.
+
+use crate::policy::{APPEND_THREADS, HEAD_DIMS, MERGE_THREADS, Policy};
+
+/// One compilation of a source of `cuda/`.
+pub struct Module {
+    /// As `encode_d128`.
+    pub name: String,
+    /// File of `cuda/`.
+    pub source: &'static str,
+    pub defines: Vec<(&'static str, String)>,
+    /// Entry points.
+    pub kernels: Vec<String>,
+}
+
+/// All modules for the given head dims.
+pub fn modules(head_dims: &[usize]) -> Vec<Module> {
+    let threads = |threads: usize| vec![("THREADS", threads.to_string())];
+    let merges = ["f32_f32", "f32_f16", "f32_bf16", "f16_f32", "f16_f16", "bf16_f32", "bf16_bf16"];
+    let mut modules = vec![
+        Module {
+            name: "merge".into(),
+            source: "merge.cu",
+            defines: threads(MERGE_THREADS),
+            kernels: merges
+                .iter()
+                .flat_map(|m| [format!("merge_{m}"), format!("merge_{m}_unaligned")])
+                .collect(),
+        },
+        Module {
+            name: "append".into(),
+            source: "append.cu",
+            defines: threads(APPEND_THREADS),
+            kernels: vec!["append_f16".into(), "append_bf16".into()],
+        },
+    ];
+    for &head_dim in head_dims {
+        modules.extend([Policy::encode(head_dim), Policy::query(head_dim)].map(|p| flash(&p)));
+    }
+    modules
+}
+
+fn flash(policy: &Policy) -> Module {
+    let Policy { kernel, head_dim, row_tiles, row_warps, key_warps, keys, slots } = *policy;
+    let numbers = [
+        ("HEAD_DIM", head_dim),
+        ("ROW_TILES", row_tiles),
+        ("ROW_WARPS", row_warps),
+        ("KEY_WARPS", key_warps),
+        ("KEYS", keys),
+        ("SLOTS", slots),
+        ("THREADS", policy.threads()),
+        ("SHARED_BYTES", policy.shared_bytes()),
+    ];
+    let mut defines = vec![("KERNEL_NAME", kernel.to_string())];
+    defines.extend(numbers.map(|(name, number)| (name, number.to_string())));
+    Module {
+        name: format!("{kernel}_d{head_dim}"),
+        source: "flash.cu",
+        defines,
+        kernels: ["f16", "bf16"].map(|dtype| format!("{kernel}_{dtype}_d{head_dim}")).into(),
+    }
+}
+
+/// The head dims that STAR_ATTENTION_HEAD_DIMS names, or all.
+#[cfg(feature = "cuda")]
+pub fn head_dims() -> Result<Vec<usize>, String> {
+    println!("cargo::rerun-if-env-changed=STAR_ATTENTION_HEAD_DIMS");
+    let Ok(list) = std::env::var("STAR_ATTENTION_HEAD_DIMS") else {
+        return Ok(HEAD_DIMS.to_vec());
+    };
+    list.split(',')
+        .map(|dim| {
+            let known = dim.trim().parse().ok().filter(|dim| HEAD_DIMS.contains(dim));
+            known
+                .ok_or_else(|| format!("STAR_ATTENTION_HEAD_DIMS: expected some of {HEAD_DIMS:?}, got {dim}"))
+        })
+        .collect()
+}
+
+/// All of them: the host has every kernel.
+#[cfg(feature = "simt")]
+pub const ALL_HEAD_DIMS: [usize; 5] = HEAD_DIMS;

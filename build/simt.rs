@@ -1,0 +1,38 @@
+//! The kernels as C++ for the host, with `cuda/simt/device.h` in the place of a GPU.
+
+use crate::kernels::{ALL_HEAD_DIMS, Module, modules};
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Compiles all kernels and writes `simt_kernels.rs`: a table of their names and addresses.
+pub fn build() {
+    let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let modules = modules(&ALL_HEAD_DIMS);
+    std::thread::scope(|scope| {
+        for module in &modules {
+            scope.spawn(|| compile(module, &out.join(&module.name)));
+        }
+    });
+    let mut table = String::from("unsafe extern \"C\" {\n");
+    for kernel in modules.iter().flat_map(|module| &module.kernels) {
+        writeln!(table, "    fn {kernel}(params: *const u8);").expect("a string");
+    }
+    table.push_str("}\n\nconst KERNELS: &[(&str, Kernel)] = &[\n");
+    for kernel in modules.iter().flat_map(|module| &module.kernels) {
+        writeln!(table, "    (\"{kernel}\", {kernel}),").expect("a string");
+    }
+    table.push_str("];\n");
+    std::fs::write(out.join("simt_kernels.rs"), table).expect("OUT_DIR can be written");
+}
+
+fn compile(module: &Module, out: &PathBuf) {
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").opt_level(2).debug(false).warnings(false).out_dir(out);
+    // Linked by hand below: no C++ library is needed.
+    build.cpp_link_stdlib(None).cpp_set_stdlib(None);
+    build.flag("-xc++").flag("-fno-exceptions").flag("-fno-rtti").flag_if_supported("-Wno-unknown-pragmas");
+    for (name, value) in &module.defines {
+        build.define(name, value.as_str());
+    }
+    build.file(format!("cuda/{}", module.source)).compile(&format!("star_simt_{}", module.name));
+}

@@ -1,0 +1,164 @@
+// What the kernels ask of a GPU, each with the PTX that it wraps. The host's stand-ins in simt/device.h have the same names.
+//
+// Kernels touch memory through these functions alone: on the host each access is checked.
+#pragma once
+
+#include "../params.h"
+
+// encode_f16_d128, say.
+#define NAME_OF(name, dtype, dim) name##_##dtype##_d##dim
+#define NAME_WITH(name, dtype, dim) NAME_OF(name, dtype, dim)
+
+#ifndef __CUDACC__
+#include "../simt/device.h"
+#else
+
+#define DEVICE __device__ __forceinline__
+// A kernel of blocks of at most `threads`.
+#define KERNEL(name, Params, threads) \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+
+// An address in shared memory, in bytes.
+using Shared = uint32_t;
+
+DEVICE uint32_t thread_index() { return threadIdx.x; }
+DEVICE uint32_t block_index() { return blockIdx.x; }
+
+// Where the launch's dynamic shared memory starts.
+DEVICE Shared shared_memory() {
+    extern __shared__ uint4 memory[];
+    return static_cast<Shared>(__cvta_generic_to_shared(memory));
+}
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+
+// Whether it holds for any lane of the warp.
+DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+
+DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float exp_accurate(float x) { return expf(x); }
+DEVICE float log_accurate(float x) { return logf(x); }
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
+DEVICE float max_ignoring_nan(float a, float b) { return fmaxf(a, b); }
+
+template <class T>
+DEVICE T load(const T* from) {
+    return *from;
+}
+template <class T>
+DEVICE void store(T* to, T x) {
+    *to = x;
+}
+
+// For what is better read again than kept in registers.
+template <class T>
+DEVICE const T& refer(const T* from) {
+    return *from;
+}
+
+// The same value, of which the compiler knows nothing: what follows from it is computed where it is used instead of once and kept.
+DEVICE uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+DEVICE float shared_load(Shared from) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+    return x;
+}
+DEVICE uint4 shared_load16(Shared from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
+DEVICE void shared_store(Shared to, uint32_t x) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+DEVICE void shared_store(Shared to, float x) { shared_store(to, __float_as_uint(x)); }
+
+// Starts a copy of 16 bytes, or of 16 zeros. It is there after the wait for its group.
+DEVICE void copy_async(Shared to, const void* from, bool zeros) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
+                 : "memory");
+}
+// Ends a group of copies.
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most the last `Groups` groups of this thread are under way.
+template <int Groups>
+DEVICE void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+}
+
+// Four 8×8 matrices of 16-bit elements. Lanes 8i..8i+8 give the rows of matrix i; lane l gets of each the elements 2(l % 4) and 2(l % 4) + 1 of
+// row l / 4.
+DEVICE void load_matrices(uint32_t (&to)[4], Shared row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+}
+// The same, each matrix transposed.
+DEVICE void load_matrices_transposed(uint32_t (&to)[4], Shared row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// 16-bit elements: two to a word, the lower half first; c (16×8) += a (16×16) b (16×8).
+struct F16 {
+    static DEVICE uint32_t pack(float low, float high) {
+        uint32_t x;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+        return x;
+    }
+    static DEVICE float2 unpack(uint32_t x) {
+        float2 y;
+        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+            : "=f"(y.x), "=f"(y.y)
+            : "r"(x));
+        return y;
+    }
+    static DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+
+struct BF16 {
+    static DEVICE uint32_t pack(float low, float high) {
+        uint32_t x;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+        return x;
+    }
+    static DEVICE float2 unpack(uint32_t x) {
+        return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+    }
+    static DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+
+#endif

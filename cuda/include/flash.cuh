@@ -1,0 +1,340 @@
+// Attention of one tile of query rows over a list of keys:
+//
+//     out = softmax(scale · q kᵀ + mask) v        lse = ln Σ_j exp(scale · q k_j)
+//
+// A block has `rows` query rows in shared memory and walks its keys in tiles of `keys`, K and V in turn through a ring that asynchronous
+// copies fill ahead. Its warps divide the rows (row_warps), or the keys (key_warps: each has a ring of its own, and their results
+// are merged at the end). S = QKᵀ stays in registers and, as probabilities, is the left operand of PV.
+#pragma once
+
+#include "keys.cuh"
+#include "softmax.cuh"
+
+template <int HeadDim, int RowTiles, int RowWarps, int KeyWarps, int Keys, int Slots>
+struct Policy {
+    static constexpr int head_dim = HeadDim;
+    // Tiles of 16 rows of a warp: each loaded square of K or V serves all of them.
+    static constexpr int row_tiles = RowTiles;
+    static constexpr int row_warps = RowWarps;
+    static constexpr int key_warps = KeyWarps;
+    static constexpr int rows = 16 * RowTiles * RowWarps;
+    static constexpr int keys = Keys;
+    static constexpr int slots = Slots;
+    // The threads that share a ring.
+    static constexpr int team = 32 * RowWarps;
+    static constexpr int threads = team * KeyWarps;
+    static constexpr int query_bytes = rows * HeadDim * 2;
+    static constexpr int slot_bytes = Keys * HeadDim * 2;
+    static constexpr int shared_bytes = query_bytes + KeyWarps * Slots * slot_bytes;
+    static_assert(KeyWarps == 1 || RowWarps == 1, "warps divide the rows or the keys");
+    static_assert(KeyWarps * rows * (HeadDim + 2) * 4 <= shared_bytes || KeyWarps == 1, "the merge reuses the rings");
+};
+
+// The query rows of a block's tile.
+struct QueryRows {
+    const StarFlashParams& p;
+    const StarTile& tile;
+    uint32_t head;
+
+    DEVICE uint32_t token(uint32_t row) const { return (tile.row + row) / p.pack; }
+    DEVICE uint32_t query_head(uint32_t row) const { return head * p.pack + (tile.row + row) % p.pack; }
+    DEVICE uint64_t offset(const StarTensor& tensor, uint32_t row) const {
+        return tile.batch * tensor.batch + token(row) * tensor.seq + query_head(row) * tensor.head;
+    }
+    DEVICE uint64_t out_offset(uint32_t row) const { return tile.split * p.out_split + offset(p.out, row); }
+    // The row sees the entries before this one.
+    DEVICE uint32_t limit(uint32_t row) const {
+        const uint32_t visible = tile.visible + tile.causal * (token(row) - token(0));
+        return visible < tile.end ? visible : tile.end;
+    }
+    DEVICE void store_lse(uint32_t row, float lse) const {
+        const uint64_t plane = static_cast<uint64_t>(tile.batch) * p.query_heads + query_head(row);
+        store(reinterpret_cast<float*>(p.lse) + tile.split * p.lse_split + plane * p.query_len + token(row), lse);
+    }
+    // Eight elements of an output row from `column` on.
+    template <class Element>
+    DEVICE void store_out(uint32_t row, uint32_t column, const float (&x)[8]) const {
+        const uint64_t at = out_offset(row) + column;
+        if (p.out_f32) {
+            float4* to = reinterpret_cast<float4*>(reinterpret_cast<float*>(p.out.data) + at);
+            store(to, float4{x[0], x[1], x[2], x[3]});
+            store(to + 1, float4{x[4], x[5], x[6], x[7]});
+        } else {
+            uint4* to = reinterpret_cast<uint4*>(reinterpret_cast<uint16_t*>(p.out.data) + at);
+            store(to, uint4{Element::pack(x[0], x[1]), Element::pack(x[2], x[3]), Element::pack(x[4], x[5]),
+                            Element::pack(x[6], x[7])});
+        }
+    }
+};
+
+// Rows after the tile's last become zeros.
+template <class P>
+DEVICE void load_query(const QueryRows& rows, Shared to) {
+    using Tile = SharedTile<P::head_dim>;
+    const uint32_t lane = thread_index() % Tile::orders;
+    for (uint32_t row = thread_index() / Tile::orders; row < P::rows; row += P::threads / Tile::orders) {
+        const bool beyond = row >= rows.tile.rows;
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(rows.p.query.data) +
+                               rows.offset(rows.p.query, beyond ? 0 : row) + lane * 8;
+        for (int c = 0; c < Tile::chunks; c += Tile::orders) {
+            copy_async(Tile::at(to, row, lane + c), from + c * 8, beyond);
+        }
+    }
+}
+
+// S += Q Kᵀ over a warp's rows and a tile's keys.
+template <class Element, class P, int Columns>
+DEVICE void multiply_keys(float (&scores)[P::row_tiles][Columns][4], MatrixWalk<P::head_dim> query,
+                          MatrixWalk<P::head_dim> keys) {
+    query.swizzled = opaque(query.swizzled);
+    keys.swizzled = opaque(keys.swizzled);
+#pragma unroll
+    for (int k = 0; k < P::head_dim / 16; k++) {
+        uint32_t q[P::row_tiles][4];
+#pragma unroll
+        for (int i = 0; i < P::row_tiles; i++) {
+            load_matrices(q[i], query.square(i, k));
+        }
+#pragma unroll
+        for (int j = 0; j < Columns / 2; j++) {
+            uint32_t key[4];
+            load_matrices(key, keys.square(j, k));
+#pragma unroll
+            for (int i = 0; i < P::row_tiles; i++) {
+                Element::multiply_add(scores[i][2 * j], q[i], key[0], key[1]);
+                Element::multiply_add(scores[i][2 * j + 1], q[i], key[2], key[3]);
+            }
+        }
+    }
+}
+
+// O += P V.
+template <class Element, class P, int Columns, int Outputs>
+DEVICE void multiply_values(float (&out)[P::row_tiles][Outputs][4], const float (&scores)[P::row_tiles][Columns][4],
+                            MatrixWalk<P::head_dim> values) {
+    values.swizzled = opaque(values.swizzled);
+#pragma unroll
+    for (int k = 0; k < Columns / 2; k++) {
+        // The accumulators of two 16×8 products lie as the operand of one 16×16 does.
+        uint32_t probabilities[P::row_tiles][4];
+#pragma unroll
+        for (int i = 0; i < P::row_tiles; i++) {
+#pragma unroll
+            for (int quarter = 0; quarter < 4; quarter++) {
+                const float(&s)[4] = scores[i][2 * k + quarter / 2];
+                probabilities[i][quarter] = Element::pack(s[quarter % 2 * 2], s[quarter % 2 * 2 + 1]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < Outputs / 2; j++) {
+            uint32_t value[4];
+            load_matrices_transposed(value, values.square(k, j));
+#pragma unroll
+            for (int i = 0; i < P::row_tiles; i++) {
+                Element::multiply_add(out[i][2 * j], probabilities[i], value[0], value[1]);
+                Element::multiply_add(out[i][2 * j + 1], probabilities[i], value[2], value[3]);
+            }
+        }
+    }
+}
+
+template <class Element, class P>
+struct Flash {
+    static constexpr int columns = P::keys / 8;
+    static constexpr int outputs = P::head_dim / 8;
+    using Walk = MatrixWalk<P::head_dim>;
+
+    // The lane's first row of the block's, and its first column.
+    static DEVICE uint32_t lane_row() {
+        const uint32_t warp = thread_index() / 32 % P::row_warps;
+        return warp * 16 * P::row_tiles + thread_index() % 32 / 4;
+    }
+    static DEVICE uint32_t lane_column() { return thread_index() % 4 * 2; }
+
+    static DEVICE void run(const StarFlashParams& p) {
+        const uint32_t heads = p.query_heads / p.pack;
+        // Left in memory and its cache: registers are scarcer.
+        const StarTile& tile = refer(reinterpret_cast<const StarTile*>(p.tiles) + block_index() / heads);
+        const uint32_t head = block_index() % heads;
+        const QueryRows rows{p, tile, head};
+        const KeyList list{p, tile, head * p.pack / p.group};
+        const Shared query = shared_memory();
+        const uint32_t key_warp = thread_index() / P::team;
+        const uint32_t first_row = thread_index() / 32 % P::row_warps * 16 * P::row_tiles;
+        // Every row of the warp sees the entries before this one.
+        const uint32_t open = rows.limit(first_row);
+
+        load_query<P>(rows, query);
+        if (P::key_warps > 1) {
+            // Each warp waits for its own copies only.
+            copy_commit();
+            copy_wait<0>();
+            sync_block();
+        }
+        uint32_t entry = tile.begin + key_warp * P::keys;
+        Ring<P> ring(list, query + P::query_bytes + key_warp * P::slots * P::slot_bytes);
+        ring.start(entry);
+
+        float out[P::row_tiles][outputs][4] = {};
+        Softmax<P::row_tiles> softmax(p.scale_log2);
+        const Walk queries(query, first_row, false);
+        for (; entry < tile.end; entry += Ring<P>::entry_step) {
+            float scores[P::row_tiles][columns][4] = {};
+            multiply_keys<Element, P>(scores, queries, Walk(ring.template next<false>(entry), 0, true));
+            if (p.cap_scale != 0) {
+                cap(scores, p.cap_scale);
+            }
+            if (entry + P::keys > open) {
+                mask(scores, entry, rows);
+            }
+            softmax.rebase(scores, out);
+            softmax.exponentiate(scores);
+            multiply_values<Element, P>(out, scores, Walk(ring.template next<true>(entry), 0, false));
+        }
+        softmax.finish();
+        copy_wait<0>();
+        sync_block();
+        if (P::key_warps == 1) {
+            write(rows, query, out, softmax);
+        } else {
+            write_merged(rows, query, out, softmax);
+        }
+    }
+
+    // tanh(x) = 1 - 2 / (1 + e^2x), to f32's absolute accuracy.
+    static DEVICE void cap(float (&scores)[P::row_tiles][columns][4], float cap_scale) {
+        constexpr float two_log2_e = 2.8853900817779268f;
+#pragma unroll
+        for (int i = 0; i < P::row_tiles; i++) {
+#pragma unroll
+            for (int j = 0; j < columns; j++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    scores[i][j][c] = 1 - 2 * reciprocal_approx(1 + exp2_approx(scores[i][j][c] * cap_scale * two_log2_e));
+                }
+            }
+        }
+    }
+
+    static DEVICE void mask(float (&scores)[P::row_tiles][columns][4], uint32_t entry, const QueryRows& rows) {
+#pragma unroll
+        for (int i = 0; i < P::row_tiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint32_t limit = rows.limit(lane_row() + 16 * i + 8 * half);
+#pragma unroll
+                for (int j = 0; j < columns; j++) {
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        if (entry + 8 * j + lane_column() + c >= limit) {
+                            scores[i][j][2 * half + c] = -infinity();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    // Rows of 16 bits go through shared memory, where the warp's own queries were, so that whole lines are written.
+    static DEVICE void write(const QueryRows& rows, Shared staging, float (&out)[P::row_tiles][outputs][4],
+                             const Softmax<P::row_tiles>& softmax) {
+        using Tile = SharedTile<P::head_dim>;
+#pragma unroll
+        for (int i = 0; i < P::row_tiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint32_t row = lane_row() + 16 * i + 8 * half;
+                const bool within = row < rows.tile.rows;
+                const float scale = normaliser(softmax.sum[i][half]);
+                if (within && thread_index() % 4 == 0 && rows.p.lse != 0) {
+                    rows.store_lse(row, log_sum_exp(softmax.base[i][half], softmax.sum[i][half], softmax.scale_log2));
+                }
+                if (!rows.p.out_f32) {
+#pragma unroll
+                    for (int j = 0; j < outputs; j++) {
+                        shared_store(Tile::at(staging, row, j) + lane_column() * 2,
+                                     Element::pack(out[i][j][2 * half] * scale, out[i][j][2 * half + 1] * scale));
+                    }
+                } else if (within) {
+                    float* to = reinterpret_cast<float*>(rows.p.out.data) + rows.out_offset(row) + lane_column();
+#pragma unroll
+                    for (int j = 0; j < outputs; j++) {
+                        store(reinterpret_cast<float2*>(to + 8 * j),
+                              float2{out[i][j][2 * half] * scale, out[i][j][2 * half + 1] * scale});
+                    }
+                }
+            }
+        }
+        if (rows.p.out_f32) {
+            return;
+        }
+        sync_warp();
+        const uint32_t lane = thread_index() % Tile::orders;
+        const uint32_t first = lane_row() - thread_index() % 32 / 4;
+        for (uint32_t r = thread_index() % 32 / Tile::orders; r < 16 * P::row_tiles; r += 32 / Tile::orders) {
+            if (first + r < rows.tile.rows) {
+                uint16_t* to = reinterpret_cast<uint16_t*>(rows.p.out.data) + rows.out_offset(first + r) + lane * 8;
+                for (int c = 0; c < Tile::chunks; c += Tile::orders) {
+                    store(reinterpret_cast<uint4*>(to + c * 8), shared_load16(Tile::at(staging, first + r, lane + c)));
+                }
+            }
+        }
+    }
+
+    // Merges what the key warps have of the same rows.
+    static DEVICE void write_merged(const QueryRows& rows, Shared memory, float (&out)[P::row_tiles][outputs][4],
+                                    const Softmax<P::row_tiles>& softmax) {
+        const uint32_t warp = thread_index() / 32;
+        const auto base_at = [&](uint32_t w, uint32_t row) { return memory + (w * P::rows + row) * 8; };
+        const auto out_at = [&](uint32_t w, uint32_t row) {
+            return memory + P::key_warps * P::rows * 8 + (w * P::rows + row) * P::head_dim * 4;
+        };
+#pragma unroll
+        for (int i = 0; i < P::row_tiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint32_t row = lane_row() + 16 * i + 8 * half;
+                if (thread_index() % 4 == 0) {
+                    shared_store(base_at(warp, row), softmax.base[i][half]);
+                    shared_store(base_at(warp, row) + 4, softmax.sum[i][half]);
+                }
+#pragma unroll
+                for (int j = 0; j < outputs; j++) {
+                    shared_store(out_at(warp, row) + (8 * j + lane_column()) * 4, out[i][j][2 * half]);
+                    shared_store(out_at(warp, row) + (8 * j + lane_column()) * 4 + 4, out[i][j][2 * half + 1]);
+                }
+            }
+        }
+        sync_block();
+        for (uint32_t i = thread_index(); i < P::rows * outputs; i += P::threads) {
+            const uint32_t row = i / outputs, column = i % outputs * 8;
+            if (row >= rows.tile.rows) {
+                return;
+            }
+            float base = -infinity();
+#pragma unroll
+            for (int w = 0; w < P::key_warps; w++) {
+                base = max_ignoring_nan(base, shared_load(base_at(w, row)));
+            }
+            float sum = 0, total[8] = {};
+#pragma unroll
+            for (int w = 0; w < P::key_warps; w++) {
+                const float weight = power(shared_load(base_at(w, row)), base, softmax.scale_log2);
+                sum += weight * shared_load(base_at(w, row) + 4);
+#pragma unroll
+                for (int c = 0; c < 8; c++) {
+                    total[c] += weight * shared_load(out_at(w, row) + (column + c) * 4);
+                }
+            }
+            const float scale = normaliser(sum);
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                total[c] *= scale;
+            }
+            rows.template store_out<Element>(row, column, total);
+            if (column == 0 && rows.p.lse != 0) {
+                rows.store_lse(row, log_sum_exp(base, sum, softmax.scale_log2));
+            }
+        }
+    }
+};

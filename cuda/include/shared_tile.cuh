@@ -1,0 +1,43 @@
+// Rows of 16-bit elements in shared memory, swizzled so that neither copies nor matrix loads meet in a bank.
+//
+// A row is cut into chunks of 16 bytes, and each row has its chunks in another order: eight rows of one column then fill all 32 banks.
+#pragma once
+
+#include "device.cuh"
+
+template <int HeadDim>
+struct SharedTile {
+    static constexpr int chunks = HeadDim / 8;
+    static constexpr int row_bytes = HeadDim * 2;
+    static_assert(chunks % 4 == 0, "a head dim is a multiple of 32");
+    // Rows of a multiple of 128 bytes start at the same bank: eight orders. Others start at two places in turn: four.
+    static constexpr int orders = chunks % 8 == 0 ? 8 : 4;
+
+    // What the chunk's number is xored with.
+    static DEVICE uint32_t order(uint32_t row) { return (orders == 8 ? row : row >> 1) % orders; }
+
+    static DEVICE Shared at(Shared tile, uint32_t row, uint32_t chunk) {
+        return tile + row * row_bytes + ((chunk ^ order(row)) << 4);
+    }
+};
+
+// The rows that a lane gives to load_matrices in a walk over 16×16 squares: rows first + 16 i, columns 16 j on.
+template <int HeadDim>
+struct MatrixWalk {
+    using Tile = SharedTile<HeadDim>;
+    Shared row;
+    uint32_t swizzled;
+
+    // The square's quarters in order: (low rows, low columns), then the low rows' high columns or the high rows' low columns.
+    DEVICE MatrixWalk(Shared tile, uint32_t first, bool columns_first) {
+        const uint32_t lane = thread_index() % 32;
+        const uint32_t high_row = columns_first ? lane / 16 : lane / 8 % 2;
+        const uint32_t high_column = columns_first ? lane / 8 % 2 : lane / 16;
+        const uint32_t index = first + high_row * 8 + lane % 8;
+        row = tile + index * Tile::row_bytes;
+        swizzled = (high_column ^ Tile::order(index)) << 4;
+    }
+
+    // `order` is the same 16 rows further on, and xor with an even chunk leaves its lowest bit.
+    DEVICE Shared square(int i, int j) const { return row + i * 16 * Tile::row_bytes + (swizzled ^ (j << 5)); }
+};

@@ -1,0 +1,125 @@
+// The online softmax of the rows that a warp's accumulators hold, in powers of 2 (log2 e is folded into the scale):
+//
+//     p_j = 2^(scale · (s_j - base))     sum = Σ_j p_j     out = Σ_j p_j v_j
+//
+// `base` is a score near the row's maximum. It follows the maximum only when that runs away, so that sum and out are seldom rescaled; p stays
+// below 2^slack, far inside the range of 16-bit floats.
+//
+// Row 16 i + l / 4 + 8 half of a warp's rows is shared by the four lanes of l / 4: each has the columns 8 j + 2 (l % 4) and the next one, in
+// [i][j][2 half] and [i][j][2 half + 1].
+#pragma once
+
+#include "device.cuh"
+
+DEVICE float quad_max(float x) {
+    x = max_ignoring_nan(x, shuffle_xor(x, 1));
+    return max_ignoring_nan(x, shuffle_xor(x, 2));
+}
+
+DEVICE float quad_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+// 2^(scale · (score - base)); before anything was seen there is no base, and any gives 0.
+DEVICE float power(float score, float base, float scale_log2) {
+    return exp2_approx(score * scale_log2 - (base == -infinity() ? 0.0f : base * scale_log2));
+}
+
+template <int RowTiles>
+struct Softmax {
+    static constexpr float slack_log2 = 8;
+
+    float scale_log2;
+    float slack;
+    float base[RowTiles][2];
+    // Of this lane's columns until `finish`.
+    float sum[RowTiles][2];
+
+    DEVICE explicit Softmax(float scale_log2) : scale_log2(scale_log2) {
+        // Finite, so that it does not cancel a base of -inf.
+        slack = fminf(slack_log2 / scale_log2, 1e30f);
+#pragma unroll
+        for (int i = 0; i < RowTiles; i++) {
+            base[i][0] = base[i][1] = -infinity();
+            sum[i][0] = sum[i][1] = 0;
+        }
+    }
+
+    // Moves the base where the scores ask for it.
+    template <int Columns, int Outputs>
+    DEVICE void rebase(const float (&scores)[RowTiles][Columns][4], float (&out)[RowTiles][Outputs][4]) {
+        float highest[RowTiles][2];
+        bool stale = false;
+#pragma unroll
+        for (int i = 0; i < RowTiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float x = scores[i][0][2 * half];
+#pragma unroll
+                for (int j = 0; j < Columns; j++) {
+                    x = max_ignoring_nan(x, scores[i][j][2 * half]);
+                    x = max_ignoring_nan(x, scores[i][j][2 * half + 1]);
+                }
+                highest[i][half] = quad_max(x);
+                stale |= highest[i][half] > base[i][half] + slack;
+            }
+        }
+        if (!any_lane(stale)) {
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < RowTiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float next = max_ignoring_nan(base[i][half], highest[i][half]);
+                const float rescale = power(base[i][half], next, scale_log2);
+                base[i][half] = next;
+                sum[i][half] *= rescale;
+#pragma unroll
+                for (int j = 0; j < Outputs; j++) {
+                    out[i][j][2 * half] *= rescale;
+                    out[i][j][2 * half + 1] *= rescale;
+                }
+            }
+        }
+    }
+
+    // Turns scores into probabilities.
+    template <int Columns>
+    DEVICE void exponentiate(float (&scores)[RowTiles][Columns][4]) {
+#pragma unroll
+        for (int i = 0; i < RowTiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float shift = base[i][half] == -infinity() ? 0.0f : base[i][half] * scale_log2;
+#pragma unroll
+                for (int j = 0; j < Columns; j++) {
+#pragma unroll
+                    for (int c = 2 * half; c < 2 * half + 2; c++) {
+                        scores[i][j][c] = exp2_approx(scores[i][j][c] * scale_log2 - shift);
+                        sum[i][half] += scores[i][j][c];
+                    }
+                }
+            }
+        }
+    }
+
+    // Sums over all columns.
+    DEVICE void finish() {
+#pragma unroll
+        for (int i = 0; i < RowTiles; i++) {
+            sum[i][0] = quad_sum(sum[i][0]);
+            sum[i][1] = quad_sum(sum[i][1]);
+        }
+    }
+};
+
+// ln Σ e^s of a row, from its base and sum of powers; -inf if it saw no key.
+DEVICE float log_sum_exp(float base, float sum, float scale_log2) {
+    constexpr float ln_2 = 0.6931471805599453f;
+    return sum == 0 ? -infinity() : base * scale_log2 * ln_2 + log_accurate(sum);
+}
+
+// What a row's sum of outputs is multiplied by; 0 if it saw no key.
+DEVICE float normaliser(float sum) { return sum == 0 ? 0.0f : reciprocal_approx(sum); }

@@ -1,0 +1,116 @@
+/* What the kernels are told: one struct per kernel, passed by value. Addresses are device addresses, strides count elements.
+ * src/cuda/params.rs is bindgen's view of this file. */
+#pragma once
+
+#include <stdint.h>
+
+/* A tensor [batch, seq, heads, dim] whose last axis is contiguous. */
+typedef struct {
+    uint64_t data;
+    uint64_t batch;
+    uint64_t seq;
+    uint64_t head;
+} StarTensor;
+
+/* Rows that walk one list of keys: entries 0..prefix are the sequence's keys from its start on (the anchor), the others its keys from
+ * `start` on. Where the query heads of a KV head share a tile, a row is one head of one token, heads fastest. */
+typedef struct {
+    /* Index on the batch axis, and into the page table. */
+    uint32_t batch;
+    uint32_t sequence;
+    /* First row, on the seq axis times `pack`, and how many. */
+    uint32_t row;
+    uint32_t rows;
+    /* Where the sequence's keys start on their seq axis. */
+    uint32_t key_start;
+    uint32_t prefix;
+    uint32_t start;
+    /* Entries that the first row's token sees; with `causal` = 1 each token sees one more than the last. */
+    uint32_t visible;
+    uint32_t causal;
+    /* The entries of this tile, and which of the partial results it gives. */
+    uint32_t begin;
+    uint32_t end;
+    uint32_t split;
+} StarTile;
+
+/* flash.cuh: attention of tiles × heads, one block each, heads fastest. */
+typedef struct {
+    StarTensor query;
+    StarTensor key;
+    StarTensor value;
+    /* 16-bit as the queries, or f32. */
+    StarTensor out;
+    /* f32 [batch, query_heads, query_len], or 0. */
+    uint64_t lse;
+    /* StarTile[]. */
+    uint64_t tiles;
+    /* u32 [sequences, pages]: the pages of paged keys and values; a page is an index of the batch axis. 0 for contiguous ones. */
+    uint64_t page_table;
+    /* Elements from the results of one split to those of the next. */
+    uint64_t out_split;
+    uint64_t lse_split;
+    uint32_t pages;
+    uint32_t page_len_log2;
+    uint32_t query_len;
+    uint32_t query_heads;
+    /* Query heads of a KV head. */
+    uint32_t group;
+    /* How many of them are rows of one tile: 1 or `group`. */
+    uint32_t pack;
+    uint32_t out_f32;
+    /* Scores are multiplied by this... */
+    float scale_log2;
+    /* ...after tanh(score · this), where not 0. */
+    float cap_scale;
+    uint32_t padding;
+} StarFlashParams;
+
+/* merge.cu: n partials to one. */
+typedef struct {
+    /* [n × batch, seq, heads, dim]. */
+    StarTensor partials;
+    /* [batch, seq, heads, dim]. */
+    StarTensor out;
+    /* f32 [batch, heads, seq] for each partial, `lse_stride` apart. */
+    uint64_t partials_lse;
+    uint64_t lse_stride;
+    /* f32 [batch, heads, seq], or 0. */
+    uint64_t lse;
+    uint32_t n;
+    uint32_t batch;
+    uint32_t seq;
+    uint32_t heads;
+    uint32_t dim;
+    /* Threads that share a row: a power of two, at most 32. */
+    uint32_t lanes;
+} StarMergeParams;
+
+/* append.cu: new keys and values to their places. */
+typedef struct {
+    /* [batch, seq, kv_heads, dim]. */
+    StarTensor key;
+    StarTensor value;
+    /* [pages, page_len, kv_heads, dim]. */
+    StarTensor shard_key;
+    StarTensor shard_value;
+    /* u32 [batch, seq]: each new row's place, page · page_len + row; rows with a place from pages · page_len on are left out. */
+    uint64_t places;
+    /* u32 [batch, seq], and f32 [position_end, rotated / 2] each; unused where `rotated` is 0. */
+    uint64_t positions;
+    uint64_t cos;
+    uint64_t sin;
+    uint32_t batch;
+    uint32_t seq;
+    uint32_t kv_heads;
+    uint32_t dim;
+    uint32_t pages;
+    uint32_t page_len;
+    /* The first dims of each key that are rotated, a multiple of 16. */
+    uint32_t rotated;
+    /* 1: the pairs (2 i, 2 i + 1); 0: (i, i + rotated / 2). */
+    uint32_t interleaved;
+    /* Keys at positions from here on are left out, with their values. */
+    uint32_t position_end;
+    uint32_t padding;
+} StarAppendParams;

@@ -1,0 +1,115 @@
+//! New keys and values to their places in a shard on a GPU, contiguous or in pages, the keys rotated on the way where asked.
+
+use super::device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Span, bytes_of};
+use super::params::StarAppendParams;
+use super::{APPEND_THREADS, Launch};
+use crate::{Error, Result};
+
+/// The rotation of keys by position (RoPE): pairs of dims `(x, y)` become `(x cos - y sin, x sin + y cos)`.
+#[derive(Debug)]
+pub struct Rotation<'a, D: Device> {
+    /// `[positions, rotated / 2]`.
+    pub cos: Span<'a, D, f32>,
+    /// `[positions, rotated / 2]`.
+    pub sin: Span<'a, D, f32>,
+    /// `[batch, seq]`: the position of each new row.
+    pub positions: Span<'a, D, u32>,
+    /// The first dims of a head that are rotated, a multiple of 16; the others stay.
+    pub rotated: usize,
+    /// Pairs are `(2 i, 2 i + 1)`; else `(i, i + rotated / 2)`, as in Hugging Face's Llama.
+    pub interleaved: bool,
+}
+
+/// A shard to be appended to: keys and values `[pages, page_len, kv_heads, head_dim]`, or `[batch, capacity, kv_heads, head_dim]`, which is
+/// the same with a page for each sequence.
+#[derive(Debug)]
+pub struct ShardMut<'a, D: Device, T> {
+    /// Keys.
+    pub key: DeviceTensorMut<'a, D, T>,
+    /// Values.
+    pub value: DeviceTensorMut<'a, D, T>,
+}
+
+/// Stores `key` and `value` `[batch, seq, kv_heads, head_dim]` in `shard`, each row at its place.
+///
+/// `places` is `[batch, seq]` in device memory: `page · page_len + row`. It is read by the kernel: a row whose place is outside of the shard, or
+/// whose position is outside of the rotation's table, is left out, which serves rows that another host keeps. No two rows may
+/// have one place.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together; errors of the driver.
+pub fn append<D: Device, T: HalfElement>(
+    device: &D,
+    stream: &D::Stream,
+    key: &DeviceTensor<'_, D, T>,
+    value: &DeviceTensor<'_, D, T>,
+    places: &Span<'_, D, u32>,
+    rotation: Option<&Rotation<'_, D>>,
+    shard: &mut ShardMut<'_, D, T>,
+) -> Result<()> {
+    let shape @ [batch, seq, kv_heads, dim] = key.shape();
+    let stored @ [pages, page_len, ..] = shard.key.shape();
+    if dim == 0 || !dim.is_multiple_of(8) {
+        return Err(Error::shape("key", "head_dim a multiple of 8", format!("{shape:?}")));
+    }
+    key.check_rows("key", shape)?;
+    value.check_rows("value", shape)?;
+    shard.key.check_rows("shard", [pages, page_len, kv_heads, dim])?;
+    shard.value.check_rows("shard", [pages, page_len, kv_heads, dim])?;
+    let tokens = batch * seq;
+    let check_len = |argument, expected: usize, got: usize| {
+        if got == expected {
+            return Ok(());
+        }
+        Err(Error::shape(argument, format!("{expected} elements"), got.to_string()))
+    };
+    check_len("places", tokens, places.len)?;
+    let threads = tokens.saturating_mul(kv_heads * dim / 8);
+    let stored_rows = pages.saturating_mul(page_len);
+    if i32::try_from(threads / APPEND_THREADS).is_err() || u32::try_from(stored_rows).is_err() {
+        return Err(Error::shape("shard", "fewer than 2³² rows", format!("{stored:?} and keys {shape:?}")));
+    }
+    let mut params = StarAppendParams {
+        key: key.params(),
+        value: value.params(),
+        shard_key: shard.key.params(),
+        shard_value: shard.value.params(),
+        places: places.address,
+        batch: batch as u32,
+        seq: seq as u32,
+        kv_heads: kv_heads as u32,
+        dim: dim as u32,
+        pages: pages as u32,
+        page_len: page_len as u32,
+        ..Default::default()
+    };
+    if let Some(rotation) = rotation {
+        let rotated = rotation.rotated;
+        if rotated == 0 || !rotated.is_multiple_of(16) || rotated > dim {
+            return Err(Error::value("rotated", format!("a multiple of 16, at most {dim}"), rotated));
+        }
+        check_len("positions", tokens, rotation.positions.len)?;
+        let positions = rotation.cos.len / (rotated / 2);
+        check_len("cos", positions * (rotated / 2), rotation.cos.len)?;
+        check_len("sin", rotation.cos.len, rotation.sin.len)?;
+        params.cos = rotation.cos.address;
+        params.sin = rotation.sin.address;
+        params.positions = rotation.positions.address;
+        params.rotated = rotated as u32;
+        params.interleaved = u32::from(rotation.interleaved);
+        params.position_end = u32::try_from(positions).unwrap_or(u32::MAX);
+    }
+    if threads == 0 || stored_rows == 0 {
+        return Ok(());
+    }
+    let kernel = format!("append_{}", T::DTYPE);
+    let launch = Launch {
+        kernel: &kernel,
+        blocks: threads.div_ceil(APPEND_THREADS) as u32,
+        threads: APPEND_THREADS as u32,
+        shared_bytes: 0,
+        params: bytes_of(std::slice::from_ref(&params)),
+    };
+    // SAFETY: extents and lengths were checked; the kernel checks places and positions.
+    unsafe { device.launch(stream, &launch) }
+}

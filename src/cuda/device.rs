@@ -1,0 +1,268 @@
+//! Where kernels run, and the memory they run on.
+//!
+//! Plans need three things of a device: its extents, a copy to its memory, and a launch by name. Whoever has them is a [`Device`]: a GPU through its
+//! driver, or the host itself.
+
+use crate::tensor::Strided;
+use crate::{Element, Error, Result, bf16, f16};
+use std::marker::PhantomData;
+
+/// What a plan must know of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Properties {
+    /// Blocks of threads that run at the same time, if each fills one.
+    pub multiprocessors: usize,
+    /// Shared memory of a multiprocessor, in bytes.
+    pub shared_bytes: usize,
+}
+
+/// A kernel, and all that it is told.
+#[derive(Clone, Debug)]
+pub struct Launch<'a> {
+    /// Name of the entry point, as `encode_bf16_d128`.
+    pub kernel: &'a str,
+    /// Blocks of threads.
+    pub blocks: u32,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// The parameter struct of `cuda/params.h`.
+    pub params: &'a [u8],
+}
+
+/// Where kernels run.
+pub trait Device: Send + Sync {
+    /// An order of work: what is asked for on a stream happens in that order.
+    type Stream;
+    /// Kept as long as work may be asked for on a piece of memory.
+    type Guard<'a>: std::fmt::Debug;
+
+    /// What plans must know.
+    fn properties(&self) -> Properties;
+
+    /// Starts a kernel after all earlier work of the stream.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if the kernel was not built; errors of the driver.
+    ///
+    /// # Safety
+    /// The parameters are those of the kernel, and all memory that they name lives, and is left alone by others, until the kernel has ended.
+    unsafe fn launch(&self, stream: &Self::Stream, launch: &Launch<'_>) -> Result<()>;
+
+    /// Copies `bytes` to device memory after all earlier work of the stream. They are read before this returns.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    ///
+    /// # Safety
+    /// `to..to + bytes.len()` is memory of this device, left alone by others until the copy has ended.
+    unsafe fn upload(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()>;
+}
+
+/// The element types that GPU kernels multiply: [`struct@f16`] and [`bf16`].
+pub trait HalfElement: Element {}
+impl HalfElement for f16 {}
+impl HalfElement for bf16 {}
+
+/// A borrowed piece of device memory for work on one stream.
+#[derive(Debug)]
+pub struct Span<'a, D: Device, T> {
+    pub(crate) address: u64,
+    pub(crate) len: usize,
+    _guard: Option<D::Guard<'a>>,
+    _borrow: PhantomData<&'a T>,
+}
+
+/// A piece of device memory for work on one stream, borrowed to be written.
+#[derive(Debug)]
+pub struct SpanMut<'a, D: Device, T> {
+    pub(crate) address: u64,
+    pub(crate) len: usize,
+    _guard: Option<D::Guard<'a>>,
+    _borrow: PhantomData<&'a mut T>,
+}
+
+impl<'a, D: Device, T> Span<'a, D, T> {
+    /// `len` elements at a device address: the way in for memory of other frameworks.
+    ///
+    /// # Safety
+    /// For `'a`, and until all work asked for with it has ended, they are initialised elements in memory of the device `D` stands for,
+    /// and nothing writes them.
+    pub unsafe fn from_raw(address: u64, len: usize) -> Self {
+        Self { address, len, _guard: None, _borrow: PhantomData }
+    }
+
+    pub(crate) fn guarded(address: u64, len: usize, guard: D::Guard<'a>) -> Self {
+        Self { address, len, _guard: Some(guard), _borrow: PhantomData }
+    }
+
+    /// The elements from `start` on; none if there are fewer.
+    #[must_use]
+    pub fn from(self, start: usize) -> Self {
+        let start = start.min(self.len);
+        Self { address: self.address + (start * size_of::<T>()) as u64, len: self.len - start, ..self }
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl<'a, D: Device, T> SpanMut<'a, D, T> {
+    /// `len` elements at a device address: the way in for memory of other frameworks.
+    ///
+    /// # Safety
+    /// For `'a`, and until all work asked for with it has ended, they are memory of the device `D` stands for, and nothing else reads or
+    /// writes them.
+    pub unsafe fn from_raw(address: u64, len: usize) -> Self {
+        Self { address, len, _guard: None, _borrow: PhantomData }
+    }
+
+    pub(crate) fn guarded(address: u64, len: usize, guard: D::Guard<'a>) -> Self {
+        Self { address, len, _guard: Some(guard), _borrow: PhantomData }
+    }
+
+    /// The elements from `start` on; none if there are fewer.
+    #[must_use]
+    pub fn from(self, start: usize) -> Self {
+        let start = start.min(self.len);
+        Self { address: self.address + (start * size_of::<T>()) as u64, len: self.len - start, ..self }
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Refuses fewer than `len` elements, or an address not aligned for 16-byte accesses.
+    pub(crate) fn check(&self, argument: &'static str, len: usize) -> Result<()> {
+        if self.len < len {
+            return Err(Error::shape(argument, format!("at least {len} elements"), self.len.to_string()));
+        }
+        if self.len == 0 { Ok(()) } else { check_aligned(argument, self.address) }
+    }
+}
+
+/// Kernels move 16 bytes at a time.
+pub(crate) const ALIGNMENT: usize = 16;
+
+pub(crate) fn check_aligned(argument: &'static str, address: u64) -> Result<()> {
+    if !address.is_multiple_of(ALIGNMENT as u64) {
+        return Err(Error::value(argument, "an address that is a multiple of 16", format!("{address:#x}")));
+    }
+    Ok(())
+}
+
+/// A borrowed tensor `[batch, seq, heads, dim]` in device memory, read only.
+#[derive(Debug)]
+pub struct DeviceTensor<'a, D: Device, T> {
+    span: Span<'a, D, T>,
+    layout: Strided,
+}
+
+/// A borrowed tensor `[batch, seq, heads, dim]` in device memory, to be written.
+#[derive(Debug)]
+pub struct DeviceTensorMut<'a, D: Device, T> {
+    span: SpanMut<'a, D, T>,
+    layout: Strided,
+}
+
+macro_rules! tensor {
+    ($Tensor:ident, $Span:ident) => {
+        impl<'a, D: Device, T: Element> $Tensor<'a, D, T> {
+            /// A view of `span` with explicit strides, in elements, as [`TensorView::new`](crate::TensorView::new).
+            ///
+            /// # Errors
+            /// [`Error::Stride`], naming `argument`, if an index leaves `span` or two indices meet.
+            pub fn new(
+                argument: &'static str,
+                span: $Span<'a, D, T>,
+                shape: [usize; 4],
+                strides: [usize; 4],
+            ) -> Result<Self> {
+                let layout = Strided::new(argument, span.len, shape, strides)?;
+                Ok(Self { span, layout })
+            }
+
+            /// A row-major view of the whole of `span`.
+            ///
+            /// # Errors
+            /// [`Error::Shape`], naming `argument`, if `shape` has not exactly its elements.
+            pub fn contiguous(
+                argument: &'static str,
+                span: $Span<'a, D, T>,
+                shape: [usize; 4],
+            ) -> Result<Self> {
+                let layout = Strided::contiguous(argument, span.len, shape)?;
+                Ok(Self { span, layout })
+            }
+
+            /// The same elements with the axes seq and heads exchanged.
+            #[must_use]
+            pub fn swap_seq_heads(self) -> Self {
+                Self { layout: self.layout.swap_seq_heads(), ..self }
+            }
+
+            /// The elements `start..start + len` of one axis.
+            ///
+            /// # Errors
+            /// [`Error::Value`] if there is no such axis or the range leaves it.
+            pub fn narrow(mut self, axis: usize, start: usize, len: usize) -> Result<Self> {
+                let (layout, offset) = self.layout.narrow(axis, start, len)?;
+                self.span.address += (offset * T::DTYPE.size()) as u64;
+                self.span.len -= offset;
+                Ok(Self { layout, ..self })
+            }
+
+            /// The extents `[batch, seq, heads, dim]`.
+            pub fn shape(&self) -> [usize; 4] {
+                self.layout.shape
+            }
+
+            /// The strides of `[batch, seq, heads, dim]`, in elements.
+            pub fn strides(&self) -> [usize; 4] {
+                self.layout.strides
+            }
+
+            /// Refuses rows that the kernels could not move 16 bytes at a time.
+            pub(crate) fn check_rows(&self, argument: &'static str, expected: [usize; 4]) -> Result<()> {
+                crate::config::check_rows(argument, expected, self.shape(), self.strides())?;
+                if !expected.contains(&0) {
+                    check_aligned(argument, self.span.address)?;
+                }
+                let elements = ALIGNMENT / T::DTYPE.size();
+                if self.strides()[..3].iter().any(|stride| !stride.is_multiple_of(elements)) {
+                    let expected = format!("multiples of {elements}: rows start at multiples of 16 bytes");
+                    return Err(Error::stride(argument, expected, format!("{:?}", self.strides())));
+                }
+                Ok(())
+            }
+
+            pub(crate) fn params(&self) -> super::params::StarTensor {
+                let [batch, seq, head, _] = self.strides().map(|stride| stride as u64);
+                super::params::StarTensor { data: self.span.address, batch, seq, head }
+            }
+        }
+    };
+}
+
+tensor!(DeviceTensor, Span);
+tensor!(DeviceTensorMut, SpanMut);
+
+/// The bytes of a parameter struct.
+pub(crate) fn bytes_of<P: Copy>(params: &[P]) -> &[u8] {
+    // SAFETY: the structs of params.rs are of integers and floats, without padding (params.rs asserts their sizes).
+    unsafe { std::slice::from_raw_parts(params.as_ptr().cast(), size_of_val(params)) }
+}

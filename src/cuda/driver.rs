@@ -1,0 +1,227 @@
+//! NVIDIA GPUs, through cudarc and the CUDA driver. Neither a toolkit nor a CUDA library is needed to run.
+//!
+//! ```no_run
+//! use star_attention::cuda::driver::Driver;
+//! use star_attention::cuda::flash::Plan;
+//! use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Span, SpanMut};
+//! use star_attention::{AttentionConfig, AttentionShape, Mask, bf16};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = Driver::open(0)?;
+//! let stream = device.context().default_stream();
+//! let shape = AttentionShape { batch: 1, query_len: 4096, key_len: 4096, query_heads: 32, kv_heads: 8, head_dim: 128 };
+//! let plan = Plan::new(&device.properties(), &AttentionConfig::new(Mask::Causal), &shape)?;
+//!
+//! let query = stream.alloc_zeros::<bf16>(4096 * 32 * 128)?;
+//! let key = stream.alloc_zeros::<bf16>(4096 * 8 * 128)?;
+//! let mut out = stream.alloc_zeros::<bf16>(4096 * 32 * 128)?;
+//! let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_len())?;
+//!
+//! let mut prepared = plan.prepare(&device, &stream, SpanMut::of(&mut workspace, &stream))?;
+//! prepared.run(
+//!     &DeviceTensor::contiguous("query", Span::of(&query, &stream), shape.query_shape())?,
+//!     &DeviceTensor::contiguous("key", Span::of(&key, &stream), shape.key_shape())?,
+//!     &DeviceTensor::contiguous("value", Span::of(&key, &stream), shape.key_shape())?,
+//!     &mut DeviceTensorMut::contiguous("out", SpanMut::of(&mut out, &stream), shape.query_shape())?,
+//!     None,
+//! )?;
+//! # Ok(())
+//! # }
+//! ```
+
+use super::device::{Device, Launch, Properties, Span, SpanMut};
+use crate::{Error, Result};
+use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop, result,
+};
+use cudarc::nvrtc::Ptx;
+use std::collections::HashMap;
+use std::sync::{Arc, RwLock};
+
+include!(concat!(env!("OUT_DIR"), "/cuda_modules.rs"));
+
+/// Names of all kernels that were built.
+pub fn kernels() -> impl Iterator<Item = &'static str> {
+    MODULES.iter().flat_map(|(names, _)| names.iter().copied())
+}
+
+/// The lowest compute capability that the kernels' instructions have.
+const CAPABILITY: (i32, i32) = (8, 0);
+
+/// A GPU. Kernels are loaded when they are first launched, and kept.
+#[derive(Debug)]
+pub struct Driver {
+    context: Arc<CudaContext>,
+    properties: Properties,
+    functions: RwLock<HashMap<String, CudaFunction>>,
+}
+
+fn driver(operation: &'static str) -> impl Fn(DriverError) -> Error {
+    move |source| Error::Driver { operation, source }
+}
+
+/// cudarc panics where there is no driver.
+fn check_driver() -> Result<()> {
+    let name = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
+    // SAFETY: the driver's library may be loaded at any time; cudarc does so next.
+    match unsafe { libloading::Library::new(name) } {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Error::Unavailable { what: "the CUDA driver", reason: error.to_string() }),
+    }
+}
+
+impl Driver {
+    /// The GPUs of this machine.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] without a driver, [`Error::Driver`] for what it answers.
+    pub fn count() -> Result<usize> {
+        check_driver()?;
+        let count = CudaContext::device_count().map_err(driver("count devices"))?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    /// The GPU of this number.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] without a driver or such a GPU, [`Error::Value`] if it is too old, [`Error::Driver`] for what the driver answers.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let count = Self::count()?;
+        if ordinal >= count {
+            let reason = format!("there are {count}, asked for number {ordinal}");
+            return Err(Error::Unavailable { what: "the GPU", reason });
+        }
+        Self::new(CudaContext::new(ordinal).map_err(driver("open the device"))?)
+    }
+
+    /// The GPU of a context that is there already.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if it is too old, [`Error::Driver`] for what the driver answers.
+    pub fn new(context: Arc<CudaContext>) -> Result<Self> {
+        let capability = context.compute_capability().map_err(driver("ask for the compute capability"))?;
+        if capability < CAPABILITY {
+            let got = format!("{}.{}", capability.0, capability.1);
+            return Err(Error::value("device", "compute capability 8.0 or later", got));
+        }
+        let attribute = |attribute| -> Result<usize> {
+            let value = context.attribute(attribute).map_err(driver("ask for an attribute"))?;
+            Ok(usize::try_from(value).unwrap_or(0))
+        };
+        let properties = Properties {
+            multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_bytes: attribute(
+                CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+            )?,
+        };
+        Ok(Self { context, properties, functions: RwLock::default() })
+    }
+
+    /// For streams and memory. Streams of other frameworks come in by [`CudaContext::wrap_borrowed_stream`].
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// Loads kernels before their first launch, which may otherwise not be captured in a graph.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a name that was not built, [`Error::Driver`] for what the driver answers.
+    pub fn load<'a>(&self, kernels: impl IntoIterator<Item = &'a str>) -> Result<()> {
+        kernels.into_iter().try_for_each(|kernel| self.function(kernel).map(|_| ()))
+    }
+
+    fn function(&self, kernel: &str) -> Result<CudaFunction> {
+        let functions = self.functions.read().unwrap_or_else(|e| e.into_inner());
+        if let Some(function) = functions.get(kernel) {
+            return Ok(function.clone());
+        }
+        drop(functions);
+        let Some((names, image)) = MODULES.iter().find(|(names, _)| names.contains(&kernel)) else {
+            let expected = "one that was built (see STAR_ATTENTION_HEAD_DIMS)";
+            return Err(Error::value("kernel", expected, kernel));
+        };
+        let image = Ptx::from_binary(image.to_vec());
+        let module = self.context.load_module(image).map_err(driver("load kernels"))?;
+        let mut functions = self.functions.write().unwrap_or_else(|e| e.into_inner());
+        for &name in *names {
+            let function = module.load_function(name).map_err(driver("find a kernel"))?;
+            functions.insert(name.into(), function);
+        }
+        Ok(functions[kernel].clone())
+    }
+}
+
+impl Device for Driver {
+    type Stream = Arc<CudaStream>;
+    type Guard<'a> = SyncOnDrop<'a>;
+
+    fn properties(&self) -> Properties {
+        self.properties
+    }
+
+    unsafe fn launch(&self, stream: &Self::Stream, launch: &Launch<'_>) -> Result<()> {
+        self.check_stream(stream)?;
+        let function = self.function(launch.kernel)?;
+        self.context.bind_to_thread().map_err(driver("bind the context"))?;
+        // Above this a kernel must ask for its shared memory.
+        const DEFAULT_SHARED_BYTES: u32 = 48 * 1024;
+        if launch.shared_bytes > DEFAULT_SHARED_BYTES {
+            let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(attribute, launch.shared_bytes as i32)
+                .map_err(driver("reserve shared memory"))?;
+        }
+        let mut params = [launch.params.as_ptr().cast_mut().cast()];
+        // SAFETY: the kernel takes one struct, whose bytes these are; the rest is the caller's promise.
+        let launched = unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                (launch.blocks, 1, 1),
+                (launch.threads, 1, 1),
+                launch.shared_bytes,
+                stream.cu_stream(),
+                &mut params,
+            )
+        };
+        launched.map_err(driver("launch a kernel"))
+    }
+
+    unsafe fn upload(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()> {
+        self.check_stream(stream)?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.context.bind_to_thread().map_err(driver("bind the context"))?;
+        // SAFETY: the caller's promise. The driver has read pageable memory when this returns.
+        unsafe { result::memcpy_htod_async(to, bytes, stream.cu_stream()) }
+            .map_err(driver("copy to the device"))
+    }
+}
+
+impl Driver {
+    fn check_stream(&self, stream: &CudaStream) -> Result<()> {
+        if stream.context().cu_ctx() == self.context.cu_ctx() {
+            return Ok(());
+        }
+        let name = |context: &CudaContext| format!("a stream of device {}", context.ordinal());
+        Err(Error::value("stream", name(&self.context), name(stream.context())))
+    }
+}
+
+impl<'a, T> Span<'a, Driver, T> {
+    /// The elements of a slice or view, after all earlier writes to them.
+    pub fn of<S: DevicePtr<T>>(slice: &'a S, stream: &'a Arc<CudaStream>) -> Self {
+        let (address, guard) = slice.device_ptr(stream);
+        Self::guarded(address, slice.len(), guard)
+    }
+}
+
+impl<'a, T> SpanMut<'a, Driver, T> {
+    /// The elements of a slice or view, after all earlier reads and writes of them.
+    pub fn of<S: DevicePtrMut<T>>(slice: &'a mut S, stream: &'a Arc<CudaStream>) -> Self {
+        let len = slice.len();
+        let (address, guard) = slice.device_ptr_mut(stream);
+        Self::guarded(address, len, guard)
+    }
+}

@@ -1,0 +1,28 @@
+//! The GPU backend: hand-written kernels for compute capability 8.0 and up, under plans made on the host.
+//!
+//! - [`flash`]: context encoding and query attention, under every mask of the crate;
+//! - [`merge()`]: n partials to one, of the splits of one call or of many hosts;
+//! - [`append()`]: new keys and values to a shard, contiguous or in pages.
+//!
+//! Kernels run on a [`Device`]: a GPU (`driver`, feature `cuda`), or the host, slowly and with every access checked (`simt`, feature `simt`).
+//! Memory comes as a [`Span`], for work on one stream: of the device's own buffers safely, of other frameworks' by
+//! [`Span::from_raw`].
+
+mod append;
+mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
+pub mod flash;
+mod merge;
+#[allow(missing_docs, clippy::all)]
+#[rustfmt::skip] // bindgen's output
+mod params;
+mod policy;
+#[cfg(feature = "simt")]
+pub mod simt;
+
+pub use append::{Rotation, ShardMut, append};
+pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
+pub use merge::{Partials, merge};
+pub use policy::HEAD_DIMS;
+use policy::{APPEND_THREADS, MERGE_THREADS};

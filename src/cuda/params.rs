@@ -1,0 +1,302 @@
+//! What the kernels are told: bindgen's view of `cuda/params.h`, which has the comments.
+
+
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct StarTensor {
+    pub data: u64,
+    pub batch: u64,
+    pub seq: u64,
+    pub head: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarTensor"][::std::mem::size_of::<StarTensor>() - 32usize];
+    ["Alignment of StarTensor"][::std::mem::align_of::<StarTensor>() - 8usize];
+    [
+        "Offset of field: StarTensor::data",
+    ][::std::mem::offset_of!(StarTensor, data) - 0usize];
+    [
+        "Offset of field: StarTensor::batch",
+    ][::std::mem::offset_of!(StarTensor, batch) - 8usize];
+    [
+        "Offset of field: StarTensor::seq",
+    ][::std::mem::offset_of!(StarTensor, seq) - 16usize];
+    [
+        "Offset of field: StarTensor::head",
+    ][::std::mem::offset_of!(StarTensor, head) - 24usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct StarTile {
+    pub batch: u32,
+    pub sequence: u32,
+    pub row: u32,
+    pub rows: u32,
+    pub key_start: u32,
+    pub prefix: u32,
+    pub start: u32,
+    pub visible: u32,
+    pub causal: u32,
+    pub begin: u32,
+    pub end: u32,
+    pub split: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarTile"][::std::mem::size_of::<StarTile>() - 48usize];
+    ["Alignment of StarTile"][::std::mem::align_of::<StarTile>() - 4usize];
+    [
+        "Offset of field: StarTile::batch",
+    ][::std::mem::offset_of!(StarTile, batch) - 0usize];
+    [
+        "Offset of field: StarTile::sequence",
+    ][::std::mem::offset_of!(StarTile, sequence) - 4usize];
+    ["Offset of field: StarTile::row"][::std::mem::offset_of!(StarTile, row) - 8usize];
+    [
+        "Offset of field: StarTile::rows",
+    ][::std::mem::offset_of!(StarTile, rows) - 12usize];
+    [
+        "Offset of field: StarTile::key_start",
+    ][::std::mem::offset_of!(StarTile, key_start) - 16usize];
+    [
+        "Offset of field: StarTile::prefix",
+    ][::std::mem::offset_of!(StarTile, prefix) - 20usize];
+    [
+        "Offset of field: StarTile::start",
+    ][::std::mem::offset_of!(StarTile, start) - 24usize];
+    [
+        "Offset of field: StarTile::visible",
+    ][::std::mem::offset_of!(StarTile, visible) - 28usize];
+    [
+        "Offset of field: StarTile::causal",
+    ][::std::mem::offset_of!(StarTile, causal) - 32usize];
+    [
+        "Offset of field: StarTile::begin",
+    ][::std::mem::offset_of!(StarTile, begin) - 36usize];
+    ["Offset of field: StarTile::end"][::std::mem::offset_of!(StarTile, end) - 40usize];
+    [
+        "Offset of field: StarTile::split",
+    ][::std::mem::offset_of!(StarTile, split) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct StarFlashParams {
+    pub query: StarTensor,
+    pub key: StarTensor,
+    pub value: StarTensor,
+    pub out: StarTensor,
+    pub lse: u64,
+    pub tiles: u64,
+    pub page_table: u64,
+    pub out_split: u64,
+    pub lse_split: u64,
+    pub pages: u32,
+    pub page_len_log2: u32,
+    pub query_len: u32,
+    pub query_heads: u32,
+    pub group: u32,
+    pub pack: u32,
+    pub out_f32: u32,
+    pub scale_log2: f32,
+    pub cap_scale: f32,
+    pub padding: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 208usize];
+    ["Alignment of StarFlashParams"][::std::mem::align_of::<StarFlashParams>() - 8usize];
+    [
+        "Offset of field: StarFlashParams::query",
+    ][::std::mem::offset_of!(StarFlashParams, query) - 0usize];
+    [
+        "Offset of field: StarFlashParams::key",
+    ][::std::mem::offset_of!(StarFlashParams, key) - 32usize];
+    [
+        "Offset of field: StarFlashParams::value",
+    ][::std::mem::offset_of!(StarFlashParams, value) - 64usize];
+    [
+        "Offset of field: StarFlashParams::out",
+    ][::std::mem::offset_of!(StarFlashParams, out) - 96usize];
+    [
+        "Offset of field: StarFlashParams::lse",
+    ][::std::mem::offset_of!(StarFlashParams, lse) - 128usize];
+    [
+        "Offset of field: StarFlashParams::tiles",
+    ][::std::mem::offset_of!(StarFlashParams, tiles) - 136usize];
+    [
+        "Offset of field: StarFlashParams::page_table",
+    ][::std::mem::offset_of!(StarFlashParams, page_table) - 144usize];
+    [
+        "Offset of field: StarFlashParams::out_split",
+    ][::std::mem::offset_of!(StarFlashParams, out_split) - 152usize];
+    [
+        "Offset of field: StarFlashParams::lse_split",
+    ][::std::mem::offset_of!(StarFlashParams, lse_split) - 160usize];
+    [
+        "Offset of field: StarFlashParams::pages",
+    ][::std::mem::offset_of!(StarFlashParams, pages) - 168usize];
+    [
+        "Offset of field: StarFlashParams::page_len_log2",
+    ][::std::mem::offset_of!(StarFlashParams, page_len_log2) - 172usize];
+    [
+        "Offset of field: StarFlashParams::query_len",
+    ][::std::mem::offset_of!(StarFlashParams, query_len) - 176usize];
+    [
+        "Offset of field: StarFlashParams::query_heads",
+    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 180usize];
+    [
+        "Offset of field: StarFlashParams::group",
+    ][::std::mem::offset_of!(StarFlashParams, group) - 184usize];
+    [
+        "Offset of field: StarFlashParams::pack",
+    ][::std::mem::offset_of!(StarFlashParams, pack) - 188usize];
+    [
+        "Offset of field: StarFlashParams::out_f32",
+    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 192usize];
+    [
+        "Offset of field: StarFlashParams::scale_log2",
+    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 196usize];
+    [
+        "Offset of field: StarFlashParams::cap_scale",
+    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 200usize];
+    [
+        "Offset of field: StarFlashParams::padding",
+    ][::std::mem::offset_of!(StarFlashParams, padding) - 204usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct StarMergeParams {
+    pub partials: StarTensor,
+    pub out: StarTensor,
+    pub partials_lse: u64,
+    pub lse_stride: u64,
+    pub lse: u64,
+    pub n: u32,
+    pub batch: u32,
+    pub seq: u32,
+    pub heads: u32,
+    pub dim: u32,
+    pub lanes: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarMergeParams"][::std::mem::size_of::<StarMergeParams>() - 112usize];
+    ["Alignment of StarMergeParams"][::std::mem::align_of::<StarMergeParams>() - 8usize];
+    [
+        "Offset of field: StarMergeParams::partials",
+    ][::std::mem::offset_of!(StarMergeParams, partials) - 0usize];
+    [
+        "Offset of field: StarMergeParams::out",
+    ][::std::mem::offset_of!(StarMergeParams, out) - 32usize];
+    [
+        "Offset of field: StarMergeParams::partials_lse",
+    ][::std::mem::offset_of!(StarMergeParams, partials_lse) - 64usize];
+    [
+        "Offset of field: StarMergeParams::lse_stride",
+    ][::std::mem::offset_of!(StarMergeParams, lse_stride) - 72usize];
+    [
+        "Offset of field: StarMergeParams::lse",
+    ][::std::mem::offset_of!(StarMergeParams, lse) - 80usize];
+    [
+        "Offset of field: StarMergeParams::n",
+    ][::std::mem::offset_of!(StarMergeParams, n) - 88usize];
+    [
+        "Offset of field: StarMergeParams::batch",
+    ][::std::mem::offset_of!(StarMergeParams, batch) - 92usize];
+    [
+        "Offset of field: StarMergeParams::seq",
+    ][::std::mem::offset_of!(StarMergeParams, seq) - 96usize];
+    [
+        "Offset of field: StarMergeParams::heads",
+    ][::std::mem::offset_of!(StarMergeParams, heads) - 100usize];
+    [
+        "Offset of field: StarMergeParams::dim",
+    ][::std::mem::offset_of!(StarMergeParams, dim) - 104usize];
+    [
+        "Offset of field: StarMergeParams::lanes",
+    ][::std::mem::offset_of!(StarMergeParams, lanes) - 108usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct StarAppendParams {
+    pub key: StarTensor,
+    pub value: StarTensor,
+    pub shard_key: StarTensor,
+    pub shard_value: StarTensor,
+    pub places: u64,
+    pub positions: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub batch: u32,
+    pub seq: u32,
+    pub kv_heads: u32,
+    pub dim: u32,
+    pub pages: u32,
+    pub page_len: u32,
+    pub rotated: u32,
+    pub interleaved: u32,
+    pub position_end: u32,
+    pub padding: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarAppendParams"][::std::mem::size_of::<StarAppendParams>() - 200usize];
+    [
+        "Alignment of StarAppendParams",
+    ][::std::mem::align_of::<StarAppendParams>() - 8usize];
+    [
+        "Offset of field: StarAppendParams::key",
+    ][::std::mem::offset_of!(StarAppendParams, key) - 0usize];
+    [
+        "Offset of field: StarAppendParams::value",
+    ][::std::mem::offset_of!(StarAppendParams, value) - 32usize];
+    [
+        "Offset of field: StarAppendParams::shard_key",
+    ][::std::mem::offset_of!(StarAppendParams, shard_key) - 64usize];
+    [
+        "Offset of field: StarAppendParams::shard_value",
+    ][::std::mem::offset_of!(StarAppendParams, shard_value) - 96usize];
+    [
+        "Offset of field: StarAppendParams::places",
+    ][::std::mem::offset_of!(StarAppendParams, places) - 128usize];
+    [
+        "Offset of field: StarAppendParams::positions",
+    ][::std::mem::offset_of!(StarAppendParams, positions) - 136usize];
+    [
+        "Offset of field: StarAppendParams::cos",
+    ][::std::mem::offset_of!(StarAppendParams, cos) - 144usize];
+    [
+        "Offset of field: StarAppendParams::sin",
+    ][::std::mem::offset_of!(StarAppendParams, sin) - 152usize];
+    [
+        "Offset of field: StarAppendParams::batch",
+    ][::std::mem::offset_of!(StarAppendParams, batch) - 160usize];
+    [
+        "Offset of field: StarAppendParams::seq",
+    ][::std::mem::offset_of!(StarAppendParams, seq) - 164usize];
+    [
+        "Offset of field: StarAppendParams::kv_heads",
+    ][::std::mem::offset_of!(StarAppendParams, kv_heads) - 168usize];
+    [
+        "Offset of field: StarAppendParams::dim",
+    ][::std::mem::offset_of!(StarAppendParams, dim) - 172usize];
+    [
+        "Offset of field: StarAppendParams::pages",
+    ][::std::mem::offset_of!(StarAppendParams, pages) - 176usize];
+    [
+        "Offset of field: StarAppendParams::page_len",
+    ][::std::mem::offset_of!(StarAppendParams, page_len) - 180usize];
+    [
+        "Offset of field: StarAppendParams::rotated",
+    ][::std::mem::offset_of!(StarAppendParams, rotated) - 184usize];
+    [
+        "Offset of field: StarAppendParams::interleaved",
+    ][::std::mem::offset_of!(StarAppendParams, interleaved) - 188usize];
+    [
+        "Offset of field: StarAppendParams::position_end",
+    ][::std::mem::offset_of!(StarAppendParams, position_end) - 192usize];
+    [
+        "Offset of field: StarAppendParams::padding",
+    ][::std::mem::offset_of!(StarAppendParams, padding) - 196usize];
+};

@@ -1,0 +1,177 @@
+//! SIMT on the host: the kernels of `cuda/`, compiled as C++, one coroutine per CUDA thread.
+//!
+//! A test instrument. It runs every kernel where there is no GPU, slowly, and finds what a GPU would let pass: reads of shared memory
+//! that nothing was written to, that another thread wrote without a barrier between, or whose asynchronous copy was not waited for; accesses outside
+//! of shared memory or of any allocation, or not aligned; barriers that not all threads reach. Warps and their lanes run in a seeded random order.
+//!
+//! [`Fault`] plants such a bug into a kernel as it runs, to prove that it would be found.
+
+mod block;
+mod global;
+mod hooks;
+mod matrix;
+mod shared;
+
+use super::device::{Device, Launch, Properties, Span, SpanMut};
+use crate::{Error, Result};
+use block::{Block, Kernel, WARP};
+use global::Regions;
+use rayon::prelude::*;
+use std::sync::{Arc, RwLock};
+
+include!(concat!(env!("OUT_DIR"), "/simt_kernels.rs"));
+
+/// Names of all kernels that were built.
+pub fn kernels() -> impl Iterator<Item = &'static str> {
+    KERNELS.iter().map(|&(name, _)| name)
+}
+
+/// A bug planted into running kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// Every thread passes its n-th barrier of the block as if it were not there.
+    SkipBarrier(u32),
+    /// Every thread passes the barriers of its warp as if they were not there.
+    SkipWarpBarriers,
+    /// Waits for asynchronous copies leave one group more under way.
+    WaitForFewer,
+    /// A thread ends instead of coming to its n-th barrier of the block.
+    Leave {
+        /// Of the block.
+        thread: u32,
+        /// Counted from 0.
+        barrier: u32,
+    },
+    /// The block has this many bytes of shared memory less than was asked for.
+    LessShared(u32),
+}
+
+/// The host as a device.
+#[derive(Clone, Debug, Default)]
+pub struct Simt {
+    regions: Arc<RwLock<Regions>>,
+    seed: u64,
+    fault: Option<Fault>,
+}
+
+/// Memory of a [`Simt`] device.
+#[derive(Debug)]
+pub struct Buffer<T: Copy> {
+    data: Vec<T>,
+    /// Where the first element stands, such that its address is a multiple of 256 as on a GPU.
+    start: usize,
+    len: usize,
+    regions: Arc<RwLock<Regions>>,
+}
+
+/// Alignment of allocations, as a GPU's driver gives.
+const ALIGNMENT: usize = 256;
+
+impl Simt {
+    /// A device whose warps and lanes run in an order drawn from `seed`.
+    pub fn new(seed: u64) -> Self {
+        Self { seed, ..Self::default() }
+    }
+
+    /// The same memory, with a bug planted into every kernel.
+    pub fn with_fault(&self, fault: Fault) -> Self {
+        Self { fault: Some(fault), ..self.clone() }
+    }
+
+    /// Memory that holds `data`.
+    pub fn buffer<T: Copy>(&self, data: &[T]) -> Buffer<T> {
+        let mut buffer: Vec<T> = Vec::with_capacity(data.len() + ALIGNMENT / size_of::<T>());
+        let past = buffer.as_ptr().addr() % ALIGNMENT;
+        let start = (ALIGNMENT - past) % ALIGNMENT / size_of::<T>();
+        if let Some(&first) = data.first() {
+            buffer.resize(start, first);
+            buffer.extend_from_slice(data);
+            let address = buffer[start..].as_ptr().addr();
+            self.regions.write().unwrap_or_else(|e| e.into_inner()).add(address, size_of_val(data));
+        }
+        Buffer { data: buffer, start, len: data.len(), regions: self.regions.clone() }
+    }
+}
+
+impl<T: Copy> Buffer<T> {
+    /// The elements.
+    pub fn as_slice(&self) -> &[T] {
+        self.data.get(self.start..).unwrap_or(&[])
+    }
+
+    /// The elements, to be written.
+    pub fn as_mut_slice(&mut self) -> &mut [T] {
+        self.data.get_mut(self.start..).unwrap_or(&mut [])
+    }
+
+    /// For a kernel to read.
+    pub fn span(&self) -> Span<'_, Simt, T> {
+        Span::guarded(self.as_slice().as_ptr().expose_provenance() as u64, self.len, ())
+    }
+
+    /// For a kernel to write.
+    pub fn span_mut(&mut self) -> SpanMut<'_, Simt, T> {
+        SpanMut::guarded(self.as_mut_slice().as_mut_ptr().expose_provenance() as u64, self.len, ())
+    }
+}
+
+impl<T: Copy> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            let address = self.as_slice().as_ptr().addr();
+            self.regions.write().unwrap_or_else(|e| e.into_inner()).remove(address);
+        }
+    }
+}
+
+impl Device for Simt {
+    type Stream = ();
+    type Guard<'a> = ();
+
+    /// Of a device so small that plans split keys already for small shapes.
+    fn properties(&self) -> Properties {
+        Properties { multiprocessors: 8, shared_bytes: 100 * 1024 }
+    }
+
+    unsafe fn launch(&self, (): &(), launch: &Launch<'_>) -> Result<()> {
+        let failed = |reason| Error::Kernel { kernel: launch.kernel.into(), reason };
+        let kernel = KERNELS.iter().find(|(name, _)| *name == launch.kernel);
+        let Some(&(_, kernel)) = kernel else {
+            return Err(Error::value("kernel", "one that was built", launch.kernel));
+        };
+        let threads = launch.threads as usize;
+        if !threads.is_multiple_of(WARP) {
+            return Err(failed(format!("{threads} threads are no whole warps")));
+        }
+        let regions = self.regions.read().unwrap_or_else(|e| e.into_inner()).clone();
+        let less = if let Some(Fault::LessShared(bytes)) = self.fault { bytes } else { 0 };
+        (0..launch.blocks).into_par_iter().try_for_each(|index| {
+            let shared_bytes = launch.shared_bytes.saturating_sub(less) as usize;
+            let block = Block::new(index, &regions, shared_bytes, threads, self.fault);
+            let mut random = SplitMix64(self.seed ^ u64::from(index) << 32);
+            block::run(kernel, launch.params, threads, block, |end| (random.next() % end as u64) as usize)
+                .map_err(|reason| failed(format!("block {index}: {reason}")))
+        })
+    }
+
+    unsafe fn upload(&self, (): &(), to: u64, bytes: &[u8]) -> Result<()> {
+        let to = std::ptr::with_exposed_provenance_mut::<u8>(to as usize);
+        // SAFETY: the caller's promise.
+        unsafe { bytes.as_ptr().copy_to_nonoverlapping(to, bytes.len()) };
+        Ok(())
+    }
+}
+
+/// Sebastiano Vigna's generator: short, and good enough for orders.
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
