@@ -111,5 +111,8 @@ fn compile(nvcc: &Path, archs: &[String], module: &Module, out: &Path) -> Result
     if !output.status.success() {
         return Err(format!("{}: {}", module.name, report.replace('\n', " | ")));
     }
-    std::fs::write(out.join(format!("{}.usage", module.name)), &*report).map_err(|e| e.to_string())
+    // For scripts/kernel-report.py.
+    let defines: Vec<_> = module.defines.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let report = format!("{}\n{report}", defines.join(" "));
+    std::fs::write(out.join(format!("{}.usage", module.name)), report).map_err(|e| e.to_string())
 }

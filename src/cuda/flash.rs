@@ -434,8 +434,8 @@ mod tests {
 
     #[test]
     fn splits_fill_the_device() {
-        assert_eq!(split_count(8, 264, 1000), 33);
-        assert_eq!(split_count(8, 132, 1000), 14);
+        assert_eq!(split_count(8, 264, 1000), 29);
+        assert_eq!(split_count(8, 132, 1000), 15);
         // Full, nearly full, nothing to split, no blocks.
         assert_eq!(split_count(264, 264, 64), 1);
         assert_eq!(split_count(212, 264, 64), 1);

@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Prints what the compiler made of each kernel, and fails if one spills registers.
+
+For each attention kernel also, counted and not measured: blocks that fit a multiprocessor, FLOPs and bytes of one step of the main loop, and
+with --mix the loop's instructions from the disassembly (needs `scripts/install-nvcc.sh --tools`; the loop holds masks, softcap and copies at the
+ends of ranges too, which most steps branch around).
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Registers, threads and shared memory of a multiprocessor, and what each block's shared memory costs beyond its own.
+LIMITS = {"sm_80": (65536, 2048, 164 * 1024), "sm_90": (65536, 2048, 228 * 1024)}
+BLOCK_SHARED = 1024
+
+CLASSES = [
+    ("products", r"HMMA"),
+    ("matrix loads", r"LDSM"),
+    ("copies", r"LDGSTS|LDGDEPBAR|DEPBAR"),
+    ("exp and rcp", r"MUFU"),
+    ("f32", r"FFMA|FMUL|FADD|FMNMX|FSEL|FSETP|F2FP"),
+    ("shuffles and votes", r"SHFL|VOTE"),
+    ("barriers", r"BAR|WARPSYNC|BSSY|BSYNC|SYNC"),
+]
+
+
+def built():
+    """The build script's output folder of a release build."""
+    command = ["cargo", "build", "--release", "--features", "cuda", "--message-format=json"]
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for line in output.splitlines():
+        message = json.loads(line)
+        name = message.get("package_id", "")
+        if message.get("reason") == "build-script-executed" and re.search(r"star-attention(#|@|$)|#star-attention@", name):
+            return pathlib.Path(message["out_dir"])
+    sys.exit("kernel-report.py: cargo ran no build script of star-attention")
+
+
+def usage(folder):
+    """Yields (module's definitions, kernel, arch, figures) for each compiled kernel."""
+    for path in sorted(folder.glob("*.usage")):
+        first, *lines = path.read_text().splitlines()
+        defines = dict(pair.split("=") for pair in first.split())
+        kernel = None
+        for line in lines:
+            if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+                kernel, arch = match.groups()
+                figures = {}
+            elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+                figures["stack"], figures["stores"], figures["loads"] = map(int, match.groups())
+            elif kernel and (match := re.search(r"Used (\d+) registers", line)):
+                figures["registers"] = int(match.group(1))
+                yield defines, kernel, arch, figures
+                kernel = None
+
+
+def resident(arch, registers, threads, shared):
+    """Blocks that fit a multiprocessor."""
+    all_registers, all_threads, all_shared = LIMITS.get(arch, LIMITS["sm_80"])
+    warp_registers = (registers * 32 + 255) // 256 * 256
+    blocks = min(all_threads // threads, all_registers // (warp_registers * (threads // 32)))
+    return min(blocks, all_shared // (shared + BLOCK_SHARED)) if shared else blocks
+
+
+def main_loop(sass):
+    """The instructions of the shortest loop that holds the most products, of each function."""
+    loops = {}
+    for text in re.split(r"Function : ", sass)[1:]:
+        name = text.split()[0]
+        code = [(int(a, 16), op, rest) for a, op, rest in re.findall(
+            r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", text)]
+        best = None
+        for address, op, rest in code:
+            target = re.search(r"0x([0-9a-f]+)", rest)
+            if op.startswith("BRA") and target and int(target.group(1), 16) < address:
+                body = [op for at, op, _ in code if int(target.group(1), 16) <= at <= address]
+                key = (-sum(op.startswith("HMMA") for op in body), len(body))
+                if best is None or key < best[0]:
+                    best = (key, body)
+        if best and best[0][0]:
+            loops[name] = best[1]
+    return loops
+
+
+def mix(folder, module, arch):
+    tool = ROOT / ".nvcc/bin/cuobjdump"
+    sass = subprocess.run([tool, "-sass", "-arch", arch, folder / f"{module}.fatbin"], check=True,
+                          stdout=subprocess.PIPE, text=True).stdout
+    for kernel, body in main_loop(sass).items():
+        counts = collections.Counter()
+        for op in body:
+            counts[next((name for name, pattern in CLASSES if re.match(pattern, op)), "integer and other")] += 1
+        yield kernel, len(body), counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mix", action="store_true", help="instructions of the main loops, from the disassembly")
+    arguments = parser.parse_args()
+    folder = built()
+    spilled = []
+    print(f"{'kernel':28} {'arch':6} {'registers':>9} {'spills':>7} {'threads':>7} {'shared':>7} {'blocks':>7}"
+          f" {'kFLOP':>7} {'KB read':>8}")
+    modules = {}
+    for defines, kernel, arch, figures in usage(folder):
+        threads, shared = int(defines["THREADS"]), int(defines.get("SHARED_BYTES", 0))
+        spills = figures["stores"] + figures["loads"]
+        row = (f"{kernel:28} {arch:6} {figures['registers']:9} {spills:7} {threads:7} {shared:7}"
+               f" {resident(arch, figures['registers'], threads, shared):7}")
+        if "HEAD_DIM" in defines:
+            number = {name: int(value) for name, value in defines.items() if value.isdigit()}
+            rows = 16 * number["ROW_TILES"] * number["ROW_WARPS"]
+            keys = number["KEYS"] * number["KEY_WARPS"]
+            row += f" {4 * rows * keys * number['HEAD_DIM'] / 1e3:7.0f} {4 * keys * number['HEAD_DIM'] / 1024:8.0f}"
+            modules[f"{defines['KERNEL_NAME']}_d{defines['HEAD_DIM']}"] = None
+        print(row)
+        if spills or figures["stack"]:
+            spilled.append(f"{kernel} ({arch})")
+    if arguments.mix:
+        names = [name for name, _ in CLASSES] + ["integer and other"]
+        print(f"\n{'main loop of':20} {'arch':6} {'all':>6} " + " ".join(f"{name:>18}" for name in names))
+        for module in modules:
+            for arch in ("sm_80", "sm_90"):
+                for kernel, total, counts in mix(folder, module, arch):
+                    print(f"{kernel:20} {arch:6} {total:6} " + " ".join(f"{counts[name]:18}" for name in names))
+    if spilled:
+        sys.exit("registers spilled or on the stack: " + ", ".join(spilled))
+
+
+main()
