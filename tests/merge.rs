@@ -1,35 +1,12 @@
-//! The laws of merging partials.
+//! The laws of merging partials on the CPU, at once and one after another.
 
+#[path = "properties/merge.rs"]
+mod laws;
+
+use laws::{Data, assert_close, bits, parts};
 use proptest::prelude::*;
 use star_attention::merge::{Partial, merge, merge_into};
 use star_attention::{Element, Error, TensorView, TensorViewMut, bf16, f16};
-
-/// `[batch, seq, heads, dim]` outputs and `[batch, heads, seq]` log-sum-exps.
-#[derive(Clone, Debug)]
-struct Data {
-    shape: [usize; 4],
-    out: Vec<f32>,
-    lse: Vec<f32>,
-}
-
-impl Data {
-    fn identity(shape: [usize; 4]) -> Self {
-        let [batch, seq, heads, dim] = shape;
-        let rows = batch * seq * heads;
-        Self { shape, out: vec![0.0; rows * dim], lse: vec![f32::NEG_INFINITY; rows] }
-    }
-
-    fn partial(&self) -> Partial<'_, f32> {
-        Partial { out: TensorView::contiguous("partial", &self.out, self.shape).unwrap(), lse: &self.lse }
-    }
-
-    /// The row of an output that belongs to an entry of the log-sum-exp.
-    fn row(&self, index: usize) -> &[f32] {
-        let [_, seq, heads, dim] = self.shape;
-        let (batch, head, token) = (index / seq / heads, index / seq % heads, index % seq);
-        &self.out[((batch * seq + token) * heads + head) * dim..][..dim]
-    }
-}
 
 fn merged(parts: &[&Data], shape: [usize; 4]) -> Data {
     let mut result = Data::identity(shape);
@@ -52,91 +29,28 @@ fn pairwise(parts: &[&Data], shape: [usize; 4]) -> Data {
     result
 }
 
-/// The merge's definition, in f64.
-fn exact(parts: &[&Data], index: usize, dim: usize) -> (Vec<f64>, f64) {
-    let lse: Vec<f64> = parts.iter().map(|part| f64::from(part.lse[index])).collect();
-    let max = lse.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if max == f64::NEG_INFINITY {
-        return (vec![0.0; dim], max);
-    }
-    let sum: f64 = lse.iter().map(|lse| (lse - max).exp()).sum();
-    let mut out = vec![0.0; dim];
-    for (part, lse) in parts.iter().zip(&lse).filter(|(_, lse)| **lse > f64::NEG_INFINITY) {
-        let weight = (lse - max).exp() / sum;
-        out.iter_mut().zip(part.row(index)).for_each(|(out, x)| *out += weight * f64::from(*x));
-    }
-    (out, max + sum.ln())
-}
-
-/// `merges` is how many times a log-sum-exp was rounded to f32 on the way and then weighed against others: each time the weights move
-/// by as much, relatively, as it was rounded by.
-fn assert_close(result: &Data, parts: &[&Data], merges: usize) {
-    for index in 0..result.lse.len() {
-        let (out, lse) = exact(parts, index, result.shape[3]);
-        let got = f64::from(result.lse[index]);
-        let rounding = f64::from(f32::EPSILON) * if lse.is_finite() { lse.abs() } else { 0.0 };
-        assert!(got == lse || (got - lse).abs() <= 4e-7 + (1 + merges) as f64 * rounding, "lse {got} {lse}");
-        // Outputs are at most 1: each partial's weight, product and sum round by some 6e-8.
-        let bound = 5e-7 * (1 + parts.len()) as f64 + merges as f64 * rounding;
-        for (got, out) in result.row(index).iter().zip(out) {
-            assert!((f64::from(*got) - out).abs() <= bound, "out {got} {out}");
-        }
-    }
-}
-
-fn parts(most: usize) -> impl Strategy<Value = Vec<Data>> {
-    let shape = (1..3usize, 1..6usize, 1..5usize, prop_oneof![1..8usize, 120..140usize]);
-    (0..=most, shape).prop_flat_map(|(count, (batch, seq, heads, dim))| {
-        let rows = batch * seq * heads;
-        let lse = prop_oneof![
-            4 => -3.0..3.0f32,
-            1 => Just(f32::NEG_INFINITY),
-            1 => Just(0.5f32),
-            1 => prop_oneof![Just(1e4f32), Just(-1e4f32)],
-        ];
-        let part = (prop::collection::vec(lse, rows), prop::collection::vec(-1.0..1.0f32, rows * dim));
-        let shape = [batch, seq, heads, dim];
-        prop::collection::vec(part.prop_map(move |(lse, out)| Data { shape, out, lse }), count)
-    })
-}
-
-fn bits(data: &Data) -> Vec<u32> {
-    data.out.iter().chain(&data.lse).map(|x| x.to_bits()).collect()
-}
-
 proptest! {
     #[test]
     fn both_merges_are_the_softmax_over_the_union(parts in parts(9)) {
-        let parts: Vec<&Data> = parts.iter().collect();
-        let shape = parts.first().map_or([1, 2, 3, 4], |part| part.shape);
-        assert_close(&merged(&parts, shape), &parts, 0);
-        if !parts.is_empty() {
-            assert_close(&pairwise(&parts, shape), &parts, parts.len());
+        laws::is_the_softmax_over_the_union(&merged, &parts);
+        if let Some(part) = parts.first() {
+            let all: Vec<&Data> = parts.iter().collect();
+            assert_close(&pairwise(&all, part.shape), &all, parts.len());
         }
     }
 
     #[test]
     fn merging_is_commutative_and_associative_up_to_rounding(parts in parts(5).prop_filter("some", |p| p.len() > 2)) {
-        let shape = parts[0].shape;
-        let all: Vec<&Data> = parts.iter().collect();
-        let mut reversed = all.clone();
-        reversed.reverse();
-        assert_close(&merged(&reversed, shape), &all, 0);
-        let left = merged(&all[..2], shape);
-        let right = merged(&all[2..], shape);
-        assert_close(&merged(&[&left, &right], shape), &all, 2);
+        laws::is_commutative_and_associative(&merged, &parts);
     }
 
     #[test]
     fn the_identity_changes_nothing_and_one_partial_is_itself(parts in parts(1).prop_filter("one", |p| p.len() == 1)) {
-        let part = &parts[0];
-        let mut garbage = Data::identity(part.shape);
+        laws::has_an_identity(&merged, &parts[0]);
+        let mut garbage = Data::identity(parts[0].shape);
         garbage.out.fill(f32::NAN);
-        let alone = merged(&[part], part.shape);
-        assert_close(&alone, &[part], 0);
-        for list in [[&garbage, part], [part, &garbage]] {
-            prop_assert_eq!(bits(&merged(&list, part.shape)), bits(&alone));
-            assert_close(&pairwise(&list, part.shape), &[part], 1);
+        for list in [[&garbage, &parts[0]], [&parts[0], &garbage]] {
+            assert_close(&pairwise(&list, parts[0].shape), &[&parts[0]], 1);
         }
     }
 
@@ -151,42 +65,20 @@ proptest! {
 
     #[test]
     fn a_nan_stays_in_its_row(parts in parts(4).prop_filter("some", |p| p.len() > 1), at in any::<prop::sample::Index>()) {
-        let shape = parts[0].shape;
-        let hit = at.index(parts[0].lse.len());
-        let clean = merged(&parts.iter().collect::<Vec<_>>(), shape);
-        let mut dirty = parts.clone();
-        dirty[1].lse[hit] = f32::NAN;
-        let dirty = dirty.iter().collect::<Vec<_>>();
-        for result in [merged(&dirty, shape), pairwise(&dirty, shape)] {
-            for index in 0..clean.lse.len() {
-                if index == hit {
-                    prop_assert!(result.lse[index].is_nan() && result.row(index).iter().all(|x| x.is_nan()));
-                } else {
-                    prop_assert!(!result.lse[index].is_nan() && result.row(index).iter().all(|x| !x.is_nan()));
-                }
-            }
-        }
+        laws::keeps_a_nan_in_its_row(&merged, &parts, at);
+        laws::keeps_a_nan_in_its_row(&pairwise, &parts, at);
     }
 }
 
 #[test]
 fn partials_1e4_apart_are_the_larger_one_in_either_order() {
-    let shape = [1, 1, 1, 2];
-    let far = |lse, x| Data { shape, out: vec![x; 2], lse: vec![lse] };
-    let (low, high) = (far(-5e3, 7.0), far(5e3, 3.0));
-    for list in [[&low, &high], [&high, &low]] {
-        for result in [merged(&list, shape), pairwise(&list, shape)] {
-            assert_eq!((result.out, result.lse), (vec![3.0; 2], vec![5e3]));
-        }
-    }
+    laws::takes_the_far_larger(&merged);
+    laws::takes_the_far_larger(&pairwise);
 }
 
 #[test]
 fn nothing_at_all_is_the_identity() {
-    let shape = [2, 3, 1, 4];
-    assert_eq!(bits(&merged(&[], shape)), bits(&Data::identity(shape)));
-    let empty = Data::identity(shape);
-    assert_eq!(bits(&merged(&[&empty, &empty], shape)), bits(&empty));
+    laws::makes_nothing_of_nothing(&merged);
 }
 
 fn low_precision<T: Element>(epsilon: f32) {

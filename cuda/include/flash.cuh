@@ -193,6 +193,7 @@ struct Flash {
         }
         softmax.finish();
         copy_wait<0>();
+        // All are done with the rings, or, without any key, with the copy of the queries: their memory is used again.
         sync_block();
         if (P::key_warps == 1) {
             write(rows, query, out, softmax);

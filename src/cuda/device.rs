@@ -97,11 +97,17 @@ impl<'a, D: Device, T> Span<'a, D, T> {
         Self { address, len, _guard: Some(guard), _borrow: PhantomData }
     }
 
-    /// The elements from `start` on; none if there are fewer.
+    /// The elements of a range, as far as there are any.
     #[must_use]
-    pub fn from(self, start: usize) -> Self {
-        let start = start.min(self.len);
-        Self { address: self.address + (start * size_of::<T>()) as u64, len: self.len - start, ..self }
+    pub fn range(self, range: std::ops::Range<usize>) -> Self {
+        let end = range.end.min(self.len);
+        let start = range.start.min(end);
+        Self { address: self.address + (start * size_of::<T>()) as u64, len: end - start, ..self }
+    }
+
+    /// The device address of the first element.
+    pub fn address(&self) -> u64 {
+        self.address
     }
 
     /// Elements.
@@ -129,11 +135,17 @@ impl<'a, D: Device, T> SpanMut<'a, D, T> {
         Self { address, len, _guard: Some(guard), _borrow: PhantomData }
     }
 
-    /// The elements from `start` on; none if there are fewer.
+    /// The elements of a range, as far as there are any.
     #[must_use]
-    pub fn from(self, start: usize) -> Self {
-        let start = start.min(self.len);
-        Self { address: self.address + (start * size_of::<T>()) as u64, len: self.len - start, ..self }
+    pub fn range(self, range: std::ops::Range<usize>) -> Self {
+        let end = range.end.min(self.len);
+        let start = range.start.min(end);
+        Self { address: self.address + (start * size_of::<T>()) as u64, len: end - start, ..self }
+    }
+
+    /// The device address of the first element.
+    pub fn address(&self) -> u64 {
+        self.address
     }
 
     /// Elements.

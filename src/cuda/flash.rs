@@ -41,6 +41,7 @@ pub struct PageTable {
 }
 
 /// Where a sequence lies on the axes of queries and keys.
+#[derive(Clone)]
 struct Sequence {
     batch: usize,
     query: Range<usize>,
@@ -70,9 +71,11 @@ impl Plan {
     /// # Errors
     /// [`Error::Value`] for a config out of range or a head dim without kernels, [`Error::Shape`] for extents out of range.
     pub fn new(properties: &Properties, config: &AttentionConfig, shape: &AttentionShape) -> Result<Self> {
-        let sequences = (0..shape.batch)
-            .map(|batch| Sequence { batch, query: 0..shape.query_len, key: 0..shape.key_len })
-            .collect();
+        let sequences = (0..shape.batch).map(|batch| Sequence {
+            batch,
+            query: 0..shape.query_len,
+            key: 0..shape.key_len,
+        });
         Self::with_sequences(properties, config, shape, sequences)
     }
 
@@ -89,7 +92,7 @@ impl Plan {
         key_offsets: &[usize],
     ) -> Result<Self> {
         let sequences = walk::packed_sequences(shape, query_offsets, key_offsets)?;
-        let sequences = sequences.into_iter().map(|[query, key]| Sequence { batch: 0, query, key }).collect();
+        let sequences = sequences.into_iter().map(|[query, key]| Sequence { batch: 0, query, key });
         Self::with_sequences(properties, config, shape, sequences)
     }
 
@@ -124,8 +127,7 @@ impl Plan {
             Some(*end)
         }));
         let places = walk::packed_sequences(shape, query_offsets, &key_offsets)?;
-        let places =
-            places.into_iter().map(|[query, key]| Sequence { batch: 0, query, key: 0..key.len() }).collect();
+        let places = places.into_iter().map(|[query, key]| Sequence { batch: 0, query, key: 0..key.len() });
         let longest = sequences.iter().map(|(_, list)| list.len()).max().unwrap_or(0);
         let rows = sequences
             .iter()
@@ -139,7 +141,7 @@ impl Plan {
         properties: &Properties,
         config: &AttentionConfig,
         shape: &AttentionShape,
-        sequences: Vec<Sequence>,
+        sequences: impl Iterator<Item = Sequence> + Clone,
     ) -> Result<Self> {
         config.validate()?;
         shape.validate()?;
@@ -156,7 +158,7 @@ impl Plan {
                 largest.to_string(),
             ));
         }
-        let tokens = sequences.iter().map(|s| s.query.len()).max().unwrap_or(0);
+        let tokens = sequences.clone().map(|s| s.query.len()).max().unwrap_or(0);
         let (policy, pack) = if tokens * group <= FEW_ROWS {
             (Policy::query(shape.head_dim), group)
         } else {
@@ -173,10 +175,10 @@ impl Plan {
             pairs: 0,
             table: None,
         };
-        for (index, sequence) in sequences.iter().enumerate() {
+        for (index, sequence) in sequences.enumerate() {
             walk::segments(config.mask, sequence.query.len(), sequence.key.len(), |segment| {
                 plan.pairs += segment.pairs() as u64;
-                plan.push_tiles(index, sequence, &segment);
+                plan.push_tiles(index, &sequence, &segment);
             });
         }
         plan.split(properties);

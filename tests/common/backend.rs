@@ -2,17 +2,19 @@
 
 use star_attention::cuda::simt::{self, Simt};
 use star_attention::cuda::{Device, Span, SpanMut};
+use std::fmt::Debug;
 
-/// What goes to a device's memory.
-pub trait Plain: Copy + Default + Send + Sync + std::fmt::Debug + 'static {}
-impl<T: Copy + Default + Send + Sync + std::fmt::Debug + 'static> Plain for T {}
+/// What goes to a device's memory: numbers, of which any bits are one.
+pub trait Plain: Copy + Default + Send + Sync + Debug + 'static {}
+impl<T: Copy + Default + Send + Sync + Debug + 'static> Plain for T {}
 
 /// A device with a stream, and its memory.
 pub trait Backend {
     type Device: Device;
-    type Memory<T: Plain>;
+    type Memory<T: Plain>: Debug;
 
-    fn open() -> Self;
+    /// `seed` draws the order of work, where it is drawn.
+    fn open(seed: u64) -> Self;
     fn device(&self) -> &Self::Device;
     fn stream(&self) -> &<Self::Device as Device>::Stream;
     fn memory<T: Plain>(&self, data: &[T]) -> Self::Memory<T>;
@@ -26,8 +28,8 @@ impl Backend for Simt {
     type Device = Self;
     type Memory<T: Plain> = simt::Buffer<T>;
 
-    fn open() -> Self {
-        Self::new(0)
+    fn open(seed: u64) -> Self {
+        Self::new(seed)
     }
     fn device(&self) -> &Self {
         self
@@ -46,5 +48,86 @@ impl Backend for Simt {
     }
     fn read<T: Plain>(&self, memory: &Self::Memory<T>) -> Vec<T> {
         memory.as_slice().to_vec()
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub use gpu::Gpu;
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::*;
+    use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+    use star_attention::cuda::driver::Driver;
+    use std::marker::PhantomData;
+    use std::sync::{Arc, OnceLock};
+
+    /// The first GPU, with a stream of its own.
+    pub struct Gpu {
+        driver: Arc<Driver>,
+        stream: Arc<CudaStream>,
+    }
+
+    /// Memory of a GPU. As bytes: cudarc does not know all types that are plain here.
+    #[derive(Debug)]
+    pub struct Memory<T> {
+        bytes: CudaSlice<u8>,
+        len: usize,
+        _elements: PhantomData<T>,
+    }
+
+    impl Gpu {
+        pub fn new(driver: Arc<Driver>) -> star_attention::Result<Self> {
+            let stream = driver.context().new_stream();
+            let stream = stream
+                .map_err(|source| star_attention::Error::Driver { operation: "make a stream", source })?;
+            Ok(Self { driver, stream })
+        }
+    }
+
+    impl Backend for Gpu {
+        type Device = Driver;
+        type Memory<T: Plain> = Memory<T>;
+
+        /// Kernels are loaded once for all.
+        fn open(_: u64) -> Self {
+            static DRIVER: OnceLock<Arc<Driver>> = OnceLock::new();
+            let driver = DRIVER.get_or_init(|| Arc::new(Driver::open(0).expect("a GPU")));
+            Self::new(driver.clone()).expect("a stream")
+        }
+        fn device(&self) -> &Driver {
+            &self.driver
+        }
+        fn stream(&self) -> &Arc<CudaStream> {
+            &self.stream
+        }
+        fn memory<T: Plain>(&self, data: &[T]) -> Memory<T> {
+            // SAFETY: plain numbers are their bytes.
+            let plain = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<u8>(), size_of_val(data)) };
+            // No GPU gives memory of no size.
+            let mut bytes = self.stream.alloc_zeros(plain.len().max(1)).expect("memory of the GPU");
+            self.stream.memcpy_htod(plain, &mut bytes).expect("a copy to the GPU");
+            Memory { bytes, len: data.len(), _elements: PhantomData }
+        }
+        fn span<'a, T: Plain>(&'a self, memory: &'a Memory<T>) -> Span<'a, Driver, T> {
+            let (address, _guard) = memory.bytes.device_ptr(&self.stream);
+            // SAFETY: borrowed, and used on this stream only.
+            unsafe { Span::from_raw(address, memory.len) }
+        }
+        fn span_mut<'a, T: Plain>(&'a self, memory: &'a mut Memory<T>) -> SpanMut<'a, Driver, T> {
+            let (address, _guard) = memory.bytes.device_ptr_mut(&self.stream);
+            // SAFETY: borrowed to be written, and used on this stream only.
+            unsafe { SpanMut::from_raw(address, memory.len) }
+        }
+        fn read<T: Plain>(&self, memory: &Memory<T>) -> Vec<T> {
+            let bytes = self.stream.clone_dtoh(&memory.bytes).expect("a copy from the GPU");
+            self.stream.synchronize().expect("the GPU's work");
+            let mut data = vec![T::default(); memory.len];
+            // SAFETY: plain numbers are their bytes, and there are as many.
+            unsafe {
+                bytes.as_ptr().copy_to_nonoverlapping(data.as_mut_ptr().cast(), size_of_val(&data[..]))
+            };
+            data
+        }
     }
 }

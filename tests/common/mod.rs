@@ -114,6 +114,14 @@ impl<T: Element> Tensor<T> {
         Self::contiguous(name, shape, |_| rng.normal())
     }
 
+    /// A row-major copy.
+    pub fn of(view: TensorView<'_, T>) -> Self {
+        let strides = view.strides();
+        Self::contiguous("copy", view.shape(), |index| {
+            view.data()[index.iter().zip(strides).map(|(i, stride)| i * stride).sum::<usize>()].to_f32()
+        })
+    }
+
     /// The rows `seqs` of this tensor, copied one after another.
     pub fn gather(&self, seqs: impl IntoIterator<Item = usize>) -> Self {
         let seqs: Vec<usize> = seqs.into_iter().collect();

@@ -1,7 +1,7 @@
 //! Nothing to see, nothing to do, one of everything, and buffers far larger than what they hold.
 
 use crate::common::{Layout, Rng, Tensor};
-use crate::expected::Expected;
+use crate::properties::expected::Expected;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::{self, Plan};
 use star_attention::{AttentionConfig, AttentionShape, Error, Mask, TensorView, TensorViewMut};

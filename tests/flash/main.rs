@@ -5,13 +5,11 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../properties/mod.rs"]
+mod properties;
 
-mod cases;
 mod edges;
 mod errors;
-mod expected;
 mod nonfinite;
 mod oracle;
-mod packed;
-mod query;
-mod star;
+mod phases;

@@ -1,6 +1,6 @@
 //! NaN and infinities in the data: they stay in the rows that see them.
 
-use crate::cases::{Case, Inputs, Values, cases};
+use crate::properties::cases::{Case, Inputs, Values, cases};
 use proptest::prelude::*;
 use star_attention::cpu::reference::sees;
 use star_attention::{Element, bf16, f16};

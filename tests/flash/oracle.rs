@@ -1,6 +1,6 @@
 //! The default backend against the oracle, for any shape, strides, mask and type.
 
-use crate::cases::{Case, Inputs, RUBBISH, cases};
+use crate::properties::cases::{Case, Inputs, RUBBISH, cases};
 use proptest::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use star_attention::cpu::InstructionSet;

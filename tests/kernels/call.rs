@@ -1,21 +1,60 @@
 //! Calls of the kernels on tensors of the host.
 
 use crate::backend::{Backend, Plain};
-use crate::cases::{Case, Inputs, RUBBISH, cases};
 use crate::common::{Layout, Tensor};
+use crate::properties::Attend;
+use crate::properties::cases::{Case, Inputs, RUBBISH, cases};
 use proptest::prelude::*;
-use star_attention::Element;
 use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, HalfElement};
+use star_attention::cuda::{
+    Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, HalfElement, Partials, ShardMut, append, merge,
+};
+use star_attention::{AttentionConfig, AttentionShape, Element, Result};
+
+/// Makes of each test one on the host and one on a GPU; `B` is where it runs.
+macro_rules! on_each_device {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident in $strategy:expr),* $(,)?) $body:block)+) => {
+        mod host {
+            use super::*;
+            type B = star_attention::cuda::simt::Simt;
+            $(crate::call::on_each_device! { @one [$(#[$doc])*] $name ($($arg in $strategy),*) $body })+
+        }
+        #[cfg(feature = "cuda")]
+        mod gpu {
+            use super::*;
+            type B = crate::backend::Gpu;
+            $(crate::call::on_each_device! {
+                @one [$(#[$doc])* #[ignore = "needs an NVIDIA GPU"]] $name ($($arg in $strategy),*) $body
+            })+
+        }
+    };
+    (@one [$($attribute:tt)*] $name:ident () $body:block) => {
+        #[test]
+        $($attribute)*
+        fn $name() $body
+    };
+    (@one [$($attribute:tt)*] $name:ident ($($arg:ident in $strategy:expr),+) $body:block) => {
+        proptest::prelude::proptest! {
+            #[test]
+            $($attribute)*
+            fn $name($($arg in $strategy),+) $body
+        }
+    };
+}
+pub(crate) use on_each_device;
 
 /// Rows at multiples of 16 bytes.
 pub fn aligned(layout: &Layout) -> Layout {
     Layout { order: layout.order, padding: layout.padding.map(|p| p / 4 * 8), offset: layout.offset / 4 * 8 }
 }
 
+pub fn kernel_dims() -> impl Strategy<Value = usize> {
+    prop::sample::select(HEAD_DIMS.to_vec())
+}
+
 /// Random calls that the kernels take.
 pub fn kernel_cases() -> impl Strategy<Value = Case> {
-    (cases(), prop::sample::select(HEAD_DIMS.to_vec())).prop_map(|(mut case, head_dim)| {
+    (cases(), kernel_dims()).prop_map(|(mut case, head_dim)| {
         case.shape.head_dim = head_dim;
         case.layouts = std::array::from_fn(|i| aligned(&case.layouts[i]));
         case
@@ -37,7 +76,7 @@ impl<B: Backend, T: Element> Memory<B, T> {
     }
 
     pub fn view<'a>(&'a self, backend: &'a B, name: &'static str) -> DeviceTensor<'a, B::Device, T> {
-        let span = backend.span(&self.memory).from(self.offset);
+        let span = backend.span(&self.memory).range(self.offset..usize::MAX);
         DeviceTensor::new(name, span, self.shape, self.strides).unwrap()
     }
 
@@ -46,7 +85,7 @@ impl<B: Backend, T: Element> Memory<B, T> {
         backend: &'a B,
         name: &'static str,
     ) -> DeviceTensorMut<'a, B::Device, T> {
-        let span = backend.span_mut(&mut self.memory).from(self.offset);
+        let span = backend.span_mut(&mut self.memory).range(self.offset..usize::MAX);
         DeviceTensorMut::new(name, span, self.shape, self.strides).unwrap()
     }
 }
@@ -56,26 +95,125 @@ pub fn run_plan<B: Backend, T: HalfElement, O: Element>(
     backend: &B,
     plan: &Plan,
     Inputs { query, key, value }: &Inputs<T>,
-    mut out: Tensor<O>,
-    lse_len: Option<usize>,
-) -> star_attention::Result<(Tensor<O>, Vec<f32>)> {
+    out: &mut Tensor<O>,
+    lse: Option<&mut [f32]>,
+) -> Result<()> {
+    crate::count::report_at_exit();
     let [query, key, value] = [query, key, value].map(|tensor| Memory::of(backend, tensor));
-    let mut out_memory = Memory::of(backend, &out);
-    let mut lse = backend.memory(&vec![RUBBISH; lse_len.unwrap_or(0)]);
+    let mut out_memory = Memory::of(backend, out);
+    let mut lse_memory = backend.memory(&vec![RUBBISH; lse.as_ref().map_or(0, |lse| lse.len())]);
     let mut workspace = backend.memory(&vec![0xffu8; plan.workspace_len()]);
     plan.prepare(backend.device(), backend.stream(), backend.span_mut(&mut workspace))?.run(
         &query.view(backend, "query"),
         &key.view(backend, "key"),
         &value.view(backend, "value"),
         &mut out_memory.view_mut(backend, "out"),
-        lse_len.map(|_| backend.span_mut(&mut lse)).as_mut(),
+        lse.is_some().then(|| backend.span_mut(&mut lse_memory)).as_mut(),
     )?;
     out.buffer_mut().copy_from_slice(&backend.read(&out_memory.memory));
-    Ok((out, backend.read(&lse)))
+    if let Some(lse) = lse {
+        lse.copy_from_slice(&backend.read(&lse_memory));
+    }
+    Ok(())
 }
 
 impl Case {
     pub fn device_plan<B: Backend>(&self, backend: &B) -> Plan {
         Plan::new(&backend.device().properties(), &self.config, &self.shape).unwrap()
     }
+}
+
+/// The kernels on a device.
+pub struct Kernels<B>(pub B);
+
+impl<B: Backend, T: HalfElement> Attend<T> for Kernels<B> {
+    fn attend<O: Element>(
+        &self,
+        config: &AttentionConfig,
+        offsets: Option<[&[usize]; 2]>,
+        inputs: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    ) {
+        let ([batch, query_len, query_heads, head_dim], [_, key_len, kv_heads, _]) =
+            (inputs.query.shape(), inputs.key.shape());
+        let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+        let properties = self.0.device().properties();
+        let plan = match offsets {
+            None => Plan::new(&properties, config, &shape),
+            Some([query, key]) => Plan::packed(&properties, config, &shape, query, key),
+        };
+        run_plan(&self.0, &plan.unwrap(), inputs, out, lse).unwrap();
+    }
+
+    /// `[batch, capacity, kv_heads, head_dim]`, each append by one launch.
+    fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2] {
+        let backend = &self.0;
+        let [batch, _, kv_heads, head_dim] = appended[0][0].shape();
+        let capacity: usize = appended.iter().map(|[key, _]| key.shape()[1]).sum();
+        let empty = Tensor::contiguous("shard", [batch, capacity, kv_heads, head_dim], |_| RUBBISH);
+        let mut stored = [Memory::of(backend, &empty), Memory::of(backend, &empty)];
+        let mut start = 0;
+        for rows in appended {
+            let len = rows[0].shape()[1];
+            let places: Vec<u32> = (0..batch)
+                .flat_map(|b| (start..start + len).map(move |row| (b * capacity + row) as u32))
+                .collect();
+            start += len;
+            let places = backend.memory(&places);
+            let [key, value] = rows.each_ref().map(|rows| Memory::of(backend, rows));
+            let [to_key, to_value] = &mut stored;
+            let mut shard = ShardMut {
+                key: to_key.view_mut(backend, "shard"),
+                value: to_value.view_mut(backend, "shard"),
+            };
+            let (key, value) = (key.view(backend, "key"), value.view(backend, "value"));
+            let places = backend.span(&places);
+            append(backend.device(), backend.stream(), &key, &value, &places, None, &mut shard).unwrap();
+        }
+        stored.map(|memory| {
+            let mut tensor = empty.clone();
+            tensor.buffer_mut().copy_from_slice(&backend.read(&memory.memory));
+            tensor
+        })
+    }
+
+    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)], out: &mut Tensor<f32>, lse: &mut [f32]) {
+        merge_on(&self.0, partials, out, lse).unwrap();
+    }
+}
+
+/// Merges partials of any types on a device, stacked as an all-gather would leave them.
+pub fn merge_on<B: Backend, T: Element, O: Element>(
+    backend: &B,
+    partials: &[(Tensor<T>, Vec<f32>)],
+    out: &mut Tensor<O>,
+    lse: &mut [f32],
+) -> Result<()> {
+    crate::count::report_at_exit();
+    let [batch, seq, heads, dim] = out.shape();
+    let stacked =
+        Tensor::<T>::contiguous("partials", [partials.len() * batch, seq, heads, dim], |[b, s, h, d]| {
+            partials[b / batch].0.get([b % batch, s, h, d]).to_f32()
+        });
+    let stacked = Memory::of(backend, &stacked);
+    let partials_lse: Vec<f32> = partials.iter().flat_map(|(_, lse)| lse).copied().collect();
+    let partials_lse = backend.memory(&partials_lse);
+    let all = Partials {
+        out: stacked.view(backend, "partials"),
+        lse: backend.span(&partials_lse),
+        lse_stride: lse.len(),
+    };
+    let mut out_memory = Memory::of(backend, out);
+    let mut lse_memory = backend.memory(lse);
+    merge(
+        backend.device(),
+        backend.stream(),
+        &all,
+        &mut out_memory.view_mut(backend, "out"),
+        Some(&mut backend.span_mut(&mut lse_memory)),
+    )?;
+    out.buffer_mut().copy_from_slice(&backend.read(&out_memory.memory));
+    lse.copy_from_slice(&backend.read(&lse_memory));
+    Ok(())
 }

@@ -1,18 +1,23 @@
-//! What must hold for attention on a GPU: the kernels against the oracle. On the host always; on a GPU, with `--ignored`, where
-//! there is one.
+//! What must hold for attention by kernels: on the host always; on a GPU, with `--ignored`, where there is one.
 //!
-//! Every property runs 256 cases; `PROPTEST_CASES=100000` asks for more.
+//! Every property runs 256 cases; `PROPTEST_CASES=100000` asks for more. At the end stands how many kernels were launched on the host.
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../properties/mod.rs"]
+mod properties;
 
 #[path = "../common/backend.rs"]
 mod backend;
 mod call;
-#[allow(dead_code)] // of the CPU's own calls
-#[path = "../flash/cases.rs"]
-mod cases;
-#[allow(dead_code)]
-#[path = "../flash/expected.rs"]
-mod expected;
+mod count;
+
+mod append;
+mod edges;
+mod errors;
+mod faults;
+mod merge;
+mod nonfinite;
 mod oracle;
+mod paged;
+mod phases;

@@ -17,13 +17,17 @@ use crate::{Error, Result};
 use block::{Block, Kernel, WARP};
 use global::Regions;
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 include!(concat!(env!("OUT_DIR"), "/simt_kernels.rs"));
 
-/// Names of all kernels that were built.
-pub fn kernels() -> impl Iterator<Item = &'static str> {
-    KERNELS.iter().map(|&(name, _)| name)
+/// How often each was launched.
+static LAUNCHES: [AtomicU64; KERNELS.len()] = [const { AtomicU64::new(0) }; KERNELS.len()];
+
+/// Names of all kernels that were built, and how often each was launched in this process.
+pub fn launches() -> impl Iterator<Item = (&'static str, u64)> {
+    KERNELS.iter().zip(&LAUNCHES).map(|(&(name, _), launches)| (name, launches.load(Ordering::Relaxed)))
 }
 
 /// A bug planted into running kernels.
@@ -136,10 +140,11 @@ impl Device for Simt {
 
     unsafe fn launch(&self, (): &(), launch: &Launch<'_>) -> Result<()> {
         let failed = |reason| Error::Kernel { kernel: launch.kernel.into(), reason };
-        let kernel = KERNELS.iter().find(|(name, _)| *name == launch.kernel);
-        let Some(&(_, kernel)) = kernel else {
+        let Some(at) = KERNELS.iter().position(|(name, _)| *name == launch.kernel) else {
             return Err(Error::value("kernel", "one that was built", launch.kernel));
         };
+        LAUNCHES[at].fetch_add(1, Ordering::Relaxed);
+        let (_, kernel) = KERNELS[at];
         let threads = launch.threads as usize;
         if !threads.is_multiple_of(WARP) {
             return Err(failed(format!("{threads} threads are no whole warps")));

@@ -1,7 +1,7 @@
 //! Random attention calls.
 
+use super::expected::Expected;
 use crate::common::{Layout, Rng, Tensor, layouts};
-use crate::expected::Expected;
 use proptest::prelude::*;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;

@@ -1,0 +1,113 @@
+//! Packed sequences, the two phases and their merge on the CPU, against their definitions.
+
+use crate::common::Tensor;
+use crate::properties::Attend;
+use crate::properties::cases::{Inputs, head_dims};
+use crate::properties::packed::{each_sequence_stands_alone, packed};
+use crate::properties::query::{both_phases, merged_shards_equal_dense, splits};
+use crate::properties::star::{contexts, star_equals_re_encoding};
+use proptest::prelude::*;
+use star_attention::cpu::InstructionSet;
+use star_attention::cpu::flash::Plan;
+use star_attention::merge::{Partial, merge, merge_into};
+use star_attention::{AttentionConfig, AttentionShape, Element, KvShard, bf16, f16};
+
+/// The default backend on given instructions, merging all at once or one after another.
+#[derive(Debug)]
+struct Flash {
+    instructions: InstructionSet,
+    pairwise: bool,
+}
+
+impl<T: Element> Attend<T> for Flash {
+    fn attend<O: Element>(
+        &self,
+        config: &AttentionConfig,
+        offsets: Option<[&[usize]; 2]>,
+        Inputs { query, key, value }: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    ) {
+        let (query, key, value) = (query.view(), key.view(), value.view());
+        let shape = AttentionShape::of(&query, &key, &value).unwrap();
+        let plan = match offsets {
+            None => Plan::new(config, &shape),
+            Some([query, key]) => Plan::packed(config, &shape, query, key),
+        };
+        let plan = plan.and_then(|plan| plan.with_instructions(self.instructions)).unwrap();
+        let mut workspace = vec![f32::NAN; plan.workspace_len()];
+        plan.run(query, key, value, out.view_mut(), lse, &mut workspace).unwrap();
+        let mut again = out.clone();
+        plan.run(query, key, value, again.view_mut(), None, &mut workspace).unwrap();
+        assert_eq!(out.bits(), again.bits(), "a used workspace changes the output");
+    }
+
+    fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2] {
+        let [batch, _, kv_heads, head_dim] = appended[0][0].shape();
+        let len = appended.iter().map(|[key, _]| key.shape()[1]).sum();
+        let mut shard = KvShard::new(batch, kv_heads, head_dim, len).unwrap();
+        for [key, value] in appended {
+            shard.append(key.view(), value.view()).unwrap();
+        }
+        [shard.keys(), shard.values()].map(Tensor::of)
+    }
+
+    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)], out: &mut Tensor<f32>, lse: &mut [f32]) {
+        let all: Vec<_> = partials.iter().map(|(out, lse)| Partial { out: out.view(), lse }).collect();
+        if self.pairwise {
+            *out = Tensor::contiguous("out", out.shape(), |_| 0.0);
+            lse.fill(f32::NEG_INFINITY);
+            all.iter().for_each(|partial| merge_into(out.view_mut(), lse, partial).unwrap());
+        } else {
+            merge(&all, out.view_mut(), lse).unwrap();
+        }
+    }
+}
+
+fn cpu() -> impl Strategy<Value = Flash> {
+    let instructions = prop::sample::select(InstructionSet::available());
+    (instructions, any::<bool>()).prop_map(|(instructions, pairwise)| Flash { instructions, pairwise })
+}
+
+proptest! {
+    #[test]
+    fn the_star_mask_equals_re_encoding_each_block(by in cpu(), context in contexts(head_dims()), dtype in 0..4) {
+        match dtype {
+            0 | 1 => star_equals_re_encoding::<f32>(&by, &context)?,
+            2 => star_equals_re_encoding::<f16>(&by, &context)?,
+            _ => star_equals_re_encoding::<bf16>(&by, &context)?,
+        }
+    }
+
+    #[test]
+    fn merged_shards_equal_the_dense_softmax(by in cpu(), split in splits(head_dims()), dtype in 0..4) {
+        match dtype {
+            0 | 1 => merged_shards_equal_dense::<f32>(&by, &split)?,
+            2 => merged_shards_equal_dense::<f16>(&by, &split)?,
+            _ => merged_shards_equal_dense::<bf16>(&by, &split)?,
+        }
+    }
+
+    #[test]
+    fn both_phases_equal_their_definition(
+        by in cpu(),
+        context in contexts(head_dims()),
+        query_len in 1..=40usize,
+        dtype in 0..4,
+    ) {
+        match dtype {
+            0 | 1 => both_phases::<f32>(&by, &context, query_len)?,
+            2 => both_phases::<f16>(&by, &context, query_len)?,
+            _ => both_phases::<bf16>(&by, &context, query_len)?,
+        }
+    }
+
+    #[test]
+    fn packed_sequences_stand_alone(by in cpu(), packed in packed(head_dims()), dtype in 0..4) {
+        match dtype {
+            0 | 1 => each_sequence_stands_alone::<f32, f32>(&by, &packed)?,
+            2 => each_sequence_stands_alone::<f16, f32>(&by, &packed)?,
+            _ => each_sequence_stands_alone::<bf16, bf16>(&by, &packed)?,
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Every kernel by name; nothing to see, nothing to do, one of everything, uneven tails, and strides far larger than the data.
+
+use crate::backend::Backend;
+use crate::call::{Kernels, merge_on, on_each_device};
+use crate::common::{Layout, Rng, Tensor};
+use crate::properties::Attend;
+use crate::properties::cases::Inputs;
+use crate::properties::expected::Expected;
+use star_attention::cuda::flash::Plan;
+use star_attention::cuda::simt::{self, Simt};
+use star_attention::cuda::{Device, HEAD_DIMS, HalfElement};
+use star_attention::{AttentionConfig, AttentionShape, Element, Mask, bf16, f16};
+
+const STAR: Mask = Mask::Star { anchor_len: 33, block_len: 80, first_block_len: 33 };
+const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
+
+/// A call on normal values, compared with the oracle; gives output and log-sum-exp.
+fn check<B: Backend, T: HalfElement>(
+    mask: Mask,
+    [batch, query_len, key_len]: [usize; 3],
+    heads: [usize; 2],
+    dim: usize,
+) -> (Vec<f32>, Vec<f32>) {
+    let mut rng = Rng::new(7);
+    let inputs = Inputs::<T> {
+        query: Tensor::normal("query", [batch, query_len, heads[0], dim], &mut rng),
+        key: Tensor::normal("key", [batch, key_len, heads[1], dim], &mut rng),
+        value: Tensor::normal("value", [batch, key_len, heads[1], dim], &mut rng),
+    };
+    let config = AttentionConfig::new(mask);
+    let mut out = Tensor::<T>::contiguous("out", inputs.query.shape(), |_| f32::NAN);
+    let mut lse = vec![f32::NAN; batch * heads[0] * query_len];
+    Kernels(B::open(7)).attend(&config, None, &inputs, &mut out, Some(&mut lse));
+    let expected = Expected::of(&config, &inputs.query, &inputs.key, &inputs.value, false);
+    expected.check_out(out.values()).unwrap();
+    expected.check_lse(&lse).unwrap();
+    (out.values().collect(), lse)
+}
+
+/// Few rows and many on every head dim under every mask.
+fn every_attention_kernel<B: Backend, T: HalfElement>() {
+    for dim in HEAD_DIMS {
+        for mask in MASKS {
+            for query_len in [3, 70] {
+                check::<B, T>(mask, [1, query_len, 150], [4, 2], dim);
+            }
+        }
+    }
+    let rows = Tensor::<T>::normal("rows", [2, 5, 3, 64], &mut Rng::new(3));
+    let [key, value] = Kernels(B::open(3)).shard(&[[rows.clone(), rows.clone()]]);
+    assert!(key.bits() == rows.bits() && value.bits() == rows.bits());
+}
+
+/// Of one partial, of dims that are copied 16 bytes at a time and of others.
+fn every_merge_kernel<B: Backend, T: Element, O: Element>() {
+    for dim in [64, 9] {
+        let rows =
+            Tensor::<T>::contiguous("rows", [2, 3, 5, dim], |[b, s, h, d]| ((b + s + h + d) % 8) as f32);
+        let mut out = Tensor::<O>::contiguous("out", rows.shape(), |_| f32::NAN);
+        let mut lse = vec![f32::NAN; 30];
+        merge_on(&B::open(0), &[(rows.clone(), vec![0.5; 30])], &mut out, &mut lse).unwrap();
+        assert!(out.bits() == rows.bits() && lse == [0.5; 30]);
+    }
+}
+
+on_each_device! {
+    fn every_kernel_gives_what_the_definition_says() {
+        every_attention_kernel::<B, f16>();
+        every_attention_kernel::<B, bf16>();
+        every_merge_kernel::<B, f32, f32>();
+        every_merge_kernel::<B, f32, f16>();
+        every_merge_kernel::<B, f32, bf16>();
+        every_merge_kernel::<B, f16, f32>();
+        every_merge_kernel::<B, f16, f16>();
+        every_merge_kernel::<B, bf16, f32>();
+        every_merge_kernel::<B, bf16, bf16>();
+        if std::any::type_name::<B>() == std::any::type_name::<Simt>() {
+            assert!(simt::launches().all(|(_, launches)| launches > 0));
+        }
+    }
+
+    fn no_keys_give_the_identity() {
+        for mask in MASKS {
+            for query_len in [1, 5, 200] {
+                let (out, lse) = check::<B, bf16>(mask, [2, query_len, 0], [4, 2], 64);
+                assert!(out.iter().all(|x| x.to_bits() == 0), "{mask:?}");
+                assert!(lse.iter().all(|&x| x == f32::NEG_INFINITY), "{mask:?}");
+            }
+        }
+    }
+
+    fn rows_before_the_first_key_give_the_identity() {
+        for mask in [Mask::Causal, STAR] {
+            for (query_len, key_len) in [(2, 1), (20, 7), (150, 1), (150, 90), (130, 129)] {
+                let blind = query_len - key_len;
+                let (out, lse) = check::<B, f16>(mask, [1, query_len, key_len], [2, 1], 64);
+                assert!(out[..blind * 128].iter().all(|x| x.to_bits() == 0), "{mask:?}");
+                for head in lse.chunks(query_len) {
+                    assert!(head[..blind].iter().all(|&x| x == f32::NEG_INFINITY), "{mask:?}");
+                    assert!(head[blind..].iter().all(|x| x.is_finite()), "{mask:?}");
+                }
+            }
+        }
+    }
+
+    fn no_queries_and_no_sequences_are_no_work() {
+        for mask in MASKS {
+            check::<B, bf16>(mask, [2, 0, 50], [4, 2], 128);
+            check::<B, bf16>(mask, [0, 5, 5], [4, 2], 128);
+            check::<B, bf16>(mask, [0, 0, 0], [4, 2], 128);
+            check::<B, bf16>(mask, [3, 0, 0], [4, 2], 128);
+        }
+    }
+
+    /// One row, one key, and one more or less than tiles of rows (128, 16) and keys (64, 32, 16) hold.
+    fn extents_around_the_tiles() {
+        for (query_len, key_len) in [(1, 1), (1, 63), (1, 65), (16, 64), (17, 257), (127, 127), (129, 129), (129, 191)] {
+            for mask in MASKS {
+                check::<B, f16>(mask, [1, query_len, key_len], [1, 1], 64);
+                check::<B, bf16>(mask, [1, query_len, key_len], [2, 1], 128);
+            }
+        }
+    }
+
+    fn many_heads_and_many_sequences() {
+        check::<B, bf16>(Mask::Causal, [1, 2, 33], [128, 1], 64);
+        check::<B, bf16>(Mask::Causal, [1, 3, 40], [96, 96], 64);
+        check::<B, bf16>(Mask::Causal, [100, 2, 5], [2, 1], 64);
+    }
+
+    /// As in decoding: the keys are split, also under masks.
+    fn few_rows_over_many_keys() {
+        let properties = B::open(0).device().properties();
+        for query_len in [1, 2, 16] {
+            for mask in MASKS {
+                let shape = AttentionShape {
+                    batch: 1, query_len, key_len: 3000, query_heads: 4, kv_heads: 1, head_dim: 64,
+                };
+                let plan = Plan::new(&properties, &AttentionConfig::new(mask), &shape).unwrap();
+                assert!(mask == STAR || plan.splits() > 1);
+                check::<B, bf16>(mask, [1, query_len, 3000], [4, 1], 64);
+            }
+        }
+    }
+
+    fn strides_of_millions() {
+        let (shape, keys) = ([2, 40, 2, 64], [2, 40, 1, 64]);
+        let far = Layout { order: [1, 2, 0], padding: [1 << 21, 1 << 12, 1 << 16], offset: 8 };
+        let mut rng = Rng::new(1);
+        let mut normal = |name, shape| Tensor::<f16>::new(name, shape, &far, 0.0, |_| rng.normal());
+        let inputs = Inputs { query: normal("query", shape), key: normal("key", keys), value: normal("value", keys) };
+        let mut out = Tensor::<f16>::new("out", shape, &far, 0.0, |_| f32::NAN);
+        let config = AttentionConfig::new(Mask::Causal);
+        Kernels(B::open(0)).attend(&config, None, &inputs, &mut out, None);
+        let expected = Expected::of(&config, &inputs.query, &inputs.key, &inputs.value, false);
+        expected.check_out(out.values()).unwrap();
+        assert!(out.padding_is(0.0));
+    }
+}

@@ -1,0 +1,33 @@
+//! What must hold for attention, whoever computes it: the CPU, the kernels on the host, or a GPU.
+
+#![allow(dead_code)] // every test binary takes what it needs
+
+pub mod cases;
+pub mod expected;
+pub mod merge;
+pub mod packed;
+pub mod query;
+pub mod star;
+
+use crate::common::Tensor;
+use cases::Inputs;
+use star_attention::{AttentionConfig, Element};
+
+/// Whoever computes attention on elements of `T`.
+pub trait Attend<T: Element> {
+    /// Attention into `out` and, if given, its log-sum-exp `[batch, heads, seq]`; of packed sequences if they have offsets of queries and keys.
+    fn attend<O: Element>(
+        &self,
+        config: &AttentionConfig,
+        offsets: Option<[&[usize]; 2]>,
+        inputs: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    );
+
+    /// The keys and values of a shard to which these were appended one after another.
+    fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2];
+
+    /// Merges partials into `out` and `lse`.
+    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)], out: &mut Tensor<f32>, lse: &mut [f32]);
+}
