@@ -67,7 +67,12 @@ fn check_driver() -> Result<()> {
     // SAFETY: the driver's library may be loaded at any time; cudarc does so next.
     match unsafe { libloading::Library::new(name) } {
         Ok(_) => Ok(()),
-        Err(error) => Err(Error::Unavailable { what: "the CUDA driver", reason: error.to_string() }),
+        Err(error) => {
+            // What the loader says is the cause, the error itself only that it failed.
+            let cause =
+                std::error::Error::source(&error).map_or(error.to_string(), |cause| cause.to_string());
+            Err(Error::Unavailable { what: "the CUDA driver", reason: cause })
+        }
     }
 }
 
@@ -116,6 +121,14 @@ impl Driver {
             )?,
         };
         Ok(Self { context, properties, functions: RwLock::default() })
+    }
+
+    /// As `NVIDIA H200`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] for what the driver answers.
+    pub fn name(&self) -> Result<String> {
+        self.context.name().map_err(driver("ask for the name"))
     }
 
     /// For streams and memory. Streams of other frameworks come in by [`CudaContext::wrap_borrowed_stream`].

@@ -76,9 +76,9 @@ impl Call {
         let plan = Plan::new(&backend.device().properties(), &AttentionConfig::default(), &SHAPE).unwrap();
         let input = backend.memory(&vec![f16::from_f32(0.5); ELEMENTS]);
         let rubbish = O::from_f32(RUBBISH);
-        let mut rows = backend.memory(&vec![rubbish; ELEMENTS]);
+        let mut rows = backend.memory(&[rubbish; ELEMENTS]);
         let mut lse = backend.memory(&vec![RUBBISH; self.lse]);
-        let mut workspace = backend.memory(&vec![0u8; ELEMENTS]);
+        let mut workspace = backend.memory(&[0u8; ELEMENTS]);
         let view = |i: usize, name| {
             let span = backend.span(&input).range(self.offsets[i]..usize::MAX);
             DeviceTensor::new(name, span, self.shapes[i], self.strides(i)).unwrap()
@@ -368,7 +368,7 @@ fn kernels_that_were_not_built() {
     let (nothing, none) =
         unsafe { (Span::<Simt, f32>::from_raw(0, 0), SpanMut::<Simt, f32>::from_raw(0, 0)) };
     assert!(nothing.is_empty() && none.is_empty());
-    assert!(nothing.range(5..2).is_empty() && none.range(usize::MAX..usize::MAX).is_empty());
+    assert!(nothing.range(2..5).is_empty() && none.range(usize::MAX..usize::MAX).is_empty());
 }
 
 /// Without a driver: an error that says so, in one line, and no panic.

@@ -1,0 +1,154 @@
+//! Both phases of Star Attention on one device that plays several hosts, for one layer of random queries, keys and values.
+//!
+//! Phase 1 encodes each host's blocks under its star mask and appends what the host keeps to its shard. Phase 2 lets query tokens attend to every shard
+//! and merges the partials. Rows of both are checked against the oracle in f64.
+
+#[path = "../../tests/common/backend.rs"]
+#[allow(dead_code, reason = "shared with the tests")]
+mod backend;
+mod check;
+mod phases;
+#[path = "../star_attention/table.rs"]
+#[allow(dead_code, reason = "shared with the other example")]
+mod table;
+
+use clap::{Parser, ValueEnum};
+use star_attention::cuda::HalfElement;
+use star_attention::cuda::simt::Simt;
+use star_attention::{bf16, f16};
+use std::process::ExitCode;
+
+/// Both phases of Star Attention on one device, checked against the oracle.
+#[derive(Clone, Debug, Parser)]
+pub struct Args {
+    /// Where kernels run: an NVIDIA GPU, or the host (slow, with every access checked)
+    #[arg(long, value_enum, default_value_t = Kind::Cuda)]
+    device: Kind,
+    /// Element type of queries, keys and values
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    dtype: Dtype,
+    /// Tokens of the context [default: 131072 on a GPU, 640 on the host]
+    #[arg(long)]
+    context_len: Option<usize>,
+    /// Tokens of a block [default: a quarter of the context]
+    #[arg(long)]
+    block_len: Option<usize>,
+    /// Tokens of the anchor [default: the block's]
+    #[arg(long)]
+    anchor_len: Option<usize>,
+    /// Hosts that the device plays, one after another
+    #[arg(long, default_value_t = 4)]
+    hosts: usize,
+    /// Query tokens
+    #[arg(long, default_value_t = 16)]
+    query_len: usize,
+    /// Query heads [default: 32 on a GPU, 4 on the host]
+    #[arg(long)]
+    heads: Option<usize>,
+    /// Heads of keys and values [default: 8 on a GPU, 2 on the host]
+    #[arg(long)]
+    kv_heads: Option<usize>,
+    /// Elements of a head: 64, 96, 128, 192 or 256
+    #[arg(long, default_value_t = 128)]
+    head_dim: usize,
+    /// Times each step is measured [default: 10 on a GPU, 1 on the host]
+    #[arg(long)]
+    repeats: Option<usize>,
+    /// Of the random numbers
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Cuda,
+    Simt,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    Bf16,
+    F16,
+}
+
+/// The sizes of a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    pub context_len: usize,
+    pub block_len: usize,
+    pub anchor_len: usize,
+    pub hosts: usize,
+    pub query_len: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub repeats: usize,
+    pub seed: u64,
+}
+
+impl Args {
+    fn sizes(&self) -> Sizes {
+        let of = |gpu: usize, host: usize| if self.device == Kind::Cuda { gpu } else { host };
+        let context_len = self.context_len.unwrap_or(of(131_072, 640));
+        let block_len = self.block_len.unwrap_or(context_len.div_ceil(4).max(1));
+        Sizes {
+            context_len,
+            block_len,
+            anchor_len: self.anchor_len.unwrap_or(block_len),
+            hosts: self.hosts,
+            query_len: self.query_len,
+            heads: self.heads.unwrap_or(of(32, 4)),
+            kv_heads: self.kv_heads.unwrap_or(of(8, 2)),
+            head_dim: self.head_dim,
+            repeats: self.repeats.unwrap_or(of(10, 1)).max(1),
+            seed: self.seed,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => {
+            print!("{error}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(error.to_string().split("\n\n").next().unwrap_or_default()),
+    };
+    let result = match args.dtype {
+        Dtype::Bf16 => run::<bf16>(&args),
+        Dtype::F16 => run::<f16>(&args),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => fail(&format!("error: {error}")),
+    }
+}
+
+fn fail(line: &str) -> ExitCode {
+    eprintln!("{}", line.replace('\n', " "));
+    ExitCode::from(2)
+}
+
+/// Whether all errors were within the bound.
+fn run<T: HalfElement>(args: &Args) -> star_attention::Result<bool> {
+    let sizes = args.sizes();
+    match args.device {
+        Kind::Simt => phases::run::<_, T>(&Simt::new(args.seed), "the host (SIMT)", &sizes),
+        Kind::Cuda => cuda::<T>(&sizes),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda<T: HalfElement>(sizes: &Sizes) -> star_attention::Result<bool> {
+    let driver = std::sync::Arc::new(star_attention::cuda::driver::Driver::open(0)?);
+    let name = driver.name()?;
+    phases::run::<_, T>(&backend::Gpu::new(driver)?, &name, sizes)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda<T: HalfElement>(_: &Sizes) -> star_attention::Result<bool> {
+    let reason = "this build has not the feature `cuda`; try --device simt".into();
+    Err(star_attention::Error::Unavailable { what: "the GPU", reason })
+}

@@ -1,0 +1,209 @@
+//! What only a GPU has: slices and streams of cudarc and of others, graphs, threads. Needs one, and `--ignored`.
+
+#![cfg(feature = "cuda")]
+
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaSlice, CudaStream};
+use star_attention::cpu::reference;
+use star_attention::cuda::driver::{Driver, kernels};
+use star_attention::cuda::flash::Plan;
+use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Span, SpanMut};
+use star_attention::{AttentionConfig, AttentionShape, Error, Mask, TensorView, bf16};
+use std::sync::Arc;
+
+const SHAPE: AttentionShape =
+    AttentionShape { batch: 1, query_len: 4, key_len: 3000, query_heads: 8, kv_heads: 2, head_dim: 128 };
+
+fn values(count: usize, seed: u64) -> Vec<bf16> {
+    let mut state = seed;
+    (0..count)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            bf16::from_f32((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
+        })
+        .collect()
+}
+
+/// Inputs on the host and what the definition gives for them.
+struct Case {
+    query: Vec<bf16>,
+    key: Vec<bf16>,
+    value: Vec<bf16>,
+    expected: Vec<f64>,
+}
+
+impl Case {
+    fn new(seed: u64) -> Self {
+        let count = |shape: [usize; 4]| shape.iter().product();
+        let query = values(count(SHAPE.query_shape()), seed);
+        let key = values(count(SHAPE.key_shape()), seed + 1);
+        let value = values(count(SHAPE.key_shape()), seed + 2);
+        let view = |data, shape| TensorView::contiguous("tensor", data, shape).unwrap();
+        let expected = reference::attention(
+            &AttentionConfig::new(Mask::Causal),
+            view(&query, SHAPE.query_shape()),
+            view(&key, SHAPE.key_shape()),
+            view(&value, SHAPE.key_shape()),
+        );
+        Self { query, key, value, expected: expected.unwrap().out }
+    }
+
+    fn check(&self, out: &[f32]) {
+        assert_eq!(out.len(), self.expected.len());
+        for (got, expected) in out.iter().zip(&self.expected) {
+            assert!((f64::from(*got) - expected).abs() < 2e-3, "{got} for {expected}");
+        }
+    }
+}
+
+fn plan(driver: &Driver) -> Plan {
+    let plan = Plan::new(&driver.properties(), &AttentionConfig::new(Mask::Causal), &SHAPE).unwrap();
+    assert!(plan.splits() > 1, "so that the merge runs too");
+    plan
+}
+
+/// One call on slices and views of cudarc.
+fn run(
+    driver: &Driver,
+    stream: &Arc<CudaStream>,
+    inputs: [&CudaSlice<bf16>; 3],
+    out: &mut CudaSlice<f32>,
+    workspace: &mut CudaSlice<u8>,
+) -> star_attention::Result<()> {
+    let plan = plan(driver);
+    let [query, key, value] = inputs;
+    let key = key.slice(..);
+    plan.prepare(driver, stream, SpanMut::of(workspace, stream))?.run(
+        &DeviceTensor::contiguous("query", Span::of(query, stream), SHAPE.query_shape())?,
+        &DeviceTensor::contiguous("key", Span::of(&key, stream), SHAPE.key_shape())?,
+        &DeviceTensor::contiguous("value", Span::of(value, stream), SHAPE.key_shape())?,
+        &mut DeviceTensorMut::contiguous("out", SpanMut::of(out, stream), SHAPE.query_shape())?,
+        None,
+    )
+}
+
+fn on_stream(driver: &Driver, stream: &Arc<CudaStream>, case: &Case) -> Vec<f32> {
+    let [query, key, value] =
+        [&case.query, &case.key, &case.value].map(|data| stream.clone_htod(data).unwrap());
+    let mut out = stream.alloc_zeros::<f32>(case.query.len()).unwrap();
+    let mut workspace = stream.alloc_zeros::<u8>(plan(driver).workspace_len()).unwrap();
+    run(driver, stream, [&query, &key, &value], &mut out, &mut workspace).unwrap();
+    let out = stream.clone_dtoh(&out).unwrap();
+    stream.synchronize().unwrap();
+    out
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn every_kernel_loads() {
+    Driver::open(0).unwrap().load(kernels()).unwrap();
+}
+
+/// The default stream, one of its own, and one that another library owns.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn any_stream_of_the_device_serves() {
+    let driver = Driver::open(0).unwrap();
+    let case = Case::new(1);
+    let own = driver.context().new_stream().unwrap();
+    // SAFETY: a stream of this context that outlives the wrapper.
+    let borrowed = unsafe { driver.context().wrap_borrowed_stream(own.cu_stream()) };
+    for stream in [driver.context().default_stream(), own, borrowed] {
+        case.check(&on_stream(&driver, &stream, &case));
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn handles_serve_many_threads() {
+    let driver = Driver::open(0).unwrap();
+    let case = Case::new(4);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let stream = driver.context().new_stream().unwrap();
+                case.check(&on_stream(&driver, &stream, &case));
+            });
+        }
+    });
+}
+
+/// A captured call runs again on what its buffers then hold.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn calls_can_be_captured_in_a_graph() {
+    let driver = Driver::open(0).unwrap();
+    // SAFETY: all work below is on one stream; events cannot be waited for in a capture.
+    unsafe { driver.context().disable_event_tracking() };
+    driver.load(kernels()).unwrap();
+    let stream = driver.context().new_stream().unwrap();
+    let first = Case::new(7);
+    let [mut query, mut key, mut value] =
+        [&first.query, &first.key, &first.value].map(|data| stream.clone_htod(data).unwrap());
+    let mut out = stream.alloc_zeros::<f32>(first.query.len()).unwrap();
+    let plan = plan(&driver);
+    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_len()).unwrap();
+    let graph = {
+        let mut prepared = plan.prepare(&driver, &stream, SpanMut::of(&mut workspace, &stream)).unwrap();
+        let tensor =
+            |name, data, shape| DeviceTensor::contiguous(name, Span::of(data, &stream), shape).unwrap();
+        let (q, k, v) = (
+            tensor("query", &query, SHAPE.query_shape()),
+            tensor("key", &key, SHAPE.key_shape()),
+            tensor("value", &value, SHAPE.key_shape()),
+        );
+        let to = SpanMut::of(&mut out, &stream);
+        let mut to = DeviceTensorMut::contiguous("out", to, SHAPE.query_shape()).unwrap();
+        stream.synchronize().unwrap();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        prepared.run(&q, &k, &v, &mut to, None).unwrap();
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        stream.end_capture(flags).unwrap().expect("a graph")
+    };
+    let zeros = stream.clone_dtoh(&out).unwrap();
+    stream.synchronize().unwrap();
+    assert!(zeros.iter().all(|&x| x == 0.0), "captured, not run");
+    for case in [first, Case::new(10)] {
+        stream.memcpy_htod(&case.query, &mut query).unwrap();
+        stream.memcpy_htod(&case.key, &mut key).unwrap();
+        stream.memcpy_htod(&case.value, &mut value).unwrap();
+        graph.launch().unwrap();
+        let out = stream.clone_dtoh(&out).unwrap();
+        stream.synchronize().unwrap();
+        case.check(&out);
+    }
+}
+
+/// The driver's own answer is kept.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn errors_of_the_driver_are_named() {
+    let driver = Driver::open(0).unwrap();
+    let stream = driver.context().new_stream().unwrap();
+    // SAFETY: no memory at all, and the driver refuses such an address.
+    let result = unsafe { driver.upload(&stream, 16, &[0; 16]) };
+    let error = result.unwrap_err();
+    assert!(matches!(error, Error::Driver { operation: "copy to the device", .. }), "{error}");
+}
+
+/// Of another device, where there is one.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn streams_of_other_devices_are_refused() {
+    if Driver::count().unwrap() < 2 {
+        println!("skipped: there is one GPU");
+        return;
+    }
+    let (driver, other) = (Driver::open(0).unwrap(), Driver::open(1).unwrap());
+    let stream = other.context().new_stream().unwrap();
+    // SAFETY: refused before anything is copied.
+    let error = unsafe { driver.upload(&stream, 256, &[0; 16]) }.unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "stream", .. }), "{error}");
+}
+
+#[test]
+fn handles_are_send_and_sync() {
+    fn check<T: Send + Sync>() {}
+    check::<Driver>();
+    check::<Plan>();
+}
