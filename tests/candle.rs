@@ -164,3 +164,45 @@ fn bad_partials_are_refused_by_name() {
     let (error, text) = refused(candle::merge(&[(out, lse.to_dtype(DType::F64).unwrap())]));
     assert!(matches!(error, Error::Value { argument: "lse", .. }), "{text}");
 }
+
+/// On a GPU, tensors of any strides give what the oracle gives, and partials merge.
+#[cfg(feature = "cuda")]
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn tensors_of_a_gpu() {
+    let device = Device::new_cuda(0).unwrap();
+    for (dtype, unit) in [(DType::F16, 4e-3), (DType::BF16, 3e-2)] {
+        let gpu = |x: &Tensor| x.to_device(&device).unwrap().to_dtype(dtype).unwrap();
+        let (q, k, v) = (random([2, 5, 4, 64]), random([2, 90, 2, 64]), random([2, 90, 2, 64]));
+        let (q, k, v) = (gpu(&q), gpu(&k), gpu(&v));
+        let (expected, expected_lse) = oracle(&CONFIG, &q, &k, &v);
+        let (out, lse) = candle::attention(&CONFIG, &q, &k, &v).unwrap();
+        assert_eq!((out.dtype(), out.dims()), (dtype, [2, 5, 4, 64].as_slice()));
+        assert_close(&flat(&out), &expected, unit);
+        assert_close(&flat(&lse), &expected_lse, 1e-4);
+
+        // Heads before tokens, and rows that start where no 16 bytes do.
+        let permuted = |x: &Tensor| x.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
+        let odd = Tensor::cat(&[&v, &v.narrow(3, 0, 1).unwrap()], 3).unwrap().narrow(3, 0, 64).unwrap();
+        let (again, _) = candle::attention(&CONFIG, &permuted(&q), &permuted(&k), &odd).unwrap();
+        assert_eq!(flat(&again), flat(&out));
+
+        let full = AttentionConfig { mask: Mask::Full, ..CONFIG };
+        let part = |start, len| {
+            let rows = |x: &Tensor| x.narrow(1, start, len).unwrap();
+            candle::partial(&full, &q, &rows(&k), &rows(&v)).unwrap()
+        };
+        let (merged, merged_lse) = candle::merge(&[part(0, 30), part(30, 60)]).unwrap();
+        let (expected, expected_lse) = oracle(&full, &q, &k, &v);
+        assert_close(&flat(&merged), &expected, unit);
+        assert_close(&flat(&merged_lse), &expected_lse, 1e-4);
+
+        let error = candle::attention(&CONFIG, &q, &k.to_device(&Device::Cpu).unwrap(), &v).unwrap_err();
+        assert!(matches!(error, Error::Value { argument: "key", .. }), "{error}");
+        let error = candle::merge(&[(out.clone(), lse.i(1..).unwrap())]).unwrap_err();
+        assert!(matches!(error, Error::Shape { argument: "lse", .. }), "{error}");
+    }
+    let f32s = random([1, 1, 1, 64]).to_device(&device).unwrap();
+    let error = candle::attention(&CONFIG, &f32s, &f32s, &f32s).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "query", .. }), "{error}");
+}

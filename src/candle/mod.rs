@@ -1,19 +1,26 @@
-//! The same calls on [candle](candle_core) tensors (CPU).
+//! The same calls on [candle](candle_core) tensors: of the CPU, and with the feature `cuda` of NVIDIA GPUs.
 //!
 //! Tensors are borrowed where they lie: any strides do whose last axis is contiguous, so a transposed or narrowed tensor costs no
-//! copy. Only a broadcast tensor is copied, since its rows share memory. No gradient flows through these calls.
+//! copy. Only a broadcast tensor is copied, since its rows share memory, and on a GPU one whose rows do not start at multiples of 16
+//! bytes. No gradient flows through these calls.
+//!
+//! On a GPU the work is asked for on candle's stream, and outputs and workspace are allocated there, as candle's own operations do.
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::cpu::flash;
 use crate::merge::{self, Partial};
 use crate::{AttentionConfig, AttentionShape, Element, Error, Result, TensorView, TensorViewMut, bf16, f16};
 use candle_core::{CpuStorage, DType, Device, Layout, Storage, StorageRef, Tensor, WithDType};
 
-/// Attention of `query` `[batch, seq, heads, dim]` over `key` and `value` `[batch, keys, kv_heads, dim]`, all f32, f16 or bf16.
+/// Attention of `query` `[batch, seq, heads, dim]` over `key` and `value` `[batch, keys, kv_heads, dim]`, all f32, f16 or bf16 (f16 or bf16 on a
+/// GPU).
 ///
 /// Returns the output, of the shape and dtype of `query`, and its log-sum-exp `[batch, heads, seq]` in f32.
 ///
 /// # Errors
-/// [`Error::Value`] for a tensor on another device or of another dtype, [`Error::DType`] for dtypes that differ,
+/// [`Error::Value`] for a tensor on another device than the query or of another dtype, [`Error::DType`] for dtypes that differ,
 /// [`Error::Shape`], [`Error::Stride`], and [`Error::Value`] for a config out of range.
 pub fn attention(
     config: &AttentionConfig,
@@ -21,6 +28,14 @@ pub fn attention(
     key: &Tensor,
     value: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = query.device() {
+        return match dtype("query", query)? {
+            crate::DType::F16 => cuda::run::<f16, f16>(device, config, [query, key, value]),
+            crate::DType::BF16 => cuda::run::<bf16, bf16>(device, config, [query, key, value]),
+            other => Err(cuda::unsupported("query", other)),
+        };
+    }
     match dtype("query", query)? {
         crate::DType::F32 => run::<f32, f32>(config, query, key, value),
         crate::DType::F16 => run::<f16, f16>(config, query, key, value),
@@ -38,6 +53,14 @@ pub fn partial(
     key: &Tensor,
     value: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = query.device() {
+        return match dtype("query", query)? {
+            crate::DType::F16 => cuda::run::<f16, f32>(device, config, [query, key, value]),
+            crate::DType::BF16 => cuda::run::<bf16, f32>(device, config, [query, key, value]),
+            other => Err(cuda::unsupported("query", other)),
+        };
+    }
     match dtype("query", query)? {
         crate::DType::F32 => run::<f32, f32>(config, query, key, value),
         crate::DType::F16 => run::<f16, f32>(config, query, key, value),
@@ -53,6 +76,14 @@ pub fn merge(partials: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
     let Some((first, _)) = partials.first() else {
         return Err(Error::value("partials", "at least 1", 0));
     };
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = first.device() {
+        return match dtype("partial", first)? {
+            crate::DType::F32 => cuda::merge::<f32>(device, partials),
+            crate::DType::F16 => cuda::merge::<f16>(device, partials),
+            crate::DType::BF16 => cuda::merge::<bf16>(device, partials),
+        };
+    }
     match dtype("partial", first)? {
         crate::DType::F32 => merge_as::<f32>(partials),
         crate::DType::F16 => merge_as::<f16>(partials),
@@ -60,7 +91,7 @@ pub fn merge(partials: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
     }
 }
 
-/// A candle tensor `[batch, seq, heads, dim]`, borrowed so that [`TensorView`]s of it can be made.
+/// A candle tensor `[batch, seq, heads, dim]` of the CPU, borrowed so that [`TensorView`]s of it can be made.
 ///
 /// While it lives, the tensor's storage is locked against candle's in-place writes.
 pub struct Borrowed<'a> {
