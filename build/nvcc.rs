@@ -51,7 +51,7 @@ fn find() -> Result<PathBuf, String> {
         .map(|folder| folder.join(format!("nvcc{}", env::consts::EXE_SUFFIX)))
         .find(|nvcc| nvcc.is_file())
         .ok_or_else(|| {
-            "the feature `cuda` needs nvcc, 12.0 or later: install the CUDA toolkit, set NVCC to its path, or run scripts/install-nvcc.sh, \
+            "the feature `cuda` needs nvcc, 12.8 or later: install the CUDA toolkit, set NVCC to its path, or run scripts/install-nvcc.sh, \
              which puts nvcc 13.0 into this repository without changing the system"
                 .into()
         })
