@@ -63,7 +63,8 @@ typedef struct {
     float scale_log2;
     /* ...after tanh(score · this), where not 0. */
     float cap_scale;
-    uint32_t padding;
+    /* How far a score may pass the base of its row before the base follows, as a score. */
+    float slack;
 } StarFlashParams;
 
 /* merge.cu: n partials to one. */

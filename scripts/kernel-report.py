@@ -2,8 +2,7 @@
 """Prints what the compiler made of each kernel, and fails if one spills registers.
 
 For each attention kernel also, counted and not measured: blocks that fit a multiprocessor, FLOPs and bytes of one step of the main loop, and
-with --mix the loop's instructions from the disassembly (needs `scripts/install-nvcc.sh --tools`; the loop holds masks, softcap and copies at the
-ends of ranges too, which most steps branch around).
+with --mix the instructions of a step that has neither mask nor softcap, from the disassembly (needs `scripts/install-nvcc.sh --tools`).
 """
 
 import argparse
@@ -69,23 +68,44 @@ def resident(arch, registers, threads, shared):
 
 
 def main_loop(sass):
-    """The instructions of the shortest loop that holds the most products, of each function."""
+    """Of each function the usual way through the shortest loop that holds the most products."""
     loops = {}
     for text in re.split(r"Function : ", sass)[1:]:
         name = text.split()[0]
-        code = [(int(a, 16), op, rest) for a, op, rest in re.findall(
-            r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", text)]
+        code = [(int(a, 16), predicate, op, rest) for a, predicate, op, rest in re.findall(
+            r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", text)]
         best = None
-        for address, op, rest in code:
+        for address, _, op, rest in code:
             target = re.search(r"0x([0-9a-f]+)", rest)
             if op.startswith("BRA") and target and int(target.group(1), 16) < address:
-                body = [op for at, op, _ in code if int(target.group(1), 16) <= at <= address]
-                key = (-sum(op.startswith("HMMA") for op in body), len(body))
+                body = [line for line in code if int(target.group(1), 16) <= line[0] <= address]
+                key = (-sum(line[2].startswith("HMMA") for line in body), len(body))
                 if best is None or key < best[0]:
                     best = (key, body)
         if best and best[0][0]:
-            loops[name] = best[1]
+            loops[name] = usual_path(best[1])
     return loops
+
+
+def usual_path(body):
+    """The way of a step without mask or softcap whose tiles are copied whole: all products, as many copies as can be, and few instructions."""
+    places = {line[0]: i for i, line in enumerate(body)}
+    worth, follow = [0] * (len(body) + 1), [len(body)] * len(body)
+    for i in reversed(range(len(body))):
+        _, predicate, op, rest = body[i]
+        ways = [i + 1]
+        if op.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", rest)):
+            # Backwards is a loop inside, or the end of this one.
+            ahead = places.get(int(target.group(1), 16), 0)
+            ways = ([ahead] if ahead > i else []) + ([i + 1] if predicate or ahead <= i else [])
+        follow[i] = max(ways, key=lambda way: worth[way])
+        gain = 10**6 if op.startswith("HMMA") else 10**3 if op.startswith("LDGSTS") else 0
+        worth[i] = worth[follow[i]] + gain - 1
+    path, i = [], 0
+    while i < len(body):
+        path.append(body[i][2])
+        i = follow[i]
+    return path
 
 
 def mix(folder, module, arch):

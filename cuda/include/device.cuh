@@ -73,6 +73,11 @@ DEVICE uint32_t opaque(uint32_t x) {
     return x;
 }
 
+DEVICE uint32_t shared_load4(Shared from) {
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+    return x;
+}
 DEVICE float shared_load(Shared from) {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
@@ -85,6 +90,18 @@ DEVICE uint4 shared_load16(Shared from) {
                  : "r"(from)
                  : "memory");
     return x;
+}
+DEVICE uint64_t shared_load8(Shared from) {
+    uint64_t x;
+    asm volatile("ld.shared.b64 %0, [%1];" : "=l"(x) : "r"(from) : "memory");
+    return x;
+}
+DEVICE void shared_store(Shared to, uint64_t x) {
+    asm volatile("st.shared.b64 [%0], %1;" ::"r"(to), "l"(x) : "memory");
+}
+DEVICE void shared_store(Shared to, uint4 x) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
 }
 DEVICE void shared_store(Shared to, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");

@@ -25,7 +25,9 @@ struct Policy {
     static constexpr int threads = team * KeyWarps;
     static constexpr int query_bytes = rows * HeadDim * 2;
     static constexpr int slot_bytes = Keys * HeadDim * 2;
-    static constexpr int shared_bytes = query_bytes + KeyWarps * Slots * slot_bytes;
+    // What is kept of the list of keys: its ends, and two addresses for each thread.
+    static constexpr int list_bytes = 128 + 16 * threads;
+    static constexpr int shared_bytes = list_bytes + query_bytes + KeyWarps * Slots * slot_bytes;
     static_assert(KeyWarps == 1 || RowWarps == 1, "warps divide the rows or the keys");
     static_assert(KeyWarps * rows * (HeadDim + 2) * 4 <= shared_bytes || KeyWarps == 1, "the merge reuses the rings");
 };
@@ -108,31 +110,34 @@ DEVICE void multiply_keys(float (&scores)[P::row_tiles][Columns][4], MatrixWalk<
     }
 }
 
+// Probabilities in 16 bits: the accumulators of two 16×8 products lie as the left operand of one 16×16 does.
+template <class Element, int RowTiles, int Columns>
+DEVICE void pack(uint32_t (&to)[RowTiles][Columns / 2][4], const float (&scores)[RowTiles][Columns][4]) {
+#pragma unroll
+    for (int i = 0; i < RowTiles; i++) {
+#pragma unroll
+        for (int j = 0; j < Columns; j++) {
+            to[i][j / 2][j % 2 * 2] = Element::pack(scores[i][j][0], scores[i][j][1]);
+            to[i][j / 2][j % 2 * 2 + 1] = Element::pack(scores[i][j][2], scores[i][j][3]);
+        }
+    }
+}
+
 // O += P V.
-template <class Element, class P, int Columns, int Outputs>
-DEVICE void multiply_values(float (&out)[P::row_tiles][Outputs][4], const float (&scores)[P::row_tiles][Columns][4],
-                            MatrixWalk<P::head_dim> values) {
+template <class Element, class P, int Squares, int Outputs>
+DEVICE void multiply_values(float (&out)[P::row_tiles][Outputs][4],
+                            const uint32_t (&probabilities)[P::row_tiles][Squares][4], MatrixWalk<P::head_dim> values) {
     values.swizzled = opaque(values.swizzled);
 #pragma unroll
-    for (int k = 0; k < Columns / 2; k++) {
-        // The accumulators of two 16×8 products lie as the operand of one 16×16 does.
-        uint32_t probabilities[P::row_tiles][4];
-#pragma unroll
-        for (int i = 0; i < P::row_tiles; i++) {
-#pragma unroll
-            for (int quarter = 0; quarter < 4; quarter++) {
-                const float(&s)[4] = scores[i][2 * k + quarter / 2];
-                probabilities[i][quarter] = Element::pack(s[quarter % 2 * 2], s[quarter % 2 * 2 + 1]);
-            }
-        }
+    for (int k = 0; k < Squares; k++) {
 #pragma unroll
         for (int j = 0; j < Outputs / 2; j++) {
             uint32_t value[4];
             load_matrices_transposed(value, values.square(k, j));
 #pragma unroll
             for (int i = 0; i < P::row_tiles; i++) {
-                Element::multiply_add(out[i][2 * j], probabilities[i], value[0], value[1]);
-                Element::multiply_add(out[i][2 * j + 1], probabilities[i], value[2], value[3]);
+                Element::multiply_add(out[i][2 * j], probabilities[i][k], value[0], value[1]);
+                Element::multiply_add(out[i][2 * j + 1], probabilities[i][k], value[2], value[3]);
             }
         }
     }
@@ -158,38 +163,40 @@ struct Flash {
         const uint32_t head = block_index() % heads;
         const QueryRows rows{p, tile, head};
         const KeyList list{p, tile, head * p.pack / p.group};
-        const Shared query = shared_memory();
+        const Shared query = shared_memory() + P::list_bytes;
         const uint32_t key_warp = thread_index() / P::team;
         const uint32_t first_row = thread_index() / 32 % P::row_warps * 16 * P::row_tiles;
-        // Every row of the warp sees the entries before this one.
-        const uint32_t open = rows.limit(first_row);
 
         load_query<P>(rows, query);
         if (P::key_warps > 1) {
             // Each warp waits for its own copies only.
             copy_commit();
             copy_wait<0>();
-            sync_block();
         }
+        Ring<P> ring(list, shared_memory(), query + P::query_bytes + key_warp * P::slots * P::slot_bytes);
+        // Every row of the warp sees the entries before this one.
+        ring.store_list(rows.limit(first_row));
+        sync_block();
         uint32_t entry = tile.begin + key_warp * P::keys;
-        Ring<P> ring(list, query + P::query_bytes + key_warp * P::slots * P::slot_bytes);
         ring.start(entry);
 
         float out[P::row_tiles][outputs][4] = {};
-        Softmax<P::row_tiles> softmax(p.scale_log2);
+        Softmax<P::row_tiles> softmax(p.scale_log2, p.slack);
         const Walk queries(query, first_row, false);
-        for (; entry < tile.end; entry += Ring<P>::entry_step) {
+        for (; entry < ring.end(); entry += Ring<P>::entry_step) {
             float scores[P::row_tiles][columns][4] = {};
             multiply_keys<Element, P>(scores, queries, Walk(ring.template next<false>(entry), 0, true));
             if (p.cap_scale != 0) {
                 cap(scores, p.cap_scale);
             }
-            if (entry + P::keys > open) {
+            if (entry + P::keys > ring.open()) {
                 mask(scores, entry, rows);
             }
             softmax.rebase(scores, out);
             softmax.exponentiate(scores);
-            multiply_values<Element, P>(out, scores, Walk(ring.template next<true>(entry), 0, false));
+            uint32_t probabilities[P::row_tiles][columns / 2][4];
+            pack<Element>(probabilities, scores);
+            multiply_values<Element, P>(out, probabilities, Walk(ring.template next<true>(entry), 0, false));
         }
         softmax.finish();
         copy_wait<0>();

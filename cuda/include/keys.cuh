@@ -20,14 +20,11 @@ struct KeyList {
         const uint64_t offset = batch * tensor.batch + key * tensor.seq + kv_head * tensor.head;
         return reinterpret_cast<const uint16_t*>(tensor.data) + offset;
     }
-
-    // Whether the entries from `first` to `end`, the last excluded, lie at equal distances.
-    DEVICE bool uniform(uint32_t first, uint32_t end) const {
-        return p.page_table == 0 && (first >= tile.prefix || end <= tile.prefix);
-    }
 };
 
 // Tiles of keys and values, in turn K, V, K, V: always slots - 1 of them are loaded or on their way.
+//
+// What a step must know of the list is in shared memory: in registers it would displace accumulators, and the cache is far.
 template <class P>
 struct Ring {
     using Tile = SharedTile<P::head_dim>;
@@ -37,14 +34,55 @@ struct Ring {
     static_assert(P::keys % row_step == 0 && P::slots >= 2, "");
 
     static constexpr uint32_t entry_step = P::keys * P::key_warps;
+    static constexpr Shared sources_at = 128;
+    static_assert(16 + P::threads / 32 * 4 <= sources_at, "");
+    static_assert(P::list_bytes == sources_at + 2 * 8 * P::threads, "");
 
     const KeyList& list;
+    Shared shared_list;
     Shared slots;
     // Counted only where there are more slots than one for keys and one for values.
     uint32_t read_slot = 0;
     uint32_t load_slot = 0;
 
-    DEVICE Ring(const KeyList& list, Shared slots) : list(list), slots(slots) {}
+    // `shared_list` is of the whole block, `slots` of a team.
+    DEVICE Ring(const KeyList& list, Shared shared_list, Shared slots)
+        : list(list), shared_list(shared_list), slots(slots) {}
+
+    static DEVICE uint32_t lane() { return thread_index() % P::team % lanes; }
+    static DEVICE uint32_t row() { return thread_index() % P::team / lanes; }
+
+    // The place of this thread's address of keys or values.
+    template <bool Values>
+    DEVICE Shared source_at() const {
+        return shared_list + sources_at + Values * 8 * P::threads + thread_index() * 8;
+    }
+
+    // Stores the list's ends and shift, where the warp's rows begin to be masked, and where this thread's part of entry `row` is; for all to use after a
+    // barrier.
+    DEVICE void store_list(uint32_t open) const {
+        const StarTile& tile = list.tile;
+        if (thread_index() == 0) {
+            const uint32_t contiguous_end = list.p.page_table == 0 ? tile.end : 0;
+            shared_store(shared_list, uint4{tile.end, contiguous_end, tile.prefix, tile.start - tile.prefix});
+        }
+        if (thread_index() % 32 == 0) {
+            shared_store(open_at(), open);
+        }
+        if (list.p.page_table == 0) {
+            shared_store(source_at<false>(), first_source(list.p.key));
+            shared_store(source_at<true>(), first_source(list.p.value));
+        }
+    }
+    DEVICE uint64_t first_source(const StarTensor& from) const {
+        const uint64_t key = list.tile.key_start + row();
+        return from.data + 2 * (list.tile.batch * from.batch + key * from.seq + list.kv_head * from.head + lane() * 8);
+    }
+
+    // Where the list ends, and up to where all rows of the warp see it.
+    DEVICE uint32_t end() const { return shared_load4(shared_list); }
+    DEVICE uint32_t open() const { return shared_load4(open_at()); }
+    DEVICE Shared open_at() const { return shared_list + 16 + thread_index() / 32 * 4; }
 
     // The first slots - 1 tiles, from those at `entry` on.
     DEVICE void start(uint32_t entry) {
@@ -78,40 +116,50 @@ struct Ring {
 
     // A group of copies even where nothing is left, so that groups count tiles.
     template <bool Values>
-    DEVICE void load_tile(uint32_t entry) {
-        const uint32_t end = list.tile.end;
+    DEVICE void load_tile(uint32_t first) {
+        const StarTensor& from = Values ? list.p.value : list.p.key;
         const Shared slot = take<Values>(load_slot);
-        if (entry < end) {
-            copy(Values ? list.p.value : list.p.key, slot, entry, end);
+        const uint4 ends = shared_load16(shared_list);
+        const uint32_t end = ends.x, contiguous_end = ends.y, prefix = ends.z, shift = ends.w;
+        const uint32_t next = first + P::keys;
+        if (next <= contiguous_end && (first >= prefix || next <= prefix)) {
+            const uint64_t key = first + (first >= prefix ? shift : 0);
+            copy_uniform(slot, shared_load8(source_at<Values>()) + 2 * key * from.seq, 2 * row_step * from.seq);
+        } else if (first < end) {
+            copy_each(slot, from, first, end);
         }
         copy_commit();
     }
 
-    // Entries from `end` on become zeros.
-    DEVICE void copy(const StarTensor& from, Shared to, uint32_t first, uint32_t end) const {
-        const uint32_t thread = thread_index() % P::team;
-        const uint32_t lane = thread % lanes;
-        const uint32_t row = thread / lanes;
-        if (first + P::keys <= end && list.uniform(first, first + P::keys)) {
-            const uint16_t* source = list.row(from, first + row) + lane * 8;
-            const uint64_t step = row_step * from.seq;
+    // Rows at equal distances.
+    DEVICE void copy_uniform(Shared to, uint64_t source, uint64_t step) const {
+        // After eight rows the chunks have the same order again, and after `lanes` chunks the same places.
+        constexpr int orders = row_step < 8 ? 8 / row_step : 1;
+        Shared places[orders];
 #pragma unroll
-            for (int i = 0; i < P::keys / row_step; i++) {
-#pragma unroll
-                for (int c = 0; c < Tile::chunks / lanes; c++) {
-                    copy_async(Tile::at(to, row + i * row_step, lane + c * lanes), source + c * lanes * 8, false);
-                }
-                source += step;
-            }
-            return;
+        for (int i = 0; i < orders; i++) {
+            places[i] = Tile::at(to, row() + i * row_step, lane());
         }
-#pragma unroll 1
-        for (uint32_t r = row; r < P::keys; r += row_step) {
-            const bool beyond = first + r >= end;
-            const uint16_t* source = list.row(from, beyond ? first : first + r) + lane * 8;
+#pragma unroll
+        for (int i = 0; i < P::keys / row_step; i++) {
 #pragma unroll
             for (int c = 0; c < Tile::chunks / lanes; c++) {
-                copy_async(Tile::at(to, r, lane + c * lanes), source + c * lanes * 8, beyond);
+                const int further = (i - i % orders) * row_step * Tile::row_bytes + c * lanes * 16;
+                copy_async(places[i % orders] + further, reinterpret_cast<const uint16_t*>(source) + c * lanes * 8, false);
+            }
+            source += step;
+        }
+    }
+
+    // Each entry by itself; those from the end on become zeros.
+    DEVICE void copy_each(Shared to, const StarTensor& from, uint32_t first, uint32_t end) const {
+#pragma unroll 1
+        for (uint32_t r = row(); r < P::keys; r += row_step) {
+            const bool beyond = first + r >= end;
+            const uint16_t* source = list.row(from, beyond ? first : first + r) + lane() * 8;
+#pragma unroll
+            for (int c = 0; c < Tile::chunks / lanes; c++) {
+                copy_async(Tile::at(to, r, lane() + c * lanes), source + c * lanes * 8, beyond);
             }
         }
     }

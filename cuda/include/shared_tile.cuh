@@ -38,6 +38,9 @@ struct MatrixWalk {
         swizzled = (high_column ^ Tile::order(index)) << 4;
     }
 
-    // `order` is the same 16 rows further on, and xor with an even chunk leaves its lowest bit.
-    DEVICE Shared square(int i, int j) const { return row + i * 16 * Tile::row_bytes + (swizzled ^ (j << 5)); }
+    // `order` is the same 16 rows further on; an even chunk is xored in its low bits, and whole rounds of orders are added.
+    DEVICE Shared square(int i, int j) const {
+        const int low = 2 * j % Tile::orders;
+        return row + (swizzled ^ (low << 4)) + (i * 16 * Tile::row_bytes + (2 * j - low) * 16);
+    }
 };

@@ -2,8 +2,8 @@
 //
 //     p_j = 2^(scale · (s_j - base))     sum = Σ_j p_j     out = Σ_j p_j v_j
 //
-// `base` is a score near the row's maximum. It follows the maximum only when that runs away, so that sum and out are seldom rescaled; p stays
-// below 2^slack, far inside the range of 16-bit floats.
+// `base` is a score near the row's maximum. It follows the maximum only when that runs away by more than `slack`, so that sum and out are seldom
+// rescaled.
 //
 // Row 16 i + l / 4 + 8 half of a warp's rows is shared by the four lanes of l / 4: each has the columns 8 j + 2 (l % 4) and the next one, in
 // [i][j][2 half] and [i][j][2 half + 1].
@@ -28,17 +28,13 @@ DEVICE float power(float score, float base, float scale_log2) {
 
 template <int RowTiles>
 struct Softmax {
-    static constexpr float slack_log2 = 8;
-
     float scale_log2;
     float slack;
     float base[RowTiles][2];
     // Of this lane's columns until `finish`.
     float sum[RowTiles][2];
 
-    DEVICE explicit Softmax(float scale_log2) : scale_log2(scale_log2) {
-        // Finite, so that it does not cancel a base of -inf.
-        slack = fminf(slack_log2 / scale_log2, 1e30f);
+    DEVICE Softmax(float scale_log2, float slack) : scale_log2(scale_log2), slack(slack) {
 #pragma unroll
         for (int i = 0; i < RowTiles; i++) {
             base[i][0] = base[i][1] = -infinity();

@@ -78,6 +78,11 @@ DEVICE const T& refer(const T* from) {
 
 DEVICE uint32_t opaque(uint32_t x) { return x; }
 
+DEVICE uint32_t shared_load4(Shared from) {
+    uint32_t x;
+    simt_shared_load(&x, from, sizeof x);
+    return x;
+}
 DEVICE float shared_load(Shared from) {
     float x;
     simt_shared_load(&x, from, sizeof x);
@@ -88,6 +93,13 @@ DEVICE uint4 shared_load16(Shared from) {
     simt_shared_load(&x, from, sizeof x);
     return x;
 }
+DEVICE uint64_t shared_load8(Shared from) {
+    uint64_t x;
+    simt_shared_load(&x, from, sizeof x);
+    return x;
+}
+DEVICE void shared_store(Shared to, uint64_t x) { simt_shared_store(to, &x, sizeof x); }
+DEVICE void shared_store(Shared to, uint4 x) { simt_shared_store(to, &x, sizeof x); }
 DEVICE void shared_store(Shared to, uint32_t x) { simt_shared_store(to, &x, sizeof x); }
 DEVICE void shared_store(Shared to, float x) { simt_shared_store(to, &x, sizeof x); }
 

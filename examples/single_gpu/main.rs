@@ -148,6 +148,7 @@ fn cuda<T: HalfElement>(sizes: &Sizes) -> star_attention::Result<bool> {
 }
 
 #[cfg(not(feature = "cuda"))]
+#[allow(clippy::extra_unused_type_parameters, reason = "as with the feature")]
 fn cuda<T: HalfElement>(_: &Sizes) -> star_attention::Result<bool> {
     let reason = "this build has not the feature `cuda`; try --device simt".into();
     Err(star_attention::Error::Unavailable { what: "the GPU", reason })

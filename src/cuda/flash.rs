@@ -40,6 +40,10 @@ pub struct PageTable {
     pub sequences: Vec<(usize, Vec<u32>)>,
 }
 
+/// Probabilities stay below 2 to this power, far inside the range of 16-bit floats. As a score it is kept finite, so that it does not cancel a base
+/// of -inf.
+const SLACK_LOG2: f32 = 8.0;
+
 /// Where a sequence lies on the axes of queries and keys.
 #[derive(Clone)]
 struct Sequence {
@@ -418,6 +422,7 @@ impl<D: Device> Prepared<'_, D> {
             pack: pack as u32,
             scale_log2,
             cap_scale,
+            slack: (SLACK_LOG2 / scale_log2).min(1e30),
             ..Default::default()
         };
         if let Some((rows, table)) = table {

@@ -100,7 +100,7 @@ pub struct StarFlashParams {
     pub out_f32: u32,
     pub scale_log2: f32,
     pub cap_scale: f32,
-    pub padding: u32,
+    pub slack: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -161,8 +161,8 @@ const _: () = {
         "Offset of field: StarFlashParams::cap_scale",
     ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 200usize];
     [
-        "Offset of field: StarFlashParams::padding",
-    ][::std::mem::offset_of!(StarFlashParams, padding) - 204usize];
+        "Offset of field: StarFlashParams::slack",
+    ][::std::mem::offset_of!(StarFlashParams, slack) - 204usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

@@ -52,9 +52,10 @@ impl Policy {
         32 * self.row_warps * self.key_warps
     }
 
-    /// The queries, and each ring's slots, in 16 bits.
+    /// What is kept of the list of keys; the queries and each ring's slots in 16 bits.
     pub const fn shared_bytes(&self) -> usize {
-        2 * self.head_dim * (self.rows() + self.key_warps * self.slots * self.keys)
+        let list_bytes = 128 + 16 * self.threads();
+        list_bytes + 2 * self.head_dim * (self.rows() + self.key_warps * self.slots * self.keys)
     }
 }
 
