@@ -24,11 +24,17 @@ impl Policy {
     /// For tiles of many rows, bound by products.
     ///
     /// Up to a head dim of 128 a warp has 32 rows, so that each square read from shared memory serves two products (with 16 rows the
-    /// reads take as long as the products), and 64 keys: the accumulators of both just fit 255 registers. Larger heads
-    /// leave registers for 16 rows. Two blocks fit a multiprocessor, one where it has 100 KB of shared memory.
+    /// reads take as long as the products), and so many keys that the accumulators of both products just fit 255 registers: what a step
+    /// costs beyond products is then shared by most of them. Larger heads leave registers for 16 rows. Two blocks fit a multiprocessor,
+    /// one where it has 100 KB of shared memory.
     pub const fn encode(head_dim: usize) -> Self {
         let row_tiles = if head_dim <= 128 { 2 } else { 1 };
-        Self { kernel: "encode", head_dim, row_tiles, row_warps: 4, key_warps: 1, keys: 64, slots: 2 }
+        let keys = match head_dim {
+            64 => 128,
+            96 => 96,
+            _ => 64,
+        };
+        Self { kernel: "encode", head_dim, row_tiles, row_warps: 4, key_warps: 1, keys, slots: 2 }
     }
 
     /// For up to 16 rows, bound by reading keys and values: four warps walk keys of their own, without a barrier, and as many slots as fit

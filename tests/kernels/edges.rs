@@ -112,7 +112,7 @@ on_each_device! {
         }
     }
 
-    /// One row, one key, and one more or less than tiles of rows (128, 16) and keys (64, 32, 16) hold.
+    /// One row, one key, and one more or less than tiles of rows (128, 16) and keys (128, 64, 32, 16) hold.
     fn extents_around_the_tiles() {
         for (query_len, key_len) in [(1, 1), (1, 63), (1, 65), (16, 64), (17, 257), (127, 127), (129, 129), (129, 191)] {
             for mask in MASKS {

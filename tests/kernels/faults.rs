@@ -32,7 +32,7 @@ fn case(mask: Mask, query_len: usize, key_len: usize, head_dim: usize) -> Case {
 
 /// Context encoding, whose warps share keys, and query attention, whose warps have keys of their own.
 fn both_kernels() -> [Case; 2] {
-    [case(Mask::Causal, 130, 130, 64), case(Mask::Full, 4, 400, 64)]
+    [case(Mask::Causal, 130, 130, 128), case(Mask::Full, 4, 400, 64)]
 }
 
 fn run_on<O: Element>(simt: &Simt, case: &Case) -> Result<Vec<u32>> {
