@@ -186,6 +186,27 @@ fn errors_of_the_driver_are_named() {
     assert!(matches!(error, Error::Driver { operation: "copy to the device", .. }), "{error}");
 }
 
+/// Memory borrowed for one stream does not go to another: nothing would order the two.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn memory_for_another_stream_is_refused() {
+    let driver = Driver::open(0).unwrap();
+    let [stream, other] = [(); 2].map(|()| driver.context().new_stream().unwrap());
+    let (plan, elements) = (plan(&driver), SHAPE.key_shape().iter().product::<usize>());
+    let data = stream.alloc_zeros::<bf16>(elements).unwrap();
+    let mut out = stream.alloc_zeros::<f32>(elements).unwrap();
+    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_len()).unwrap();
+    let mut prepared = plan.prepare(&driver, &stream, SpanMut::of(&mut workspace, &stream)).unwrap();
+    let rows = SHAPE.query_shape().iter().product();
+    let query = Span::of(&data, &stream).range(0..rows);
+    let query = DeviceTensor::contiguous("query", query, SHAPE.query_shape()).unwrap();
+    let key = DeviceTensor::contiguous("key", Span::of(&data, &other), SHAPE.key_shape()).unwrap();
+    let to = SpanMut::of(&mut out, &stream).range(0..rows);
+    let mut to = DeviceTensorMut::contiguous("out", to, SHAPE.query_shape()).unwrap();
+    let error = prepared.run(&query, &key, &key, &mut to, None).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "key", .. }), "{error}");
+}
+
 /// Of another device, where there is one.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]

@@ -91,6 +91,14 @@ DEVICE uint4 shared_load16(Shared from) {
                  : "memory");
     return x;
 }
+DEVICE float4 shared_load_float4(Shared from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
 DEVICE uint64_t shared_load8(Shared from) {
     uint64_t x;
     asm volatile("ld.shared.b64 %0, [%1];" : "=l"(x) : "r"(from) : "memory");
@@ -105,6 +113,9 @@ DEVICE void shared_store(Shared to, uint4 x) {
 }
 DEVICE void shared_store(Shared to, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+DEVICE void shared_store(Shared to, float2 x) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x.x), "f"(x.y) : "memory");
 }
 DEVICE void shared_store(Shared to, float x) { shared_store(to, __float_as_uint(x)); }
 

@@ -29,7 +29,10 @@ struct Policy {
     static constexpr int list_bytes = 128 + 16 * threads;
     static constexpr int shared_bytes = list_bytes + query_bytes + KeyWarps * Slots * slot_bytes;
     static_assert(KeyWarps == 1 || RowWarps == 1, "warps divide the rows or the keys");
-    static_assert(KeyWarps * rows * (HeadDim + 2) * 4 <= shared_bytes || KeyWarps == 1, "the merge reuses the rings");
+    // Of f32 outputs in shared memory: eight more than a row has, so that the rows of a store begin at other banks.
+    static constexpr int merged_row_bytes = (HeadDim + 8) * 4;
+    static_assert(KeyWarps * rows * (merged_row_bytes + 8) <= shared_bytes - list_bytes || KeyWarps == 1,
+                  "the merge reuses the rings");
 };
 
 // The query rows of a block's tile.
@@ -295,7 +298,7 @@ struct Flash {
         const uint32_t warp = thread_index() / 32;
         const auto base_at = [&](uint32_t w, uint32_t row) { return memory + (w * P::rows + row) * 8; };
         const auto out_at = [&](uint32_t w, uint32_t row) {
-            return memory + P::key_warps * P::rows * 8 + (w * P::rows + row) * P::head_dim * 4;
+            return memory + P::key_warps * P::rows * 8 + (w * P::rows + row) * P::merged_row_bytes;
         };
 #pragma unroll
         for (int i = 0; i < P::row_tiles; i++) {
@@ -308,8 +311,8 @@ struct Flash {
                 }
 #pragma unroll
                 for (int j = 0; j < outputs; j++) {
-                    shared_store(out_at(warp, row) + (8 * j + lane_column()) * 4, out[i][j][2 * half]);
-                    shared_store(out_at(warp, row) + (8 * j + lane_column()) * 4 + 4, out[i][j][2 * half + 1]);
+                    shared_store(out_at(warp, row) + (8 * j + lane_column()) * 4,
+                                 float2{out[i][j][2 * half], out[i][j][2 * half + 1]});
                 }
             }
         }
@@ -330,8 +333,12 @@ struct Flash {
                 const float weight = power(shared_load(base_at(w, row)), base, softmax.scale_log2);
                 sum += weight * shared_load(base_at(w, row) + 4);
 #pragma unroll
-                for (int c = 0; c < 8; c++) {
-                    total[c] += weight * shared_load(out_at(w, row) + (column + c) * 4);
+                for (int c = 0; c < 8; c += 4) {
+                    const float4 x = shared_load_float4(out_at(w, row) + (column + c) * 4);
+                    total[c] += weight * x.x;
+                    total[c + 1] += weight * x.y;
+                    total[c + 2] += weight * x.z;
+                    total[c + 3] += weight * x.w;
                 }
             }
             const float scale = normaliser(sum);

@@ -93,6 +93,11 @@ DEVICE uint4 shared_load16(Shared from) {
     simt_shared_load(&x, from, sizeof x);
     return x;
 }
+DEVICE float4 shared_load_float4(Shared from) {
+    float4 x;
+    simt_shared_load(&x, from, sizeof x);
+    return x;
+}
 DEVICE uint64_t shared_load8(Shared from) {
     uint64_t x;
     simt_shared_load(&x, from, sizeof x);
@@ -101,6 +106,7 @@ DEVICE uint64_t shared_load8(Shared from) {
 DEVICE void shared_store(Shared to, uint64_t x) { simt_shared_store(to, &x, sizeof x); }
 DEVICE void shared_store(Shared to, uint4 x) { simt_shared_store(to, &x, sizeof x); }
 DEVICE void shared_store(Shared to, uint32_t x) { simt_shared_store(to, &x, sizeof x); }
+DEVICE void shared_store(Shared to, float2 x) { simt_shared_store(to, &x, sizeof x); }
 DEVICE void shared_store(Shared to, float x) { simt_shared_store(to, &x, sizeof x); }
 
 DEVICE void copy_async(Shared to, const void* from, bool zeros) { simt_copy_async(to, from, zeros); }

@@ -56,6 +56,11 @@ pub fn append<D: Device, T: HalfElement>(
     value.check_rows("value", shape)?;
     shard.key.check_rows("shard", [pages, page_len, kv_heads, dim])?;
     shard.value.check_rows("shard", [pages, page_len, kv_heads, dim])?;
+    key.check_stream("key", stream)?;
+    value.check_stream("value", stream)?;
+    shard.key.check_stream("shard", stream)?;
+    shard.value.check_stream("shard", stream)?;
+    places.check_stream("places", stream)?;
     let tokens = batch * seq;
     let check_len = |argument, expected: usize, got: usize| {
         if got == expected {
@@ -89,6 +94,10 @@ pub fn append<D: Device, T: HalfElement>(
             return Err(Error::value("rotated", format!("a multiple of 16, at most {dim}"), rotated));
         }
         check_len("positions", tokens, rotation.positions.len)?;
+        for (argument, span) in [("cos", &rotation.cos), ("sin", &rotation.sin)] {
+            span.check_stream(argument, stream)?;
+        }
+        rotation.positions.check_stream("positions", stream)?;
         let positions = rotation.cos.len / (rotated / 2);
         check_len("cos", positions * (rotated / 2), rotation.cos.len)?;
         check_len("sin", rotation.cos.len, rotation.sin.len)?;

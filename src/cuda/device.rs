@@ -41,6 +41,9 @@ pub trait Device: Send + Sync {
     /// What plans must know.
     fn properties(&self) -> Properties;
 
+    /// What tells a stream from all others of the process.
+    fn stream_id(stream: &Self::Stream) -> [u64; 2];
+
     /// Starts a kernel after all earlier work of the stream.
     ///
     /// # Errors
@@ -70,6 +73,8 @@ impl HalfElement for bf16 {}
 pub struct Span<'a, D: Device, T> {
     pub(crate) address: u64,
     pub(crate) len: usize,
+    /// What it was borrowed for; any if `None`.
+    stream: Option<[u64; 2]>,
     _guard: Option<D::Guard<'a>>,
     _borrow: PhantomData<&'a T>,
 }
@@ -79,6 +84,8 @@ pub struct Span<'a, D: Device, T> {
 pub struct SpanMut<'a, D: Device, T> {
     pub(crate) address: u64,
     pub(crate) len: usize,
+    /// What it was borrowed for; any if `None`.
+    stream: Option<[u64; 2]>,
     _guard: Option<D::Guard<'a>>,
     _borrow: PhantomData<&'a mut T>,
 }
@@ -90,11 +97,17 @@ impl<'a, D: Device, T> Span<'a, D, T> {
     /// For `'a`, and until all work asked for with it has ended, they are initialised elements in memory of the device `D` stands for,
     /// and nothing writes them.
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
-        Self { address, len, _guard: None, _borrow: PhantomData }
+        Self { address, len, stream: None, _guard: None, _borrow: PhantomData }
     }
 
-    pub(crate) fn guarded(address: u64, len: usize, guard: D::Guard<'a>) -> Self {
-        Self { address, len, _guard: Some(guard), _borrow: PhantomData }
+    pub(crate) fn guarded(address: u64, len: usize, stream: &D::Stream, guard: D::Guard<'a>) -> Self {
+        let stream = Some(D::stream_id(stream));
+        Self { address, len, stream, _guard: Some(guard), _borrow: PhantomData }
+    }
+
+    /// Refuses memory that was borrowed for work on another stream.
+    pub(crate) fn check_stream(&self, argument: &'static str, stream: &D::Stream) -> Result<()> {
+        check_stream::<D>(argument, self.stream, stream)
     }
 
     /// The elements of a range, as far as there are any.
@@ -128,11 +141,17 @@ impl<'a, D: Device, T> SpanMut<'a, D, T> {
     /// For `'a`, and until all work asked for with it has ended, they are memory of the device `D` stands for, and nothing else reads or
     /// writes them.
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
-        Self { address, len, _guard: None, _borrow: PhantomData }
+        Self { address, len, stream: None, _guard: None, _borrow: PhantomData }
     }
 
-    pub(crate) fn guarded(address: u64, len: usize, guard: D::Guard<'a>) -> Self {
-        Self { address, len, _guard: Some(guard), _borrow: PhantomData }
+    pub(crate) fn guarded(address: u64, len: usize, stream: &D::Stream, guard: D::Guard<'a>) -> Self {
+        let stream = Some(D::stream_id(stream));
+        Self { address, len, stream, _guard: Some(guard), _borrow: PhantomData }
+    }
+
+    /// Refuses memory that was borrowed for work on another stream.
+    pub(crate) fn check_stream(&self, argument: &'static str, stream: &D::Stream) -> Result<()> {
+        check_stream::<D>(argument, self.stream, stream)
     }
 
     /// The elements of a range, as far as there are any.
@@ -165,6 +184,13 @@ impl<'a, D: Device, T> SpanMut<'a, D, T> {
         }
         if self.len == 0 { Ok(()) } else { check_aligned(argument, self.address) }
     }
+}
+
+fn check_stream<D: Device>(argument: &'static str, of: Option<[u64; 2]>, stream: &D::Stream) -> Result<()> {
+    if of.is_some_and(|id| id != D::stream_id(stream)) {
+        return Err(Error::value(argument, "memory borrowed for the stream of the call", "for another"));
+    }
+    Ok(())
 }
 
 /// Kernels move 16 bytes at a time.
@@ -246,6 +272,11 @@ macro_rules! tensor {
             /// The strides of `[batch, seq, heads, dim]`, in elements.
             pub fn strides(&self) -> [usize; 4] {
                 self.layout.strides
+            }
+
+            /// Refuses memory that was borrowed for work on another stream.
+            pub(crate) fn check_stream(&self, argument: &'static str, stream: &D::Stream) -> Result<()> {
+                self.span.check_stream(argument, stream)
             }
 
             /// Refuses rows that the kernels could not move 16 bytes at a time.

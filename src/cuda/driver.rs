@@ -173,6 +173,10 @@ impl Device for Driver {
         self.properties
     }
 
+    fn stream_id(stream: &Self::Stream) -> [u64; 2] {
+        [stream.context().cu_ctx().addr() as u64, stream.cu_stream().addr() as u64]
+    }
+
     unsafe fn launch(&self, stream: &Self::Stream, launch: &Launch<'_>) -> Result<()> {
         self.check_stream(stream)?;
         let function = self.function(launch.kernel)?;
@@ -226,7 +230,7 @@ impl<'a, T> Span<'a, Driver, T> {
     /// The elements of a slice or view, after all earlier writes to them.
     pub fn of<S: DevicePtr<T>>(slice: &'a S, stream: &'a Arc<CudaStream>) -> Self {
         let (address, guard) = slice.device_ptr(stream);
-        Self::guarded(address, slice.len(), guard)
+        Self::guarded(address, slice.len(), stream, guard)
     }
 }
 
@@ -235,6 +239,6 @@ impl<'a, T> SpanMut<'a, Driver, T> {
     pub fn of<S: DevicePtrMut<T>>(slice: &'a mut S, stream: &'a Arc<CudaStream>) -> Self {
         let len = slice.len();
         let (address, guard) = slice.device_ptr_mut(stream);
-        Self::guarded(address, len, guard)
+        Self::guarded(address, len, stream, guard)
     }
 }

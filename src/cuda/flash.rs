@@ -276,7 +276,8 @@ impl Plan {
     /// Copies the plan to a workspace of [`workspace_len`](Self::workspace_len) bytes on a device, for calls on one stream.
     ///
     /// # Errors
-    /// [`Error::Workspace`] if it is too small, [`Error::Value`] if it is not aligned to 16 bytes; errors of the driver.
+    /// [`Error::Workspace`] if it is too small, [`Error::Value`] if it is not aligned to 16 bytes or was borrowed for another stream; errors of the
+    /// driver.
     pub fn prepare<'a, D: Device>(
         &'a self,
         device: &'a D,
@@ -287,6 +288,7 @@ impl Plan {
             return Err(Error::Workspace { expected: self.workspace_len(), got: workspace.len });
         }
         workspace.check("workspace", 0)?;
+        workspace.check_stream("workspace", stream)?;
         // SAFETY: inside the workspace, as just checked, and that is borrowed to be written.
         unsafe {
             device.upload(stream, workspace.address, bytes_of(&self.tiles))?;
@@ -331,7 +333,7 @@ impl<D: Device> Prepared<'_, D> {
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes contiguous, the others at multiples of 16 bytes),
-    /// [`Error::Value`] for addresses that are not, [`Error::DType`] for an output of another type; errors of the driver. Nothing was written then.
+    /// [`Error::Value`] for addresses that are not or memory borrowed for another stream, [`Error::DType`] for an output of another type; errors of the driver. Nothing was written then.
     pub fn run<T: HalfElement, O: Element>(
         &mut self,
         query: &DeviceTensor<'_, D, T>,
@@ -352,6 +354,11 @@ impl<D: Device> Prepared<'_, D> {
         key.check_rows("key", keys)?;
         value.check_rows("value", keys)?;
         out.check_rows("out", shape.query_shape())?;
+        query.check_stream("query", self.stream)?;
+        key.check_stream("key", self.stream)?;
+        value.check_stream("value", self.stream)?;
+        out.check_stream("out", self.stream)?;
+        lse.as_ref().map_or(Ok(()), |lse| lse.check_stream("lse", self.stream))?;
         if let Some(lse) = &lse
             && lse.len != shape.lse_len()
         {

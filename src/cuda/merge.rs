@@ -59,6 +59,10 @@ pub fn merge<D: Device, T: Element, O: Element>(
     {
         return Err(Error::shape("lse", format!("{rows} elements"), lse.len.to_string()));
     }
+    partials.out.check_stream("partials", stream)?;
+    partials.lse.check_stream("partials", stream)?;
+    out.check_stream("out", stream)?;
+    lse.as_ref().map_or(Ok(()), |lse| lse.check_stream("lse", stream))?;
     let launch = MergeLaunch {
         partials: partials.out.params(),
         partials_lse: partials.lse.address,

@@ -14,6 +14,9 @@ pub fn shuffle(stops: &[Stop; WARP], replies: &mut [Reply]) {
     }
 }
 
+/// Banks of 16 bytes: what rows of a matrix may not share, or their load takes several turns.
+const BANKS: u32 = 8;
+
 /// `ldmatrix.x4`: lanes 8i..8i+8 give the rows of matrix i; lane l gets of each the elements 2(l % 4) and 2(l % 4) + 1 of row
 /// l / 4, or of column l / 4 if transposed.
 pub fn load(
@@ -21,9 +24,15 @@ pub fn load(
     mut read: impl FnMut(usize, u32) -> Result<[u8; 16], String>,
 ) -> Result<(), String> {
     let mut matrices = [[[0u16; 8]; 8]; 4];
+    let mut banks = [0u32; 4];
     for (lane, stop) in stops.iter().enumerate() {
         let Stop::LoadMatrices { row, .. } = *stop else { unreachable!("all are at a matrix load") };
         let bytes = read(lane, row)?;
+        let bank = 1 << (row / 16 % BANKS);
+        if banks[lane / 8] & bank != 0 {
+            return Err(format!("shared memory: lane {lane} meets another row of its matrix in a bank"));
+        }
+        banks[lane / 8] |= bank;
         for (i, element) in matrices[lane / 8][lane % 8].iter_mut().enumerate() {
             *element = u16::from_ne_bytes([bytes[2 * i], bytes[2 * i + 1]]);
         }

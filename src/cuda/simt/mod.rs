@@ -2,7 +2,7 @@
 //!
 //! A test instrument. It runs every kernel where there is no GPU, slowly, and finds what a GPU would let pass: reads of shared memory
 //! that nothing was written to, that another thread wrote without a barrier between, or whose asynchronous copy was not waited for; accesses outside
-//! of shared memory or of any allocation, or not aligned; barriers that not all threads reach. Warps and their lanes run in a seeded random order.
+//! of shared memory or of any allocation, or not aligned; rows of a matrix in the same bank; barriers that not all threads reach. Warps and their lanes run in a seeded random order.
 //!
 //! [`Fault`] plants such a bug into a kernel as it runs, to prove that it would be found.
 
@@ -111,12 +111,12 @@ impl<T: Copy> Buffer<T> {
 
     /// For a kernel to read.
     pub fn span(&self) -> Span<'_, Simt, T> {
-        Span::guarded(self.as_slice().as_ptr().expose_provenance() as u64, self.len, ())
+        Span::guarded(self.as_slice().as_ptr().expose_provenance() as u64, self.len, &(), ())
     }
 
     /// For a kernel to write.
     pub fn span_mut(&mut self) -> SpanMut<'_, Simt, T> {
-        SpanMut::guarded(self.as_mut_slice().as_mut_ptr().expose_provenance() as u64, self.len, ())
+        SpanMut::guarded(self.as_mut_slice().as_mut_ptr().expose_provenance() as u64, self.len, &(), ())
     }
 }
 
@@ -136,6 +136,10 @@ impl Device for Simt {
     /// Of a device so small that plans split keys already for small shapes.
     fn properties(&self) -> Properties {
         Properties { multiprocessors: 8, shared_bytes: 100 * 1024 }
+    }
+
+    fn stream_id((): &()) -> [u64; 2] {
+        [0; 2]
     }
 
     unsafe fn launch(&self, (): &(), launch: &Launch<'_>) -> Result<()> {
