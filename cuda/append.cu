@@ -3,24 +3,7 @@
 //     (x, y) → (x cos - y sin, x sin + y cos)
 //
 // for the pairs (2 i, 2 i + 1), or (i, i + rotated / 2), at the angle of the row's position and i. In f32, rounded once.
-#include "include/device.cuh"
-
-template <class Element>
-DEVICE void unpack8(const uint4& x, float (&to)[8]) {
-    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 pair = Element::unpack(words[i]);
-        to[2 * i] = pair.x;
-        to[2 * i + 1] = pair.y;
-    }
-}
-
-template <class Element>
-DEVICE uint4 pack8(const float (&x)[8]) {
-    return uint4{Element::pack(x[0], x[1]), Element::pack(x[2], x[3]), Element::pack(x[4], x[5]),
-                 Element::pack(x[6], x[7])};
-}
+#include "include/eight.cuh"
 
 DEVICE const uint4* row_of(const StarTensor& tensor, uint64_t batch, uint64_t seq, uint64_t head) {
     const uint64_t offset = batch * tensor.batch + seq * tensor.seq + head * tensor.head;

@@ -4,21 +4,14 @@
 //
 // in f32. A partial with lse = -inf counts for nothing, whatever its output holds; a NaN stays in its row. Each element is read once, by the thread
 // that writes it, so that `out` may be one of the partials.
-#include "include/device.cuh"
+#include "include/eight.cuh"
 
 struct F32 {};
 
 // Eight elements, or one.
 template <class Element>
 DEVICE void read8(const void* tensor, uint64_t at, float (&to)[8]) {
-    const uint4 x = load(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(tensor) + at));
-    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 pair = Element::unpack(words[i]);
-        to[2 * i] = pair.x;
-        to[2 * i + 1] = pair.y;
-    }
+    unpack8<Element>(load(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(tensor) + at)), to);
 }
 template <>
 DEVICE void read8<F32>(const void* tensor, uint64_t at, float (&to)[8]) {
@@ -37,9 +30,7 @@ DEVICE float read1<F32>(const void* tensor, uint64_t at) {
 }
 template <class Element>
 DEVICE void write8(void* tensor, uint64_t at, const float (&x)[8]) {
-    store(reinterpret_cast<uint4*>(static_cast<uint16_t*>(tensor) + at),
-          uint4{Element::pack(x[0], x[1]), Element::pack(x[2], x[3]), Element::pack(x[4], x[5]),
-                Element::pack(x[6], x[7])});
+    store(reinterpret_cast<uint4*>(static_cast<uint16_t*>(tensor) + at), pack8<Element>(x));
 }
 template <>
 DEVICE void write8<F32>(void* tensor, uint64_t at, const float (&x)[8]) {

@@ -7,6 +7,7 @@
 // are merged at the end). S = QKᵀ stays in registers and, as probabilities, is the left operand of PV.
 #pragma once
 
+#include "eight.cuh"
 #include "keys.cuh"
 #include "softmax.cuh"
 
@@ -66,8 +67,7 @@ struct QueryRows {
             store(to + 1, float4{x[4], x[5], x[6], x[7]});
         } else {
             uint4* to = reinterpret_cast<uint4*>(reinterpret_cast<uint16_t*>(p.out.data) + at);
-            store(to, uint4{Element::pack(x[0], x[1]), Element::pack(x[2], x[3]), Element::pack(x[4], x[5]),
-                            Element::pack(x[6], x[7])});
+            store(to, pack8<Element>(x));
         }
     }
 };

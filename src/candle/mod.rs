@@ -28,19 +28,7 @@ pub fn attention(
     key: &Tensor,
     value: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = query.device() {
-        return match dtype("query", query)? {
-            crate::DType::F16 => cuda::run::<f16, f16>(device, config, [query, key, value]),
-            crate::DType::BF16 => cuda::run::<bf16, bf16>(device, config, [query, key, value]),
-            other => Err(cuda::unsupported("query", other)),
-        };
-    }
-    match dtype("query", query)? {
-        crate::DType::F32 => run::<f32, f32>(config, query, key, value),
-        crate::DType::F16 => run::<f16, f16>(config, query, key, value),
-        crate::DType::BF16 => run::<bf16, bf16>(config, query, key, value),
-    }
+    dispatch(config, [query, key, value], false)
 }
 
 /// [`attention`] with the output in f32, so that a [`merge()`] of partials rounds once.
@@ -53,18 +41,28 @@ pub fn partial(
     key: &Tensor,
     value: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
+    dispatch(config, [query, key, value], true)
+}
+
+/// By device and dtype; the output in f32 or the query's own.
+fn dispatch(config: &AttentionConfig, inputs: [&Tensor; 3], f32_out: bool) -> Result<(Tensor, Tensor)> {
+    let dtype = dtype("query", inputs[0])?;
     #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = query.device() {
-        return match dtype("query", query)? {
-            crate::DType::F16 => cuda::run::<f16, f32>(device, config, [query, key, value]),
-            crate::DType::BF16 => cuda::run::<bf16, f32>(device, config, [query, key, value]),
-            other => Err(cuda::unsupported("query", other)),
+    if let Device::Cuda(device) = inputs[0].device() {
+        return match (dtype, f32_out) {
+            (crate::DType::F16, false) => cuda::run::<f16, f16>(device, config, inputs),
+            (crate::DType::F16, true) => cuda::run::<f16, f32>(device, config, inputs),
+            (crate::DType::BF16, false) => cuda::run::<bf16, bf16>(device, config, inputs),
+            (crate::DType::BF16, true) => cuda::run::<bf16, f32>(device, config, inputs),
+            (other, _) => Err(cuda::unsupported("query", other)),
         };
     }
-    match dtype("query", query)? {
-        crate::DType::F32 => run::<f32, f32>(config, query, key, value),
-        crate::DType::F16 => run::<f16, f32>(config, query, key, value),
-        crate::DType::BF16 => run::<bf16, f32>(config, query, key, value),
+    match (dtype, f32_out) {
+        (crate::DType::F32, _) => run::<f32, f32>(config, inputs),
+        (crate::DType::F16, false) => run::<f16, f16>(config, inputs),
+        (crate::DType::F16, true) => run::<f16, f32>(config, inputs),
+        (crate::DType::BF16, false) => run::<bf16, bf16>(config, inputs),
+        (crate::DType::BF16, true) => run::<bf16, f32>(config, inputs),
     }
 }
 
@@ -134,9 +132,7 @@ impl<'a> Borrowed<'a> {
 
 fn run<T: Element + WithDType, O: Element + WithDType>(
     config: &AttentionConfig,
-    query: &Tensor,
-    key: &Tensor,
-    value: &Tensor,
+    [query, key, value]: [&Tensor; 3],
 ) -> Result<(Tensor, Tensor)> {
     let (query, key, value) = (own_rows(query)?, own_rows(key)?, own_rows(value)?);
     let query = Borrowed::new("query", &query)?;

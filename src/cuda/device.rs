@@ -99,39 +99,6 @@ impl<'a, D: Device, T> Span<'a, D, T> {
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
         Self { address, len, stream: None, _guard: None, _borrow: PhantomData }
     }
-
-    pub(crate) fn guarded(address: u64, len: usize, stream: &D::Stream, guard: D::Guard<'a>) -> Self {
-        let stream = Some(D::stream_id(stream));
-        Self { address, len, stream, _guard: Some(guard), _borrow: PhantomData }
-    }
-
-    /// Refuses memory that was borrowed for work on another stream.
-    pub(crate) fn check_stream(&self, argument: &'static str, stream: &D::Stream) -> Result<()> {
-        check_stream::<D>(argument, self.stream, stream)
-    }
-
-    /// The elements of a range, as far as there are any.
-    #[must_use]
-    pub fn range(self, range: std::ops::Range<usize>) -> Self {
-        let end = range.end.min(self.len);
-        let start = range.start.min(end);
-        Self { address: self.address + (start * size_of::<T>()) as u64, len: end - start, ..self }
-    }
-
-    /// The device address of the first element.
-    pub fn address(&self) -> u64 {
-        self.address
-    }
-
-    /// Elements.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
 }
 
 impl<'a, D: Device, T> SpanMut<'a, D, T> {
@@ -144,39 +111,6 @@ impl<'a, D: Device, T> SpanMut<'a, D, T> {
         Self { address, len, stream: None, _guard: None, _borrow: PhantomData }
     }
 
-    pub(crate) fn guarded(address: u64, len: usize, stream: &D::Stream, guard: D::Guard<'a>) -> Self {
-        let stream = Some(D::stream_id(stream));
-        Self { address, len, stream, _guard: Some(guard), _borrow: PhantomData }
-    }
-
-    /// Refuses memory that was borrowed for work on another stream.
-    pub(crate) fn check_stream(&self, argument: &'static str, stream: &D::Stream) -> Result<()> {
-        check_stream::<D>(argument, self.stream, stream)
-    }
-
-    /// The elements of a range, as far as there are any.
-    #[must_use]
-    pub fn range(self, range: std::ops::Range<usize>) -> Self {
-        let end = range.end.min(self.len);
-        let start = range.start.min(end);
-        Self { address: self.address + (start * size_of::<T>()) as u64, len: end - start, ..self }
-    }
-
-    /// The device address of the first element.
-    pub fn address(&self) -> u64 {
-        self.address
-    }
-
-    /// Elements.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     /// Refuses fewer than `len` elements, or an address not aligned for 16-byte accesses.
     pub(crate) fn check(&self, argument: &'static str, len: usize) -> Result<()> {
         if self.len < len {
@@ -185,6 +119,48 @@ impl<'a, D: Device, T> SpanMut<'a, D, T> {
         if self.len == 0 { Ok(()) } else { check_aligned(argument, self.address) }
     }
 }
+
+macro_rules! span {
+    ($Span:ident) => {
+        impl<'a, D: Device, T> $Span<'a, D, T> {
+            pub(crate) fn guarded(address: u64, len: usize, stream: &D::Stream, guard: D::Guard<'a>) -> Self {
+                let stream = Some(D::stream_id(stream));
+                Self { address, len, stream, _guard: Some(guard), _borrow: PhantomData }
+            }
+
+            /// Refuses memory that was borrowed for work on another stream.
+            pub(crate) fn check_stream(&self, argument: &'static str, stream: &D::Stream) -> Result<()> {
+                check_stream::<D>(argument, self.stream, stream)
+            }
+
+            /// The elements of a range, as far as there are any.
+            #[must_use]
+            pub fn range(self, range: std::ops::Range<usize>) -> Self {
+                let end = range.end.min(self.len);
+                let start = range.start.min(end);
+                Self { address: self.address + (start * size_of::<T>()) as u64, len: end - start, ..self }
+            }
+
+            /// The device address of the first element.
+            pub fn address(&self) -> u64 {
+                self.address
+            }
+
+            /// Elements.
+            pub fn len(&self) -> usize {
+                self.len
+            }
+
+            /// Whether there are none.
+            pub fn is_empty(&self) -> bool {
+                self.len == 0
+            }
+        }
+    };
+}
+
+span!(Span);
+span!(SpanMut);
 
 fn check_stream<D: Device>(argument: &'static str, of: Option<[u64; 2]>, stream: &D::Stream) -> Result<()> {
     if of.is_some_and(|id| id != D::stream_id(stream)) {

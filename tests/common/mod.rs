@@ -3,7 +3,7 @@
 #![allow(dead_code)] // every test binary takes what it needs
 
 use proptest::prelude::*;
-use star_attention::{Element, TensorView, TensorViewMut};
+use star_attention::{Element, Error, TensorView, TensorViewMut};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -250,4 +250,19 @@ pub fn assert_refused(output: &Output, message: &str) {
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     assert!(stderr.contains(message), "{stderr:?} does not name {message:?}");
     assert!(output.stdout.is_empty());
+}
+
+/// The kind of an error and the argument that it names.
+pub fn named(error: Error) -> (&'static str, &'static str) {
+    let (kind, argument) = match &error {
+        Error::Shape { argument, .. } => ("shape", *argument),
+        Error::Stride { argument, .. } => ("stride", *argument),
+        Error::DType { argument, .. } => ("dtype", *argument),
+        Error::Value { argument, .. } => ("value", *argument),
+        Error::Workspace { .. } => ("workspace", "workspace"),
+        _ => ("other", ""),
+    };
+    assert!(error.to_string().starts_with(argument), "{error}");
+    assert!(!error.to_string().contains('\n'), "{error}");
+    (kind, argument)
 }

@@ -1,23 +1,9 @@
 //! Bad input: a typed error that names the argument, and nothing written.
 
+use crate::common::named;
 use star_attention::cpu::flash::{self, Plan};
 use star_attention::cpu::{InstructionSet, reference};
 use star_attention::{AttentionConfig, AttentionShape, Error, Mask, Result, TensorView, TensorViewMut};
-
-/// The kind of an error and the argument that it names.
-fn named(error: Error) -> (&'static str, &'static str) {
-    let (kind, argument) = match &error {
-        Error::Shape { argument, .. } => ("shape", *argument),
-        Error::Stride { argument, .. } => ("stride", *argument),
-        Error::DType { argument, .. } => ("dtype", *argument),
-        Error::Value { argument, .. } => ("value", *argument),
-        Error::Workspace { .. } => ("workspace", "workspace"),
-        _ => ("other", ""),
-    };
-    assert!(error.to_string().starts_with(argument), "{error}");
-    assert!(!error.to_string().contains('\n'), "{error}");
-    (kind, argument)
-}
 
 const SHAPE: AttentionShape =
     AttentionShape { batch: 2, query_len: 3, key_len: 5, query_heads: 4, kv_heads: 2, head_dim: 8 };

@@ -1,23 +1,9 @@
 //! NaN and infinities in the data: they stay in the rows that see them.
 
-use crate::properties::cases::{Case, Inputs, Values, cases};
+use crate::properties::cases::{Case, Inputs, Spot, Values, cases, spots};
 use proptest::prelude::*;
 use star_attention::cpu::reference::sees;
 use star_attention::{Element, bf16, f16};
-
-/// One element of q, k or v that is not finite.
-#[derive(Clone, Copy, Debug)]
-struct Spot {
-    tensor: usize,
-    index: [prop::sample::Index; 4],
-    value: f32,
-}
-
-fn spots() -> impl Strategy<Value = Spot> {
-    let value = prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
-    let index = any::<[prop::sample::Index; 4]>();
-    (0..3usize, index, value).prop_map(|(tensor, index, value)| Spot { tensor, index, value })
-}
 
 fn normal_cases() -> impl Strategy<Value = Case> {
     cases().prop_map(|mut case| {

@@ -2,6 +2,7 @@
 
 use crate::backend::Backend;
 use crate::call::on_each_device;
+use crate::common::named;
 use crate::properties::cases::RUBBISH;
 use half::{bf16, f16};
 use star_attention::cuda::flash::{PageTable, Plan};
@@ -10,21 +11,6 @@ use star_attention::cuda::{
     SpanMut, append, merge,
 };
 use star_attention::{AttentionConfig, AttentionShape, Element, Error, Mask, Result};
-
-/// The kind of an error and the argument that it names.
-fn named(error: Error) -> (&'static str, &'static str) {
-    let (kind, argument) = match &error {
-        Error::Shape { argument, .. } => ("shape", *argument),
-        Error::Stride { argument, .. } => ("stride", *argument),
-        Error::DType { argument, .. } => ("dtype", *argument),
-        Error::Value { argument, .. } => ("value", *argument),
-        Error::Workspace { .. } => ("workspace", "workspace"),
-        _ => ("other", ""),
-    };
-    assert!(error.to_string().starts_with(argument), "{error}");
-    assert!(!error.to_string().contains('\n'), "{error}");
-    (kind, argument)
-}
 
 const PROPERTIES: Properties = Properties { multiprocessors: 132, shared_bytes: 228 * 1024 };
 const SHAPE: AttentionShape =

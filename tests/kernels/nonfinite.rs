@@ -2,25 +2,11 @@
 
 use crate::backend::Backend;
 use crate::call::{kernel_cases, on_each_device, run_plan};
-use crate::properties::cases::{Case, Inputs, Values};
+use crate::properties::cases::{Case, Inputs, Spot, Values, spots};
 use proptest::prelude::*;
 use star_attention::cpu::reference::sees;
 use star_attention::cuda::HalfElement;
 use star_attention::{Mask, bf16, f16};
-
-/// One element of q, k or v that is not finite.
-#[derive(Clone, Copy, Debug)]
-struct Spot {
-    tensor: usize,
-    index: [prop::sample::Index; 4],
-    value: f32,
-}
-
-fn spots() -> impl Strategy<Value = Spot> {
-    let value = prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
-    let index = any::<[prop::sample::Index; 4]>();
-    (0..3usize, index, value).prop_map(|(tensor, index, value)| Spot { tensor, index, value })
-}
 
 /// Where the definition is not finite, neither is the result, in the same way; elsewhere it is right. A value that is not finite may spread to
 /// rows of its head that do not see it: those are compared by their log-sum-exp.

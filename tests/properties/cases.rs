@@ -216,3 +216,17 @@ impl Case {
 
 /// What outputs hold before a call, and between their rows also after it.
 pub const RUBBISH: f32 = 1.0e4;
+
+/// One element of q, k or v that is not finite.
+#[derive(Clone, Copy, Debug)]
+pub struct Spot {
+    pub tensor: usize,
+    pub index: [prop::sample::Index; 4],
+    pub value: f32,
+}
+
+pub fn spots() -> impl Strategy<Value = Spot> {
+    let value = prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
+    let index = any::<[prop::sample::Index; 4]>();
+    (0..3usize, index, value).prop_map(|(tensor, index, value)| Spot { tensor, index, value })
+}
