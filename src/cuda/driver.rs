@@ -54,6 +54,8 @@ const CAPABILITY: (i32, i32) = (8, 0);
 pub struct Driver {
     context: Arc<CudaContext>,
     properties: Properties,
+    /// Of one block.
+    most_shared_bytes: i32,
     functions: RwLock<HashMap<String, CudaFunction>>,
 }
 
@@ -120,7 +122,14 @@ impl Driver {
                 CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
             )?,
         };
-        Ok(Self { context, properties, functions: RwLock::default() })
+        let most_shared_bytes =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        Ok(Self {
+            context,
+            properties,
+            most_shared_bytes: i32::try_from(most_shared_bytes).unwrap_or(i32::MAX),
+            functions: RwLock::default(),
+        })
     }
 
     /// As `NVIDIA H200`.
@@ -159,6 +168,13 @@ impl Driver {
         let mut functions = self.functions.write().unwrap_or_else(|e| e.into_inner());
         for &name in *names {
             let function = module.load_function(name).map_err(driver("find a kernel"))?;
+            // Launches of more than 48 KB must be allowed beforehand.
+            function
+                .set_attribute(
+                    CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    self.most_shared_bytes,
+                )
+                .map_err(driver("allow shared memory"))?;
             functions.insert(name.into(), function);
         }
         Ok(functions[kernel].clone())
@@ -181,14 +197,6 @@ impl Device for Driver {
         self.check_stream(stream)?;
         let function = self.function(launch.kernel)?;
         self.context.bind_to_thread().map_err(driver("bind the context"))?;
-        // Above this a kernel must ask for its shared memory.
-        const DEFAULT_SHARED_BYTES: u32 = 48 * 1024;
-        if launch.shared_bytes > DEFAULT_SHARED_BYTES {
-            let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function
-                .set_attribute(attribute, launch.shared_bytes as i32)
-                .map_err(driver("reserve shared memory"))?;
-        }
         let mut params = [launch.params.as_ptr().cast_mut().cast()];
         // SAFETY: the kernel takes one struct, whose bytes these are; the rest is the caller's promise.
         let launched = unsafe {

@@ -155,10 +155,10 @@ impl Plan {
         let group = shape.group();
         // What the kernels count in 32 bits.
         let largest = (shape.query_len.max(shape.key_len)).max(shape.batch).saturating_mul(group);
-        if u32::try_from(largest).is_err() {
+        if i32::try_from(largest).is_err() {
             return Err(Error::shape(
                 "query",
-                "extents below 2³² (tokens times heads of a group)",
+                "extents below 2³¹ (tokens times heads of a group)",
                 largest.to_string(),
             ));
         }

@@ -1,0 +1,51 @@
+//! `examples/single_gpu`: both phases on the host within the bound, and one clear line for what cannot be.
+
+mod common;
+
+use common::{assert_refused, example};
+use std::process::Output;
+
+fn single_gpu(options: &[&str]) -> Output {
+    example("single_gpu")
+        .args(options)
+        .output()
+        .expect("examples/single_gpu, which `cargo test` builds with the tests")
+}
+
+#[test]
+fn both_phases_on_the_host_are_within_the_bound() {
+    // Uneven: the last block is short, a host has two blocks, the anchor is shorter than a block.
+    let small = ["--device", "simt", "--context-len", "210", "--block-len", "50", "--anchor-len", "20"];
+    for more in [
+        ["--hosts", "3", "--head-dim", "64", "--dtype", "f16"],
+        ["--hosts", "6", "--head-dim", "96", "--dtype", "bf16"],
+    ] {
+        let output = single_gpu(&[&small[..], &more].concat());
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.trim_end().ends_with("errors within the bound"), "{text}");
+        assert_eq!(text.matches("phase 1, host").count(), more[1].parse::<usize>().unwrap(), "{text}");
+    }
+}
+
+#[test]
+fn without_a_gpu_one_line_says_so() {
+    let output = single_gpu(&["--device", "cuda", "--context-len", "4096", "--repeats", "1"]);
+    if !output.status.success() {
+        assert_refused(&output, "is not available");
+    }
+}
+
+#[test]
+fn what_no_kernel_takes_is_refused() {
+    for (options, message) in [
+        (&["--head-dim", "80"][..], "head_dim"),
+        (&["--block-len", "0"], "block_len"),
+        (&["--anchor-len", "1000"], "anchor_len"),
+        (&["--heads", "3"], "heads"),
+        (&["--hosts", "0"], "hosts"),
+    ] {
+        assert_refused(&single_gpu(&[&["--device", "simt"][..], options].concat()), message);
+    }
+    assert_refused(&single_gpu(&["--device", "tpu"]), "tpu");
+}
