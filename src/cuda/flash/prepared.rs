@@ -1,0 +1,139 @@
+//! The calls of a plan.
+
+use super::Plan;
+use crate::cuda::Launch;
+use crate::cuda::device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, SpanMut, bytes_of};
+use crate::cuda::merge::{MergeLaunch, launch_merge};
+use crate::cuda::params::{StarFlashParams, StarTensor};
+use crate::{DType, Element, Error, Result};
+
+/// Probabilities stay below 2 to this power, far inside the range of 16-bit floats. As a score it is kept finite, so that it does not cancel a base
+/// of -inf.
+const SLACK_LOG2: f32 = 8.0;
+
+/// A [`Plan`] in a device's memory. Calls are ordered by its stream, wait for nothing and allocate nothing; on a GPU they can be captured in
+/// a graph.
+#[derive(Debug)]
+pub struct Prepared<'a, D: Device> {
+    pub(super) plan: &'a Plan,
+    pub(super) device: &'a D,
+    pub(super) stream: &'a D::Stream,
+    pub(super) workspace: SpanMut<'a, D, u8>,
+}
+
+impl<D: Device> Prepared<'_, D> {
+    /// Attention of `query` `[batch, query_len, query_heads, head_dim]` over `key` and `value` `[batch, key_len, kv_heads, head_dim]`
+    /// (`[pages, page_len, kv_heads, head_dim]` under a page table) into `out` as `query`, of its type or f32, and, if given, `lse`
+    /// `[batch, query_heads, query_len]`: natural logarithm, -inf where a row sees no key.
+    ///
+    /// A NaN or infinity among the values spreads to other rows of the tile of rows that sees it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes contiguous, the others at multiples of 16 bytes),
+    /// [`Error::Value`] for addresses that are not or memory borrowed for another stream, [`Error::DType`] for an output of another type; errors of the driver. Nothing was written then.
+    pub fn run<T: HalfElement, O: Element>(
+        &mut self,
+        query: &DeviceTensor<'_, D, T>,
+        key: &DeviceTensor<'_, D, T>,
+        value: &DeviceTensor<'_, D, T>,
+        out: &mut DeviceTensorMut<'_, D, O>,
+        lse: Option<&mut SpanMut<'_, D, f32>>,
+    ) -> Result<()> {
+        let Plan { shape, policy, splits, .. } = *self.plan;
+        if O::DTYPE != T::DTYPE && O::DTYPE != DType::F32 {
+            return Err(Error::DType { argument: "out", expected: T::DTYPE, got: O::DTYPE });
+        }
+        let keys = match &self.plan.table {
+            Some((_, table)) => [table.pages, table.page_len, shape.kv_heads, shape.head_dim],
+            None => shape.key_shape(),
+        };
+        query.check_rows("query", shape.query_shape())?;
+        key.check_rows("key", keys)?;
+        value.check_rows("value", keys)?;
+        out.check_rows("out", shape.query_shape())?;
+        query.check_stream("query", self.stream)?;
+        key.check_stream("key", self.stream)?;
+        value.check_stream("value", self.stream)?;
+        out.check_stream("out", self.stream)?;
+        lse.as_ref().map_or(Ok(()), |lse| lse.check_stream("lse", self.stream))?;
+        if let Some(lse) = &lse
+            && lse.len != shape.lse_len()
+        {
+            let expected = [shape.batch, shape.query_heads, shape.query_len];
+            return Err(Error::shape("lse", format!("{expected:?}"), format!("{} elements", lse.len)));
+        }
+        if self.plan.tiles.is_empty() {
+            return Ok(());
+        }
+        let lse = lse.map_or(0, |lse| lse.address);
+        let mut params = self.params(query.params(), key.params(), value.params());
+        let partials = self.workspace.address + self.plan.partials_at() as u64;
+        let partials_lse = partials + (4 * splits * self.plan.out_len()) as u64;
+        if splits == 1 {
+            (params.out, params.lse) = (out.params(), lse);
+            params.out_f32 = u32::from(O::DTYPE == DType::F32);
+        } else {
+            let [_, seq, heads, dim] = shape.query_shape().map(|extent| extent as u64);
+            params.out = StarTensor { data: partials, batch: seq * heads * dim, seq: heads * dim, head: dim };
+            params.lse = partials_lse;
+            params.out_f32 = 1;
+            (params.out_split, params.lse_split) = (self.plan.out_len() as u64, shape.lse_len() as u64);
+        }
+        let kernel = format!("{}_{}_d{}", policy.kernel, T::DTYPE, shape.head_dim);
+        let launch = Launch {
+            kernel: &kernel,
+            blocks: (self.plan.tiles.len() * self.plan.heads()) as u32,
+            threads: policy.threads() as u32,
+            shared_bytes: policy.shared_bytes() as u32,
+            params: bytes_of(std::slice::from_ref(&params)),
+        };
+        // SAFETY: the tensors have the extents of the plan, whose tiles and table, checked when it was made, are in the workspace.
+        unsafe { self.device.launch(self.stream, &launch)? };
+        if splits > 1 {
+            let merge = MergeLaunch {
+                partials: params.out,
+                partials_lse,
+                lse_stride: shape.lse_len(),
+                n: splits,
+                shape: shape.query_shape(),
+                dtypes: [DType::F32, O::DTYPE],
+                out: out.params(),
+                lse,
+            };
+            // SAFETY: the partials are in the workspace, and the output was checked.
+            unsafe { launch_merge(self.device, self.stream, &merge)? };
+        }
+        Ok(())
+    }
+
+    fn params(&self, query: StarTensor, key: StarTensor, value: StarTensor) -> StarFlashParams {
+        let Plan { shape, config, pack, ref table, .. } = *self.plan;
+        // A scale of 0 would make NaN of the -inf of hidden keys; this one makes 0 of every score.
+        let scale = config.scale_for(shape.head_dim).max(f32::MIN_POSITIVE);
+        let log2_e = std::f32::consts::LOG2_E;
+        let (cap_scale, scale_log2) = match config.softcap {
+            Some(cap) => (scale / cap, cap * log2_e),
+            None => (0.0, scale * log2_e),
+        };
+        let mut params = StarFlashParams {
+            query,
+            key,
+            value,
+            tiles: self.workspace.address,
+            query_len: shape.query_len as u32,
+            query_heads: shape.query_heads as u32,
+            group: shape.group() as u32,
+            pack: pack as u32,
+            scale_log2,
+            cap_scale,
+            slack: (SLACK_LOG2 / scale_log2).min(1e30),
+            ..Default::default()
+        };
+        if let Some((rows, table)) = table {
+            params.page_table = self.workspace.address + self.plan.table_at() as u64;
+            params.pages = (rows.len() / table.sequences.len().max(1)) as u32;
+            params.page_len_log2 = table.page_len.ilog2();
+        }
+        params
+    }
+}
