@@ -12,12 +12,9 @@ use star_attention::cpu::flash::Plan;
 use star_attention::merge::{Partial, merge, merge_into};
 use star_attention::{AttentionConfig, AttentionShape, Element, KvShard, bf16, f16};
 
-/// The default backend on given instructions, merging all at once or one after another.
+/// The default backend on given instructions.
 #[derive(Debug)]
-struct Flash {
-    instructions: InstructionSet,
-    pairwise: bool,
-}
+struct Flash(InstructionSet);
 
 impl<T: Element> Attend<T> for Flash {
     fn attend<O: Element>(
@@ -34,7 +31,7 @@ impl<T: Element> Attend<T> for Flash {
             None => Plan::new(config, &shape),
             Some([query, key]) => Plan::packed(config, &shape, query, key),
         };
-        let plan = plan.and_then(|plan| plan.with_instructions(self.instructions)).unwrap();
+        let plan = plan.and_then(|plan| plan.with_instructions(self.0)).unwrap();
         let mut workspace = vec![f32::NAN; plan.workspace_len()];
         plan.run(query, key, value, out.view_mut(), lse, &mut workspace).unwrap();
         let mut again = out.clone();
@@ -52,21 +49,25 @@ impl<T: Element> Attend<T> for Flash {
         [shard.keys(), shard.values()].map(Tensor::of)
     }
 
-    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)], out: &mut Tensor<f32>, lse: &mut [f32]) {
+    /// All at once, and one after another.
+    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
         let all: Vec<_> = partials.iter().map(|(out, lse)| Partial { out: out.view(), lse }).collect();
-        if self.pairwise {
-            *out = Tensor::contiguous("out", out.shape(), |_| 0.0);
-            lse.fill(f32::NEG_INFINITY);
-            all.iter().for_each(|partial| merge_into(out.view_mut(), lse, partial).unwrap());
-        } else {
-            merge(&all, out.view_mut(), lse).unwrap();
+        let new = |out: f32, lse: f32| {
+            let (like, like_lse) = &partials[0];
+            (Tensor::contiguous("out", like.shape(), |_| out), vec![lse; like_lse.len()])
+        };
+        let (mut once, mut once_lse) = new(f32::NAN, f32::NAN);
+        merge(&all, once.view_mut(), &mut once_lse).unwrap();
+        let (mut pairwise, mut pairwise_lse) = new(0.0, f32::NEG_INFINITY);
+        for partial in &all {
+            merge_into(pairwise.view_mut(), &mut pairwise_lse, partial).unwrap();
         }
+        vec![(once, once_lse), (pairwise, pairwise_lse)]
     }
 }
 
 fn cpu() -> impl Strategy<Value = Flash> {
-    let instructions = prop::sample::select(InstructionSet::available());
-    (instructions, any::<bool>()).prop_map(|(instructions, pairwise)| Flash { instructions, pairwise })
+    prop::sample::select(InstructionSet::available()).prop_map(Flash)
 }
 
 proptest! {

@@ -178,8 +178,12 @@ impl<B: Backend, T: HalfElement> Attend<T> for Kernels<B> {
         })
     }
 
-    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)], out: &mut Tensor<f32>, lse: &mut [f32]) {
-        merge_on(&self.0, partials, out, lse).unwrap();
+    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
+        let (like, like_lse) = &partials[0];
+        let mut out = Tensor::contiguous("out", like.shape(), |_| f32::NAN);
+        let mut lse = vec![f32::NAN; like_lse.len()];
+        merge_on(&self.0, partials, &mut out, &mut lse).unwrap();
+        vec![(out, lse)]
     }
 }
 

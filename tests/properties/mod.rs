@@ -28,6 +28,6 @@ pub trait Attend<T: Element> {
     /// The keys and values of a shard to which these were appended one after another.
     fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2];
 
-    /// Merges partials into `out` and `lse`.
-    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)], out: &mut Tensor<f32>, lse: &mut [f32]);
+    /// Output and log-sum-exp of the partials, at least one, merged in each way there is.
+    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)>;
 }
