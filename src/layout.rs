@@ -8,6 +8,21 @@
 use crate::{Error, Mask, Result};
 use std::ops::Range;
 
+/// Which hosts keep the KV of query and generated tokens.
+///
+/// These tokens are numbered from 0 on, the first of the query being 0. In a step over the tokens `first..first + n` one host, the
+/// [`leader`](StarLayout::leader), appends the KV of all `n` to its shard and attends causally; the others attend to all of theirs. Every key is seen by one host, so
+/// the merge is exact. Then the leader truncates its shard to what it held, and each host appends what it
+/// [keeps](StarLayout::kept_generated) of the `n`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GeneratedKv {
+    /// The query host keeps them all (paper section 2.2).
+    #[default]
+    QueryHost,
+    /// Token `i` stays on host `i mod hosts`: no shard grows faster than another.
+    RoundRobin,
+}
+
 /// The partition of a context over hosts (paper section 2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StarLayout {
@@ -69,6 +84,34 @@ impl StarLayout {
     /// than another.
     pub fn query_host(&self) -> usize {
         self.hosts - 1
+    }
+
+    /// The rank that appends the KV of all tokens of a step that starts with token `first` of query and generation.
+    pub fn leader(&self, generated: GeneratedKv, first: usize) -> usize {
+        match generated {
+            GeneratedKv::QueryHost => self.query_host(),
+            GeneratedKv::RoundRobin => first % self.hosts,
+        }
+    }
+
+    /// Which tokens of a step that starts with token `first` of query and generation a rank keeps: the index in the step of the first one, and the distance from one
+    /// to the next, as [`TensorView::every`](crate::TensorView::every) takes them.
+    pub fn kept_generated(&self, generated: GeneratedKv, rank: usize, first: usize) -> (usize, usize) {
+        match generated {
+            GeneratedKv::QueryHost if rank == self.query_host() => (0, 1),
+            GeneratedKv::QueryHost => (usize::MAX, 1),
+            GeneratedKv::RoundRobin => ((rank + self.hosts - first % self.hosts) % self.hosts, self.hosts),
+        }
+    }
+
+    /// Room that a rank's shard needs for `tokens` of query and generation in steps of at most `step`: what it keeps, and while it leads a
+    /// step all of that.
+    pub fn generated_room(&self, generated: GeneratedKv, rank: usize, tokens: usize, step: usize) -> usize {
+        match generated {
+            GeneratedKv::QueryHost if rank == self.query_host() => tokens,
+            GeneratedKv::QueryHost => 0,
+            GeneratedKv::RoundRobin => tokens.div_ceil(self.hosts).saturating_add(step),
+        }
     }
 
     /// What the host of this rank does.

@@ -19,5 +19,5 @@ pub use config::{AttentionConfig, AttentionShape, Mask};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use kv::KvShard;
-pub use layout::{HostLayout, StarLayout};
+pub use layout::{GeneratedKv, HostLayout, StarLayout};
 pub use tensor::{DType, Element, TensorView, TensorViewMut};

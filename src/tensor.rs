@@ -73,7 +73,7 @@ pub(crate) mod sealed {
 }
 
 /// An element of a tensor: [`f32`], [`struct@f16`] or [`bf16`].
-pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + std::fmt::Debug + 'static {
+pub trait Element: sealed::Sealed + bytemuck::Pod + Default + Send + Sync + std::fmt::Debug {
     /// The run-time name of the type.
     const DTYPE: DType;
     /// The same value in f32; exact.
@@ -204,6 +204,21 @@ impl Strided {
         let empty = self.shape.contains(&0);
         Ok((self, if empty { 0 } else { start * self.strides[axis] }))
     }
+
+    /// Every `step`-th index of one axis, from `first` on.
+    pub(crate) fn every(self, axis: usize, first: usize, step: usize) -> Result<(Self, usize)> {
+        if axis > 3 {
+            return Err(Error::value("axis", "0 to 3", axis));
+        }
+        if step == 0 {
+            return Err(Error::value("step", "at least 1", step));
+        }
+        let len = self.shape[axis].saturating_sub(first).div_ceil(step);
+        let start = if len == 0 { 0 } else { first };
+        let (mut view, offset) = self.narrow(axis, start, len)?;
+        view.strides[axis] = if len <= 1 { 0 } else { view.strides[axis] * step };
+        Ok((view, offset))
+    }
 }
 
 /// A borrowed tensor `[batch, seq, heads, dim]`, read only.
@@ -257,6 +272,15 @@ impl<'a, T: Element> TensorView<'a, T> {
     /// [`Error::Value`] if there is no such axis or the range leaves it.
     pub fn narrow(self, axis: usize, start: usize, len: usize) -> Result<Self> {
         let (layout, offset) = self.layout.narrow(axis, start, len)?;
+        Ok(Self { data: &self.data[offset..], layout })
+    }
+
+    /// The elements `first`, `first + step`, `first + 2 step` and so on of one axis; none if there is no `first`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if there is no such axis, or for a step of 0.
+    pub fn every(self, axis: usize, first: usize, step: usize) -> Result<Self> {
+        let (layout, offset) = self.layout.every(axis, first, step)?;
         Ok(Self { data: &self.data[offset..], layout })
     }
 
@@ -368,7 +392,9 @@ unsafe impl<T: Send> Sync for SharedRows<'_, T> {}
 impl<'a, T: Element> SharedRows<'a, T> {
     /// The last axis of `view` must be contiguous.
     pub(crate) fn new(view: TensorViewMut<'a, T>) -> Self {
-        debug_assert!(view.layout.strides[3] == 1 || view.layout.shape[3] <= 1);
+        debug_assert!(
+            view.layout.strides[3] == 1 || view.layout.shape[3] <= 1 || view.layout.shape.contains(&0)
+        );
         Self { data: view.data.as_mut_ptr(), layout: view.layout, view: std::marker::PhantomData }
     }
 

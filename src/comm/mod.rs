@@ -1,18 +1,32 @@
-//! Collectives between hosts, and the merge over them.
+//! Many hosts: collectives between them, and what Star Attention does with these.
 //!
-//! The library opens no connections of its own: an engine brings the transport behind [`Collective`].
+//! The library opens no connections of its own. An engine brings the transport behind [`Collective`]: [`ThreadGroup`] for threads of one process, `Mpi` (feature
+//! `mpi`) for processes and machines, `Nccl` (feature `nccl`) for GPUs.
 //!
 //! ```text
-//! partial (out, lse) on each host ─ one packed all-gather ─▶ every partial on every host ─ merge in rank order ─▶ out, lse
+//! at the start   agree          all ranks have the same layout, extents, types and version
+//! phase 1        share_anchor   the anchor's keys and values from host 0 to all, a layer at a time; or no message at all
+//! phase 2        MergePlan      partial (out, lse) on each host ─▶ out, lse on every host, with the same bits
 //! ```
+//!
+//! Which way a merge goes, and whether the anchor is sent, follows from the costs of a [`Link`].
 
+mod agree;
+mod anchor;
+mod call;
+mod cost;
+mod merge;
 mod threads;
 
+pub use agree::{Agreement, agree};
+pub use anchor::{anchor_scratch_len, share_anchor};
+pub use cost::{AnchorKv, Link, MergeWay};
+pub use merge::{MergePlan, merge};
 pub use threads::ThreadGroup;
 
-use crate::config::check_rows;
-use crate::merge::{self, Partial, check_lse};
-use crate::{Element, Error, Result, TensorView, TensorViewMut};
+use crate::{Error, Result};
+use std::ops::{Add, Sub};
+use std::time::Duration;
 
 /// What a group of hosts can do together. Every rank makes the same calls in the same order with the same lengths.
 ///
@@ -23,6 +37,9 @@ pub trait Collective: Send {
 
     /// Hosts of the group.
     fn size(&self) -> usize;
+
+    /// What sending takes. The same on every rank.
+    fn link(&self) -> Link;
 
     /// Sends `send` to every rank; `receive`, of `size * send.len()` bytes, gets each rank's bytes in rank order.
     ///
@@ -37,7 +54,7 @@ pub trait Collective: Send {
     /// [`Error::Shape`] for lengths that do not fit (the group is as it was), or a peer that left, differs, or is late.
     fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()>;
 
-    /// Copies `buffer` of rank `root` over every other rank's.
+    /// Copies `buffer` of rank `root` over every other rank's. The root may return before the others have it.
     ///
     /// # Errors
     /// [`Error::Value`] for a root out of range (the group is as it was), or a peer that left, differs, or is late.
@@ -47,64 +64,85 @@ pub trait Collective: Send {
     fn traffic(&self) -> Traffic;
 }
 
+/// What an engine is told.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupConfig {
+    /// How long a rank waits for the others in a collective: 30 s, unless said otherwise.
+    pub timeout: Duration,
+    /// What sending takes, the same on every rank; the engine's own estimate if `None`.
+    pub link: Option<Link>,
+}
+
+impl Default for GroupConfig {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(30), link: None }
+    }
+}
+
 /// What a rank has sent to others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Collectives taken part in.
     pub collectives: u64,
-    /// Bytes sent to other ranks, counted once for each of them: `size - 1` times the message for an all-gather.
+    /// Messages to other ranks.
+    pub messages: u64,
+    /// Bytes of the callers in these messages, without what an engine adds.
     pub bytes: u64,
 }
 
-impl std::ops::Sub for Traffic {
+impl Traffic {
+    /// One collective, with so many messages of so many bytes each.
+    fn of(messages: usize, bytes: usize) -> Self {
+        Self { collectives: 1, messages: messages as u64, bytes: messages as u64 * bytes as u64 }
+    }
+}
+
+impl Add for Traffic {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            collectives: self.collectives + other.collectives,
+            messages: self.messages + other.messages,
+            bytes: self.bytes + other.bytes,
+        }
+    }
+}
+
+impl Sub for Traffic {
     type Output = Self;
 
     fn sub(self, earlier: Self) -> Self {
-        Self { collectives: self.collectives - earlier.collectives, bytes: self.bytes - earlier.bytes }
+        Self {
+            collectives: self.collectives - earlier.collectives,
+            messages: self.messages - earlier.messages,
+            bytes: self.bytes - earlier.bytes,
+        }
     }
 }
 
-/// f32 of the scratch that [`merge`](merge()) needs for outputs of `shape` `[batch, seq, heads, dim]` over `hosts`.
-pub fn merge_scratch_len([batch, seq, heads, dim]: [usize; 4], hosts: usize) -> usize {
-    (hosts + 1) * batch * seq * heads * (dim + 1)
+/// Refuses buffers that do not fit an all-gather over `size`.
+fn check_all_gather(size: usize, send: &[u8], receive: &[u8]) -> Result<()> {
+    check_len("receive", size.saturating_mul(send.len()), receive.len())
 }
 
-/// Merges every host's partial into `out` and `lse`, on every host, with the same bits.
-///
-/// One all-gather of the packed `(out, lse)`, `batch · seq · heads · (4 dim + 4)` bytes a host, and an n-way [`merge`](mod@crate::merge) in rank
-/// order. `out` has the partial's shape `[batch, seq, heads, dim]`, any element type and any strides with a contiguous last axis; `lse`
-/// is `[batch, heads, seq]`. What the scratch holds does not matter.
-///
-/// # Errors
-/// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Workspace`] for a scratch shorter than
-/// [`merge_scratch_len`] (nothing was sent then); and the collective's errors. Nothing was written to `out` and `lse`.
-pub fn merge<O: Element>(
-    group: &(impl Collective + ?Sized),
-    partial: &Partial<'_, f32>,
-    out: TensorViewMut<'_, O>,
-    lse: &mut [f32],
-    scratch: &mut [f32],
-) -> Result<()> {
-    let shape = partial.out.shape();
-    partial.check(shape)?;
-    check_rows("out", shape, out.shape(), out.strides())?;
-    check_lse("lse", shape, lse)?;
-    let needed = merge_scratch_len(shape, group.size());
-    if scratch.len() < needed {
-        return Err(Error::Workspace { expected: needed, got: scratch.len() });
+/// Refuses buffers that do not fit an all-to-all over `size`.
+fn check_all_to_all(size: usize, send: &[u8], receive: &[u8]) -> Result<()> {
+    check_len("send", send.len().next_multiple_of(size), send.len())?;
+    check_len("receive", send.len(), receive.len())
+}
+
+/// Refuses a root that is no rank.
+fn check_root(size: usize, root: usize) -> Result<()> {
+    if root >= size {
+        return Err(Error::value("root", format!("below {size}"), root));
     }
-    let [batch, seq, heads, dim] = shape;
-    let (elements, rows) = (batch * seq * heads * dim, batch * seq * heads);
-    let (send, receive) = scratch[..needed].split_at_mut(elements + rows);
-    let (send_out, send_lse) = send.split_at_mut(elements);
-    for (row, to) in send_out.chunks_exact_mut(dim.max(1)).enumerate() {
-        to.copy_from_slice(partial.row(row / heads / seq, row / heads % seq, row % heads));
+    Ok(())
+}
+
+fn check_len(argument: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected != got {
+        return Err(Error::shape(argument, format!("{expected} bytes"), format!("{got} bytes")));
     }
-    send_lse.copy_from_slice(partial.lse);
-    group.all_gather(bytemuck::cast_slice(send), bytemuck::cast_slice_mut(receive))?;
-    let partials = (0..group.size()).map(|rank| {
-        let (out, lse) = receive[rank * send.len()..][..send.len()].split_at(elements);
-        Ok(Partial { out: TensorView::contiguous("partial", out, shape)?, lse })
-    });
-    merge::merge(&partials.collect::<Result<Vec<_>>>()?, out, lse)
+    Ok(())
 }

@@ -1,16 +1,17 @@
-//! The collective over threads of one process.
+//! The engine for threads of one process.
 //!
 //! Each rank posts its message in a slot and waits until all have posted theirs: one synchronisation for each collective. A rank has
 //! two slots, used in turn: it can post message `n + 2` only after all have posted `n + 1`, and so after all have read message `n`.
 
-use super::{Collective, Traffic};
+use super::call::Call;
+use super::{Collective, GroupConfig, Link, Traffic, check_all_gather, check_all_to_all, check_root};
 use crate::{Error, Result};
 use std::cell::Cell;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-/// How long a rank waits for the others unless told otherwise.
-const TIMEOUT: Duration = Duration::from_secs(30);
+/// Threads meet at a lock, and copy through the memory that they share. Measured by `benches/merge_hosts.rs`.
+const LINK: Link = Link { latency: 10e-6, bandwidth: 5e9 };
 
 /// One rank of a group of threads: hand each to its thread.
 ///
@@ -22,6 +23,7 @@ pub struct ThreadGroup {
     rank: usize,
     shared: Arc<Shared>,
     timeout: Duration,
+    link: Link,
     posted: Cell<u64>,
     traffic: Cell<Traffic>,
 }
@@ -42,28 +44,20 @@ struct Member {
     calls: [Option<Call>; 2],
 }
 
-/// What all ranks must agree on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Call {
-    AllGather { bytes: usize },
-    AllToAll { bytes: usize },
-    Broadcast { root: usize, bytes: usize },
-}
-
 impl ThreadGroup {
-    /// The ranks of a group of `size`, in order, that wait up to 30 s for each other.
+    /// The ranks of a group of `size`, in order.
     ///
     /// # Errors
     /// [`Error::Value`] for a size of 0.
     pub fn ranks(size: usize) -> Result<Vec<Self>> {
-        Self::ranks_with_timeout(size, TIMEOUT)
+        Self::ranks_with(size, &GroupConfig::default())
     }
 
-    /// As [`ranks`](Self::ranks), with another time to wait.
+    /// As [`ranks`](Self::ranks), otherwise configured.
     ///
     /// # Errors
     /// [`Error::Value`] for a size of 0.
-    pub fn ranks_with_timeout(size: usize, timeout: Duration) -> Result<Vec<Self>> {
+    pub fn ranks_with(size: usize, config: &GroupConfig) -> Result<Vec<Self>> {
         if size == 0 {
             return Err(Error::value("size", "at least 1", size));
         }
@@ -75,7 +69,8 @@ impl ThreadGroup {
         let rank = |rank| Self {
             rank,
             shared: shared.clone(),
-            timeout,
+            timeout: config.timeout,
+            link: config.link.unwrap_or(LINK),
             posted: Cell::new(0),
             traffic: Cell::default(),
         };
@@ -87,7 +82,7 @@ impl ThreadGroup {
         &self,
         call: Call,
         message: &[u8],
-        sent: usize,
+        sent: Traffic,
         mut read: impl FnMut(usize, &[u8]),
     ) -> Result<()> {
         let number = self.posted.get();
@@ -101,8 +96,7 @@ impl ThreadGroup {
             read(rank, &slots[parity].read().unwrap_or_else(PoisonError::into_inner));
         }
         self.posted.set(number + 1);
-        let Traffic { collectives, bytes } = self.traffic.get();
-        self.traffic.set(Traffic { collectives: collectives + 1, bytes: bytes + sent as u64 });
+        self.traffic.set(self.traffic.get() + sent);
         Ok(())
     }
 
@@ -140,6 +134,10 @@ impl ThreadGroup {
         }
     }
 
+    fn to_others(&self, bytes: usize) -> Traffic {
+        Traffic::of(self.size() - 1, bytes)
+    }
+
     fn members(&self) -> MutexGuard<'_, Vec<Member>> {
         self.shared.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -165,33 +163,34 @@ impl Collective for ThreadGroup {
         self.shared.slots.len()
     }
 
+    fn link(&self) -> Link {
+        self.link
+    }
+
     fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
         let bytes = send.len();
-        check_len("receive", self.size().saturating_mul(bytes), receive.len())?;
-        self.exchange(Call::AllGather { bytes }, send, (self.size() - 1) * bytes, |rank, message| {
+        check_all_gather(self.size(), send, receive)?;
+        self.exchange(Call::AllGather { bytes }, send, self.to_others(bytes), |rank, message| {
             receive[rank * bytes..][..bytes].copy_from_slice(message);
         })
     }
 
     fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
-        check_len("send", send.len().next_multiple_of(self.size()), send.len())?;
-        check_len("receive", send.len(), receive.len())?;
+        check_all_to_all(self.size(), send, receive)?;
         let part = send.len() / self.size();
         let call = Call::AllToAll { bytes: send.len() };
-        self.exchange(call, send, (self.size() - 1) * part, |rank, message| {
+        self.exchange(call, send, self.to_others(part), |rank, message| {
             receive[rank * part..][..part].copy_from_slice(&message[self.rank * part..][..part]);
         })
     }
 
     fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
-        if root >= self.size() {
-            return Err(Error::value("root", format!("below {}", self.size()), root));
-        }
+        check_root(self.size(), root)?;
         let call = Call::Broadcast { root, bytes: buffer.len() };
         if root == self.rank {
-            return self.exchange(call, buffer, (self.size() - 1) * buffer.len(), |_, _| {});
+            return self.exchange(call, buffer, self.to_others(buffer.len()), |_, _| {});
         }
-        self.exchange(call, &[], 0, |rank, message| {
+        self.exchange(call, &[], Traffic::of(0, 0), |rank, message| {
             if rank == root {
                 buffer.copy_from_slice(message);
             }
@@ -201,11 +200,4 @@ impl Collective for ThreadGroup {
     fn traffic(&self) -> Traffic {
         self.traffic.get()
     }
-}
-
-fn check_len(argument: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected != got {
-        return Err(Error::shape(argument, format!("{expected} bytes"), format!("{got} bytes")));
-    }
-    Ok(())
 }

@@ -240,6 +240,17 @@ macro_rules! tensor {
                 Ok(Self { layout, ..self })
             }
 
+            /// The elements `first`, `first + step`, `first + 2 step` and so on of one axis; none if there is no `first`.
+            ///
+            /// # Errors
+            /// [`Error::Value`] if there is no such axis, or for a step of 0.
+            pub fn every(mut self, axis: usize, first: usize, step: usize) -> Result<Self> {
+                let (layout, offset) = self.layout.every(axis, first, step)?;
+                self.span.address += (offset * T::DTYPE.size()) as u64;
+                self.span.len -= offset;
+                Ok(Self { layout, ..self })
+            }
+
             /// The extents `[batch, seq, heads, dim]`.
             pub fn shape(&self) -> [usize; 4] {
                 self.layout.shape

@@ -1,0 +1,62 @@
+//! Keys and values of the anchor, from host 0 to all.
+
+use super::Collective;
+use crate::config::check_rows;
+use crate::{Element, Error, Result, TensorViewMut};
+
+/// Elements of the scratch that [`share_anchor`] needs for keys of `shape` `[batch, anchor_len, kv_heads, head_dim]`.
+pub fn anchor_scratch_len(shape: [usize; 4]) -> usize {
+    2 * shape.iter().product::<usize>()
+}
+
+/// Copies host 0's keys and values of the anchor, one layer's, over every other host's: one message of both.
+///
+/// Both are `[batch, anchor_len, kv_heads, head_dim]`, already rotated to their positions. A host that received them encodes its own
+/// tokens only: queries of its rows [`kept`](crate::HostLayout::kept), against keys and values of all local rows, under the same
+/// [`mask`](crate::HostLayout::mask), which counts positions from the end. What the scratch holds does not matter.
+///
+/// # Errors
+/// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Workspace`] for a scratch shorter than
+/// [`anchor_scratch_len`] (nothing was sent then); and the collective's errors. Nothing was written to keys and values.
+pub fn share_anchor<T: Element>(
+    group: &(impl Collective + ?Sized),
+    mut key: TensorViewMut<'_, T>,
+    mut value: TensorViewMut<'_, T>,
+    scratch: &mut [T],
+) -> Result<()> {
+    let shape = key.shape();
+    check_rows("key", shape, shape, key.strides())?;
+    check_rows("value", shape, value.shape(), value.strides())?;
+    let needed = anchor_scratch_len(shape);
+    if scratch.len() < needed {
+        return Err(Error::Workspace { expected: needed, got: scratch.len() });
+    }
+    let message = &mut scratch[..needed];
+    let sends = group.rank() == 0;
+    if sends {
+        let (keys, values) = message.split_at_mut(needed / 2);
+        each_row(&mut key, keys, |row, packed| packed.copy_from_slice(row));
+        each_row(&mut value, values, |row, packed| packed.copy_from_slice(row));
+    }
+    group.broadcast(0, bytemuck::cast_slice_mut(message))?;
+    if !sends {
+        let (keys, values) = message.split_at_mut(needed / 2);
+        each_row(&mut key, keys, |row, packed| row.copy_from_slice(packed));
+        each_row(&mut value, values, |row, packed| row.copy_from_slice(packed));
+    }
+    Ok(())
+}
+
+/// Calls `copy` with each row of a tensor and its place in the row-major `packed`.
+fn each_row<T: Element>(
+    tensor: &mut TensorViewMut<'_, T>,
+    packed: &mut [T],
+    copy: impl Fn(&mut [T], &mut [T]),
+) {
+    let ([_, seq, heads, dim], strides) = (tensor.shape(), tensor.strides());
+    for (row, part) in packed.chunks_exact_mut(dim.max(1)).enumerate() {
+        let index = [row / heads / seq, row / heads % seq, row % heads];
+        let start: usize = index.iter().zip(strides).map(|(i, stride)| i * stride).sum();
+        copy(&mut tensor.data_mut()[start..start + dim], part);
+    }
+}

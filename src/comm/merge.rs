@@ -1,0 +1,271 @@
+//! The merge of every host's partial, on every host.
+//!
+//! ```text
+//! all-gather   every partial to every host ─▶ merge of all rows
+//! by heads     a share of every partial's rows to each host ─▶ merge of the share ─▶ the merged share to every host
+//! ```
+//!
+//! With `R = batch · seq · heads` rows of `dim` elements, `e` bytes each, in partials and `o` in the output, a rank sends to each of `H - 1` others
+//!
+//! ```text
+//! all-gather   R (dim e + 4) bytes in one message
+//! by heads     ⌈R/H⌉ (dim e + 4) and then ⌈R/H⌉ (dim o + 4) bytes in two
+//! ```
+//!
+//! (rows of 16 bits and an odd number of elements are filled up to 4 bytes). Rows are summed in the order of ranks by either way, so the results have the same
+//! bits on every rank, in every run, and by both.
+
+use super::{Collective, Link, MergeWay, Traffic};
+use crate::config::check_rows;
+use crate::merge::{self, Partial, check_lse, merge_row};
+use crate::tensor::SharedRows;
+use crate::{Element, Error, Result, TensorView, TensorViewMut};
+use rayon::prelude::*;
+use std::marker::PhantomData;
+
+/// A merge over hosts of partials of given extents: made once, it serves every layer.
+#[derive(Clone, Copy, Debug)]
+pub struct MergePlan<T, O> {
+    /// `[batch, seq, heads, dim]`.
+    shape: [usize; 4],
+    hosts: usize,
+    way: MergeWay,
+    types: PhantomData<(T, O)>,
+}
+
+impl<T: Element, O: Element> MergePlan<T, O> {
+    /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `hosts`, merged into outputs of `O`, by the way that is cheapest on `link`.
+    ///
+    /// f32 partials round once, 16-bit ones are half the bytes. Every rank must make the plan with the same arguments.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for no host, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
+    pub fn new(shape: [usize; 4], hosts: usize, link: &Link) -> Result<Self> {
+        if hosts == 0 {
+            return Err(Error::value("hosts", "at least 1", hosts));
+        }
+        // A row is at most dim + 1 words of 4 bytes; the scratch has less than 2 hosts + 2 times all rows, each share rounded up.
+        let extents = [shape[0], shape[1], shape[2], shape[3].saturating_add(1), hosts, 16];
+        let words = extents.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
+        if shape[3] == 0 || words.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+            let expected = "dim of at least 1, and extents that can be addressed";
+            return Err(Error::shape("partial", expected, format!("{shape:?}")));
+        }
+        let mut plan = Self { shape, hosts, way: MergeWay::AllGather, types: PhantomData };
+        plan.way = MergeWay::cheapest(link, hosts, plan.part::<T>(plan.rows()).bytes());
+        Ok(plan)
+    }
+
+    /// The same merge, by another way.
+    #[must_use]
+    pub fn with_way(self, way: MergeWay) -> Self {
+        Self { way, ..self }
+    }
+
+    /// How it merges.
+    pub fn way(&self) -> MergeWay {
+        self.way
+    }
+
+    /// Elements of the scratch that [`run`](Self::run) needs.
+    pub fn scratch_len(&self) -> usize {
+        let share = self.share();
+        match self.way {
+            MergeWay::AllGather => (self.hosts + 1) * self.part::<T>(self.rows()).words(),
+            MergeWay::ByHeads => {
+                2 * self.hosts * self.part::<T>(share).words()
+                    + (self.hosts + 1) * self.part::<O>(share).words()
+            }
+        }
+    }
+
+    /// What a rank sends in one merge.
+    pub fn traffic(&self) -> Traffic {
+        let step = |bytes: usize| Traffic::of(self.hosts - 1, bytes);
+        match self.way {
+            MergeWay::AllGather => step(self.part::<T>(self.rows()).bytes()),
+            MergeWay::ByHeads => {
+                step(self.part::<T>(self.share()).bytes()) + step(self.part::<O>(self.share()).bytes())
+            }
+        }
+    }
+
+    /// Merges every host's `partial` into `out` and `lse`, on every host.
+    ///
+    /// `out` is `[batch, seq, heads, dim]` with any strides but a contiguous last axis, `lse` `[batch, heads, seq]`. What the scratch
+    /// holds does not matter.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not have the plan's extents, [`Error::Value`] for a group of another size,
+    /// [`Error::Workspace`] for a scratch shorter than [`scratch_len`](Self::scratch_len) (nothing was sent then); and the collective's
+    /// errors. Nothing was written to `out` and `lse`.
+    pub fn run(
+        &self,
+        group: &(impl Collective + ?Sized),
+        partial: &Partial<'_, T>,
+        out: TensorViewMut<'_, O>,
+        lse: &mut [f32],
+        scratch: &mut [f32],
+    ) -> Result<()> {
+        partial.check(self.shape)?;
+        check_rows("out", self.shape, out.shape(), out.strides())?;
+        check_lse("lse", self.shape, lse)?;
+        if group.size() != self.hosts {
+            return Err(Error::value("group", format!("of {} hosts", self.hosts), group.size()));
+        }
+        let needed = self.scratch_len();
+        if scratch.len() < needed {
+            return Err(Error::Workspace { expected: needed, got: scratch.len() });
+        }
+        match self.way {
+            MergeWay::AllGather => self.all_gather(group, partial, out, lse, &mut scratch[..needed]),
+            MergeWay::ByHeads => self.by_heads(group, partial, out, lse, &mut scratch[..needed]),
+        }
+    }
+
+    fn all_gather(
+        &self,
+        group: &(impl Collective + ?Sized),
+        partial: &Partial<'_, T>,
+        out: TensorViewMut<'_, O>,
+        lse: &mut [f32],
+        scratch: &mut [f32],
+    ) -> Result<()> {
+        let [_, seq, heads, dim] = self.shape;
+        let part = self.part::<T>(self.rows());
+        let (send, receive) = scratch.split_at_mut(part.words());
+        let (send_out, send_lse) = part.split_mut::<T>(send);
+        // As the tensor is laid out: tokens before heads.
+        for (row, to) in send_out.chunks_exact_mut(dim).enumerate() {
+            to.copy_from_slice(partial.row(row / heads / seq, row / heads % seq, row % heads));
+        }
+        send_lse.copy_from_slice(partial.lse);
+        group.all_gather(bytemuck::cast_slice(send), bytemuck::cast_slice_mut(receive))?;
+        let partials = receive.chunks_exact(part.words().max(1)).map(|words| {
+            let (out, lse) = part.split::<T>(words);
+            Ok(Partial { out: TensorView::contiguous("partial", out, self.shape)?, lse })
+        });
+        merge::merge(&partials.collect::<Result<Vec<_>>>()?, out, lse)
+    }
+
+    fn by_heads(
+        &self,
+        group: &(impl Collective + ?Sized),
+        partial: &Partial<'_, T>,
+        out: TensorViewMut<'_, O>,
+        lse: &mut [f32],
+        scratch: &mut [f32],
+    ) -> Result<()> {
+        let [_, seq, heads, dim] = self.shape;
+        let (rows, share) = (self.rows(), self.share());
+        let (part, merged_part) = (self.part::<T>(share), self.part::<O>(share));
+        let (send, scratch) = scratch.split_at_mut(self.hosts * part.words());
+        let (receive, scratch) = scratch.split_at_mut(self.hosts * part.words());
+        let (merged, all) = scratch.split_at_mut(merged_part.words());
+
+        // Rows are numbered as the log-sum-exps are: heads before tokens. The last shares may have fewer, or none.
+        let place = |row: usize| (row / seq / heads, row % seq, row / seq % heads);
+        for (host, words) in send.chunks_exact_mut(part.words().max(1)).enumerate() {
+            let (outs, lses) = part.split_mut::<T>(words);
+            for (i, (to, to_lse)) in outs.chunks_exact_mut(dim).zip(lses).enumerate() {
+                let row = host * share + i;
+                if row < rows {
+                    let (batch, seq, head) = place(row);
+                    to.copy_from_slice(partial.row(batch, seq, head));
+                    *to_lse = partial.lse[row];
+                } else {
+                    to.fill(T::default());
+                    *to_lse = f32::NEG_INFINITY;
+                }
+            }
+        }
+        group.all_to_all(bytemuck::cast_slice(send), bytemuck::cast_slice_mut(receive))?;
+
+        let parts: Vec<_> =
+            receive.chunks_exact(part.words().max(1)).map(|words| part.split::<T>(words)).collect();
+        let (outs, lses) = merged_part.split_mut::<O>(merged);
+        outs.par_chunks_exact_mut(dim).zip(lses).with_min_len(ROWS_PER_TASK).enumerate().for_each(
+            |(row, (out, lse))| {
+                let partials = parts.iter().map(|(outs, lses)| (&outs[row * dim..][..dim], lses[row]));
+                *lse = merge_row(partials, out);
+            },
+        );
+        group.all_gather(bytemuck::cast_slice(merged), bytemuck::cast_slice_mut(all))?;
+
+        let parts: Vec<_> =
+            all.chunks_exact(merged_part.words().max(1)).map(|words| merged_part.split::<O>(words)).collect();
+        let to = SharedRows::new(out);
+        lse.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(row, lse)| {
+            let (outs, lses) = parts[row / share];
+            let (batch, seq, head) = place(row);
+            // SAFETY: every row comes once.
+            unsafe { to.row(batch, seq, head) }.copy_from_slice(&outs[row % share * dim..][..dim]);
+            *lse = lses[row % share];
+        });
+        Ok(())
+    }
+
+    fn rows(&self) -> usize {
+        self.shape[..3].iter().product()
+    }
+
+    /// Rows that a host merges by heads.
+    fn share(&self) -> usize {
+        self.rows().div_ceil(self.hosts)
+    }
+
+    fn part<E: Element>(&self, rows: usize) -> Part {
+        Part {
+            rows,
+            elements: rows * self.shape[3],
+            out_words: (rows * self.shape[3] * size_of::<E>()).div_ceil(4),
+        }
+    }
+}
+
+/// Below this a thread's start costs more than the rows it takes over.
+const ROWS_PER_TASK: usize = 64;
+
+/// Some rows of a partial in a message: outputs, and then log-sum-exps.
+#[derive(Clone, Copy)]
+struct Part {
+    rows: usize,
+    elements: usize,
+    out_words: usize,
+}
+
+impl Part {
+    fn words(&self) -> usize {
+        self.out_words + self.rows
+    }
+
+    fn bytes(&self) -> usize {
+        4 * self.words()
+    }
+
+    fn split<'a, E: Element>(&self, words: &'a [f32]) -> (&'a [E], &'a [f32]) {
+        let (out, lse) = words.split_at(self.out_words);
+        (&bytemuck::cast_slice(out)[..self.elements], lse)
+    }
+
+    fn split_mut<'a, E: Element>(&self, words: &'a mut [f32]) -> (&'a mut [E], &'a mut [f32]) {
+        let (out, lse) = words.split_at_mut(self.out_words);
+        (&mut bytemuck::cast_slice_mut(out)[..self.elements], lse)
+    }
+}
+
+/// Merges every host's `partial` into `out` `[batch, seq, heads, dim]` and `lse` `[batch, heads, seq]`, on every host and with the same bits.
+///
+/// The way is the cheapest on the group's link. Where calls repeat, make a [`MergePlan`] once and keep its scratch.
+///
+/// # Errors
+/// As [`MergePlan::run`].
+pub fn merge<T: Element, O: Element>(
+    group: &(impl Collective + ?Sized),
+    partial: &Partial<'_, T>,
+    out: TensorViewMut<'_, O>,
+    lse: &mut [f32],
+) -> Result<()> {
+    let plan = MergePlan::new(partial.out.shape(), group.size(), &group.link())?;
+    plan.run(group, partial, out, lse, &mut vec![0.0; plan.scratch_len()])
+}

@@ -1,0 +1,95 @@
+//! The merge over hosts is dense attention over all keys, with the same bits on every rank and by both ways, and sends what it says.
+
+use super::{assert_near, assert_same_everywhere, cuts, traffic};
+use crate::common::{Rng, Tensor};
+use star_attention::comm::{Collective, MergePlan, MergeWay};
+use star_attention::cpu::{flash, reference};
+use star_attention::merge::Partial;
+use star_attention::{AttentionConfig, Element, bf16, f16};
+
+pub fn merge(group: &dyn Collective) {
+    let mut rng = Rng::new(group.size() as u64);
+    for query_len in [0, 1, 2, 7, 33, 300] {
+        for case in 0..4 {
+            let (kv_heads, each, dim) = (1 + rng.below(3), 1 + rng.below(3), 1 + rng.below(24));
+            let case = Case {
+                batch: 1 + case % 2,
+                query_len,
+                kv_heads,
+                heads: kv_heads * each,
+                dim,
+                keys: rng.below(80),
+                seed: rng.next(),
+            };
+            // Merged in f32 from f32: the sums' own rounding. Each rounding to 16 bits of values below 1 adds half a unit in the last place.
+            case.check::<f32, f32>(group, 4e-6);
+            case.check::<f32, bf16>(group, 4e-6 + 0.5 / 256.0);
+            case.check::<bf16, bf16>(group, 4e-6 + 1.0 / 256.0);
+            case.check::<f16, f32>(group, 4e-6 + 0.5 / 2048.0);
+        }
+    }
+}
+
+/// Extents, and the seed of queries, keys, values and cuts.
+#[derive(Debug)]
+struct Case {
+    batch: usize,
+    query_len: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    keys: usize,
+    seed: u64,
+}
+
+impl Case {
+    fn check<T: Element, O: Element>(&self, group: &dyn Collective, bound: f64) {
+        let mut rng = Rng::new(self.seed);
+        let shape = [self.batch, self.query_len, self.heads, self.dim];
+        let mut tensor = |name, seq, heads| {
+            Tensor::<f32>::contiguous(name, [self.batch, seq, heads, self.dim], |_| 2.0 * rng.uniform() - 1.0)
+        };
+        let query = tensor("query", self.query_len, self.heads);
+        let (key, value) = (tensor("key", self.keys, self.kv_heads), tensor("value", self.keys, self.kv_heads));
+        let cuts = cuts(&mut rng, self.keys, group.size());
+        let (from, to) = (cuts[group.rank()], cuts[group.rank() + 1]);
+        let own = |tensor: &Tensor<f32>| tensor.gather(from..to);
+
+        let (own_key, own_value) = (own(&key), own(&value));
+        let mut out = Tensor::<f32>::contiguous("out", shape, |_| f32::NAN);
+        let mut lse = vec![f32::NAN; shape[..3].iter().product()];
+        let config = AttentionConfig::default();
+        flash::attention(&config, query.view(), own_key.view(), own_value.view(), out.view_mut(), Some(&mut lse)).unwrap();
+        let out = Tensor::<T>::contiguous("partial", shape, |index| out.get(index));
+        let partial = Partial { out: out.view(), lse: &lse };
+
+        let expected = reference::attention(&config, query.view(), key.view(), value.view()).unwrap();
+        let plan = MergePlan::<T, O>::new(shape, group.size(), &group.link()).unwrap();
+        let results = [MergeWay::AllGather, MergeWay::ByHeads].map(|way| {
+            let plan = plan.with_way(way);
+            let before = group.traffic();
+            let mut merged = Tensor::<O>::contiguous("merged", shape, |_| f32::NAN);
+            let mut merged_lse = vec![f32::NAN; lse.len()];
+            let mut scratch = vec![f32::NAN; plan.scratch_len()];
+            plan.run(group, &partial, merged.view_mut(), &mut merged_lse, &mut scratch).unwrap();
+
+            // The bytes of a message, counted literally.
+            let part = |rows: usize, size: usize| (rows * self.dim * size).next_multiple_of(4) + rows * 4;
+            let (rows, share) = (lse.len(), lse.len().div_ceil(group.size()));
+            let sent = match way {
+                MergeWay::AllGather => traffic(group, &[part(rows, size_of::<T>())]),
+                MergeWay::ByHeads => traffic(group, &[part(share, size_of::<T>()), part(share, size_of::<O>())]),
+            };
+            assert_eq!(group.traffic() - before, sent, "{self:?}");
+            assert_eq!(plan.traffic(), sent, "{self:?}");
+
+            let merged = Tensor::<f32>::contiguous("merged", shape, |index| merged.get(index).to_f32());
+            assert_near(merged.view(), &merged_lse, &expected, bound);
+            let mut bits = merged.bits();
+            bits.extend(merged_lse.iter().map(|x| x.to_bits()));
+            bits
+        });
+        assert!(results[0] == results[1], "{self:?}: the two ways have other bits");
+        assert_same_everywhere(group, &results[0]);
+    }
+}
