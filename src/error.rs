@@ -94,6 +94,16 @@ pub enum Error {
         /// What the peer has.
         got: String,
     },
+    /// An error of the engine under a collective, in its own words. The receive buffer's contents are unspecified.
+    #[error("{engine}: {operation}: {reason}")]
+    Transport {
+        /// `MPI` or `NCCL`.
+        engine: &'static str,
+        /// What was asked of it.
+        operation: &'static str,
+        /// Its answer.
+        reason: String,
+    },
     /// Something this machine or this build has not got: a driver, a device, a library.
     #[error("{what} is not available: {reason}")]
     Unavailable {

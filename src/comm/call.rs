@@ -7,3 +7,49 @@ pub(super) enum Call {
     AllToAll { bytes: usize },
     Broadcast { root: usize, bytes: usize },
 }
+
+/// What stands at the head of a message.
+#[cfg(feature = "mpi")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Header {
+    /// The `number`-th exchange of the group, and the collective that it is a part of.
+    Call { call: Call, number: u64 },
+    /// The sender has left the group after so many exchanges, because of `cause`: another rank that failed, or itself.
+    Left { cause: usize, number: u64, failed: bool },
+}
+
+#[cfg(feature = "mpi")]
+impl Header {
+    /// Bytes of a header.
+    pub const LEN: usize = 32;
+
+    pub fn to_bytes(self) -> [u8; Self::LEN] {
+        let [kind, of, number, bytes] = match self {
+            Self::Call { call: Call::AllGather { bytes }, number } => [1, 0, number, bytes as u64],
+            Self::Call { call: Call::AllToAll { bytes }, number } => [2, 0, number, bytes as u64],
+            Self::Call { call: Call::Broadcast { root, bytes }, number } => {
+                [3, root as u64, number, bytes as u64]
+            }
+            Self::Left { cause, number, failed } => [4, cause as u64, number, u64::from(failed)],
+        };
+        let mut all = [0; Self::LEN];
+        for (to, word) in all.chunks_exact_mut(8).zip([kind, of, number, bytes]) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        all
+    }
+
+    /// `None` if these are not the bytes of a header.
+    pub fn from_bytes(all: &[u8]) -> Option<Self> {
+        let word = |at: usize| Some(u64::from_le_bytes(all.get(8 * at..8 * at + 8)?.try_into().ok()?));
+        let (kind, of, number) = (word(0)?, usize::try_from(word(1)?).ok()?, word(2)?);
+        let bytes = usize::try_from(word(3)?).ok()?;
+        Some(match kind {
+            1 => Self::Call { call: Call::AllGather { bytes }, number },
+            2 => Self::Call { call: Call::AllToAll { bytes }, number },
+            3 => Self::Call { call: Call::Broadcast { root: of, bytes }, number },
+            4 => Self::Left { cause: of, number, failed: bytes != 0 },
+            _ => return None,
+        })
+    }
+}

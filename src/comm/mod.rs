@@ -16,12 +16,16 @@ mod anchor;
 mod call;
 mod cost;
 mod merge;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod threads;
 
 pub use agree::{Agreement, agree};
 pub use anchor::{anchor_scratch_len, share_anchor};
 pub use cost::{AnchorKv, Link, MergeWay};
 pub use merge::{MergePlan, merge};
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
 pub use threads::ThreadGroup;
 
 use crate::{Error, Result};

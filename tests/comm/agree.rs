@@ -2,13 +2,20 @@
 
 use crate::common::named;
 use crate::threads::all_ranks;
-use star_attention::comm::{AnchorKv, Agreement, Collective, GroupConfig, Link, ThreadGroup, Traffic, agree};
+use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic, agree};
 use star_attention::{AttentionShape, DType, Error, GeneratedKv, StarLayout};
 
 fn agreement(hosts: usize) -> Agreement {
     Agreement {
         layout: StarLayout::new(1000, 100, 50, hosts).unwrap(),
-        shape: AttentionShape { batch: 1, query_len: 5, key_len: 7, query_heads: 8, kv_heads: 2, head_dim: 64 },
+        shape: AttentionShape {
+            batch: 1,
+            query_len: 5,
+            key_len: 7,
+            query_heads: 8,
+            kv_heads: 2,
+            head_dim: 64,
+        },
         layers: 4,
         dtype: DType::BF16,
         anchor: AnchorKv::Encoded,
@@ -46,13 +53,17 @@ fn whatever_differs_is_named_on_every_rank() {
         ("layers", Agreement { layers: 5, ..base }, "4", "5"),
         ("dtype", Agreement { dtype: DType::F16, ..base }, "bf16", "f16"),
         ("anchor", Agreement { anchor: AnchorKv::Received, ..base }, "encoded", "received"),
-        ("generated", Agreement { generated: GeneratedKv::RoundRobin, ..base }, "on the query host", "round robin"),
+        (
+            "generated",
+            Agreement { generated: GeneratedKv::RoundRobin, ..base },
+            "on the query host",
+            "round robin",
+        ),
         ("model", Agreement { model: 1 << 63, ..base }, "0", "9223372036854775808"),
     ];
     for (name, other, ours, theirs) in cases {
-        let errors = all_ranks(3, |group| {
-            agree(&group, if group.rank() == 1 { &other } else { &base }).unwrap_err()
-        });
+        let errors =
+            all_ranks(3, |group| agree(&group, if group.rank() == 1 { &other } else { &base }).unwrap_err());
         for (rank, error) in errors.into_iter().enumerate() {
             let Error::Peer { rank: peer, argument, expected, got } = &error else { panic!("{error}") };
             assert_eq!(*argument, name);
@@ -64,7 +75,8 @@ fn whatever_differs_is_named_on_every_rank() {
 
 #[test]
 fn links_that_differ_are_found() {
-    let config = |latency| GroupConfig { link: Some(Link { latency, bandwidth: 1e9 }), ..GroupConfig::default() };
+    let config =
+        |latency| GroupConfig { link: Some(Link { latency, bandwidth: 1e9 }), ..GroupConfig::default() };
     // A rank of one group that holds the link of another: as two processes with other options would.
     struct Linked(ThreadGroup, Link);
     impl Collective for Linked {

@@ -1,8 +1,8 @@
 //! Many hosts: what holds over any engine (`programs`), and what each engine does when a rank fails.
 
+mod agree;
 #[path = "../common/mod.rs"]
 mod common;
-mod agree;
 mod cost;
 mod merge;
 #[cfg(feature = "mpi")]

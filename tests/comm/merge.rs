@@ -16,18 +16,24 @@ fn a_merge_that_does_not_fit_sends_nothing() {
             let needed = plan.scratch_len();
             let (data, lse) = ([0.0; 12], [0.0; 3]);
             let (mut to, mut to_lse, mut scratch) = ([7.0f32; 12], [7.0; 3], vec![0.0; needed]);
-            let mut attempt = |from_len: usize, lse: &[f32], to_len: usize, lse_len: usize, scratch_len: usize| {
-                let out = TensorView::contiguous("partial", &data[..from_len], [1, from_len / 4, 1, 4]).unwrap();
-                let view = TensorViewMut::contiguous("out", &mut to[..to_len], [1, to_len / 4, 1, 4]).unwrap();
-                let partial = Partial { out, lse };
-                plan.run(&group, &partial, view, &mut to_lse[..lse_len], &mut scratch[..scratch_len]).unwrap_err()
-            };
+            let mut attempt =
+                |from_len: usize, lse: &[f32], to_len: usize, lse_len: usize, scratch_len: usize| {
+                    let out = TensorView::contiguous("partial", &data[..from_len], [1, from_len / 4, 1, 4])
+                        .unwrap();
+                    let view =
+                        TensorViewMut::contiguous("out", &mut to[..to_len], [1, to_len / 4, 1, 4]).unwrap();
+                    let partial = Partial { out, lse };
+                    plan.run(&group, &partial, view, &mut to_lse[..lse_len], &mut scratch[..scratch_len])
+                        .unwrap_err()
+                };
             assert_eq!(named(attempt(8, &lse, 12, 3, needed)), ("shape", "partial"));
             assert_eq!(named(attempt(12, &lse[..2], 12, 3, needed)), ("shape", "partial"));
             assert_eq!(named(attempt(12, &lse, 8, 3, needed)), ("shape", "out"));
             assert_eq!(named(attempt(12, &lse, 12, 2, needed)), ("shape", "lse"));
             let error = attempt(12, &lse, 12, 3, needed - 1);
-            assert!(matches!(error, Error::Workspace { expected, got } if expected == needed && got == needed - 1));
+            assert!(
+                matches!(error, Error::Workspace { expected, got } if expected == needed && got == needed - 1)
+            );
             assert_eq!((to, to_lse), ([7.0; 12], [7.0; 3]));
             assert_eq!(group.traffic(), Traffic::default());
         });
@@ -38,10 +44,14 @@ fn a_merge_that_does_not_fit_sends_nothing() {
 fn a_group_of_another_size_is_refused() {
     all_ranks(3, |group| {
         let plan = MergePlan::<f32, f32>::new([1, 1, 1, 1], 2, &LINK).unwrap();
-        let partial = Partial { out: TensorView::contiguous("partial", &[0.0], [1; 4]).unwrap(), lse: &[0.0] };
+        let partial =
+            Partial { out: TensorView::contiguous("partial", &[0.0], [1; 4]).unwrap(), lse: &[0.0] };
         let (mut out, mut lse, mut scratch) = ([0.0f32], [0.0], vec![0.0; plan.scratch_len()]);
         let view = TensorViewMut::contiguous("out", &mut out, [1; 4]).unwrap();
-        assert_eq!(named(plan.run(&group, &partial, view, &mut lse, &mut scratch).unwrap_err()), ("value", "group"));
+        assert_eq!(
+            named(plan.run(&group, &partial, view, &mut lse, &mut scratch).unwrap_err()),
+            ("value", "group")
+        );
     });
 }
 
@@ -50,7 +60,9 @@ fn extents_that_no_message_could_have_are_refused() {
     let plan = |shape, hosts| MergePlan::<f32, f32>::new(shape, hosts, &LINK).map(|_| ()).unwrap_err();
     assert_eq!(named(plan([1, 1, 1, 1], 0)), ("value", "hosts"));
     assert_eq!(named(plan([1, 1, 1, 0], 1)), ("shape", "partial"));
-    for shape in [[usize::MAX, 1, 1, 1], [1, 1 << 40, 1 << 20, 1], [1, 0, 1, usize::MAX], [0, 1 << 62, 1 << 62, 1]] {
+    for shape in
+        [[usize::MAX, 1, 1, 1], [1, 1 << 40, 1 << 20, 1], [1, 0, 1, usize::MAX], [0, 1 << 62, 1 << 62, 1]]
+    {
         assert_eq!(named(plan(shape, 8)), ("shape", "partial"));
     }
 }
@@ -59,7 +71,8 @@ fn extents_that_no_message_could_have_are_refused() {
 fn few_query_tokens_go_by_all_gather_and_many_by_heads() {
     // Field figures: 10 us and 200 GB/s, 8 hosts, 32 heads of 128 in bf16: the ways take the same time at 46 tokens.
     let link = Link::new(10e-6, 200e9).unwrap();
-    let way = |tokens| MergePlan::<half::bf16, half::bf16>::new([1, tokens, 32, 128], 8, &link).unwrap().way();
+    let way =
+        |tokens| MergePlan::<half::bf16, half::bf16>::new([1, tokens, 32, 128], 8, &link).unwrap().way();
     assert_eq!(way(1), MergeWay::AllGather);
     assert_eq!(way(45), MergeWay::AllGather);
     assert_eq!(way(47), MergeWay::ByHeads);

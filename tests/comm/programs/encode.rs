@@ -12,7 +12,9 @@ const DIM: usize = 16;
 
 pub fn encode(group: &dyn Collective) {
     let mut rng = Rng::new(11 + group.size() as u64);
-    for (context_len, block_len, anchor_len) in [(90, 10, 10), (61, 8, 5), (20, 32, 32), (5, 1, 1), (64, 16, 0), (0, 4, 4)] {
+    for (context_len, block_len, anchor_len) in
+        [(90, 10, 10), (61, 8, 5), (20, 32, 32), (5, 1, 1), (64, 16, 0), (0, 4, 4)]
+    {
         let layout = StarLayout::new(context_len, block_len, anchor_len, group.size()).unwrap();
         run(group, &layout, rng.next());
     }
@@ -60,11 +62,20 @@ fn run(group: &dyn Collective, layout: &StarLayout, seed: u64) {
     let mut out = Tensor::<f32>::contiguous("out", own_query.shape(), |_| f32::NAN);
     let mut lse = vec![f32::NAN; kept.len() * HEADS];
     let config = AttentionConfig::new(host.mask());
-    flash::attention(&config, own_query.view(), shared_key.view(), shared_value.view(), out.view_mut(), Some(&mut lse)).unwrap();
+    flash::attention(
+        &config,
+        own_query.view(),
+        shared_key.view(),
+        shared_value.view(),
+        out.view_mut(),
+        Some(&mut lse),
+    )
+    .unwrap();
 
     // The oracle, with the anchor's queries before the own ones.
     let local_query = query.gather(host.tokens());
-    let expected = reference::attention(&config, local_query.view(), local_key.view(), local_value.view()).unwrap();
+    let expected =
+        reference::attention(&config, local_query.view(), local_key.view(), local_value.view()).unwrap();
     let local = host.local_len();
     let own = reference::Reference {
         out: expected.out[kept.start * HEADS * DIM..].to_vec(),

@@ -50,10 +50,13 @@ fn run(group: &dyn Collective, layout: &StarLayout, generated: GeneratedKv, step
         let config = AttentionConfig::new(if leads { Mask::Causal } else { Mask::Full });
         let mut out = Tensor::<f32>::contiguous("out", q.shape(), |_| f32::NAN);
         let mut lse = vec![f32::NAN; step * HEADS];
-        flash::attention(&config, q.view(), shard.keys(), shard.values(), out.view_mut(), Some(&mut lse)).unwrap();
+        flash::attention(&config, q.view(), shard.keys(), shard.values(), out.view_mut(), Some(&mut lse))
+            .unwrap();
         shard.truncate(held);
         let (kept, apart) = layout.kept_generated(generated, group.rank(), first);
-        shard.append(k.view().every(1, kept, apart).unwrap(), v.view().every(1, kept, apart).unwrap()).unwrap();
+        shard
+            .append(k.view().every(1, kept, apart).unwrap(), v.view().every(1, kept, apart).unwrap())
+            .unwrap();
         first += step;
 
         let mut merged = Tensor::<f32>::contiguous("merged", q.shape(), |_| f32::NAN);
@@ -63,7 +66,8 @@ fn run(group: &dyn Collective, layout: &StarLayout, generated: GeneratedKv, step
 
         let seen = 0..rows.end;
         let (k, v) = (key.gather(seen.clone()), value.gather(seen));
-        let dense = reference::attention(&AttentionConfig::new(Mask::Causal), q.view(), k.view(), v.view()).unwrap();
+        let dense =
+            reference::attention(&AttentionConfig::new(Mask::Causal), q.view(), k.view(), v.view()).unwrap();
         assert_near(merged.view(), &merged_lse, &dense, 4e-6);
         assert_same_everywhere(group, &merged.bits());
     }

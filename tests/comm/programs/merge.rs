@@ -50,7 +50,8 @@ impl Case {
             Tensor::<f32>::contiguous(name, [self.batch, seq, heads, self.dim], |_| 2.0 * rng.uniform() - 1.0)
         };
         let query = tensor("query", self.query_len, self.heads);
-        let (key, value) = (tensor("key", self.keys, self.kv_heads), tensor("value", self.keys, self.kv_heads));
+        let (key, value) =
+            (tensor("key", self.keys, self.kv_heads), tensor("value", self.keys, self.kv_heads));
         let cuts = cuts(&mut rng, self.keys, group.size());
         let (from, to) = (cuts[group.rank()], cuts[group.rank() + 1]);
         let own = |tensor: &Tensor<f32>| tensor.gather(from..to);
@@ -59,7 +60,15 @@ impl Case {
         let mut out = Tensor::<f32>::contiguous("out", shape, |_| f32::NAN);
         let mut lse = vec![f32::NAN; shape[..3].iter().product()];
         let config = AttentionConfig::default();
-        flash::attention(&config, query.view(), own_key.view(), own_value.view(), out.view_mut(), Some(&mut lse)).unwrap();
+        flash::attention(
+            &config,
+            query.view(),
+            own_key.view(),
+            own_value.view(),
+            out.view_mut(),
+            Some(&mut lse),
+        )
+        .unwrap();
         let out = Tensor::<T>::contiguous("partial", shape, |index| out.get(index));
         let partial = Partial { out: out.view(), lse: &lse };
 
@@ -78,7 +87,9 @@ impl Case {
             let (rows, share) = (lse.len(), lse.len().div_ceil(group.size()));
             let sent = match way {
                 MergeWay::AllGather => traffic(group, &[part(rows, size_of::<T>())]),
-                MergeWay::ByHeads => traffic(group, &[part(share, size_of::<T>()), part(share, size_of::<O>())]),
+                MergeWay::ByHeads => {
+                    traffic(group, &[part(share, size_of::<T>()), part(share, size_of::<O>())])
+                }
             };
             assert_eq!(group.traffic() - before, sent, "{self:?}");
             assert_eq!(plan.traffic(), sent, "{self:?}");

@@ -1,0 +1,245 @@
+//! The engine for processes, on one machine or many, over an installed MPI.
+//!
+//! Every collective is single messages, one for each pair of ranks: the ranks that a host waits for are known, and it waits no longer than it was told. Each
+//! message starts with 32 bytes that say what it belongs to.
+//!
+//! ```no_run
+//! use star_attention::comm::{Collective, GroupConfig, Mpi};
+//!
+//! # fn main() -> star_attention::Result<()> {
+//! // mpirun -n 4 --hostfile hosts program
+//! let group = Mpi::init(&GroupConfig::default())?;
+//! let mut ranks = vec![0; group.size()];
+//! group.all_gather(&[group.rank() as u8], &mut ranks)?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod exchange;
+mod requests;
+
+use super::call::Call;
+use super::{Collective, GroupConfig, Link, Traffic, check_all_gather, check_all_to_all, check_root};
+use crate::{Error, Result};
+use exchange::Post;
+use mpi::Threading;
+use mpi::environment::Universe;
+use mpi::topology::{Communicator, SimpleCommunicator};
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+
+/// Processes on one machine, or on a network of 10 Gbit/s. To be told of a better one.
+const LINK: Link = Link { latency: 20e-6, bandwidth: 1.2e9 };
+/// Bytes of one message at most: what a rank keeps room for, of every other.
+const PIECE: usize = 16 << 20;
+/// From so many bytes on a broadcast goes in parts, which all pass on.
+const LONG_BROADCAST: usize = 64 << 10;
+
+/// One rank of a group of processes.
+///
+/// A rank that drops its group, by a panic too, has left, and the others get [`Error::Disconnected`] at once from the first collective that waits
+/// for it. One that was killed, stopped or cut off makes them return [`Error::Timeout`], or [`Error::Disconnected`] where another rank noticed first; either
+/// names the rank that failed. `mpirun` itself ends all processes as soon as one dies, unless told otherwise (`--enable-recovery` of
+/// Open MPI 4, `-disable-auto-cleanup` of MPICH).
+///
+/// Dropping it waits until all others drop theirs, up to the timeout, and then ends MPI if [`init`](Self::init) has started it. After a failure it
+/// waits a second at most, and leaves MPI as it is: `MPI_Finalize` would wait for the dead.
+pub struct Mpi {
+    rank: usize,
+    size: usize,
+    link: Link,
+    post: RefCell<Post>,
+    traffic: Cell<Traffic>,
+    /// Ends MPI when it is dropped.
+    universe: Option<Universe>,
+}
+
+impl std::fmt::Debug for Mpi {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mpi").field("rank", &self.rank).field("size", &self.size).finish_non_exhaustive()
+    }
+}
+
+impl Mpi {
+    /// Starts MPI; the group is all processes that were started together.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if MPI was started before, or is not made for programs with threads.
+    pub fn init(config: &GroupConfig) -> Result<Self> {
+        let unavailable = |reason: &str| Error::Unavailable { what: "MPI", reason: reason.into() };
+        let (universe, threading) = mpi::initialize_with_threading(Threading::Serialized)
+            .ok_or_else(|| unavailable("it was started before; give its communicator to `Mpi::over`"))?;
+        if threading < Threading::Serialized {
+            return Err(unavailable("this one cannot be called from different threads in turn"));
+        }
+        let mut group = Self::over(&SimpleCommunicator::world(), config)?;
+        group.universe = Some(universe);
+        Ok(group)
+    }
+
+    /// The group of a communicator that there is already, in a duplicate of its own: all its ranks must come here.
+    ///
+    /// The program ends MPI, after this group was dropped. While the group lives, other calls of MPI must not run at the same time as its own, unless
+    /// MPI was started with `Threading::Multiple`.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] for what MPI answers.
+    pub fn over(communicator: &impl Communicator, config: &GroupConfig) -> Result<Self> {
+        let communicator = requests::Communicator::duplicate(communicator.as_raw())?;
+        let (rank, size) = communicator.rank_and_size()?;
+        Ok(Self {
+            rank,
+            size,
+            link: config.link.unwrap_or(LINK),
+            post: RefCell::new(Post::new(communicator, rank, size, config.timeout)),
+            traffic: Cell::default(),
+            universe: None,
+        })
+    }
+
+    fn exchange(
+        &self,
+        call: Call,
+        send: &[(usize, &[u8])],
+        receive: &mut [(usize, &mut [u8])],
+    ) -> Result<()> {
+        self.post.borrow_mut().exchange(call, send, receive)?;
+        let bytes = send.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        let sent = Traffic { collectives: 0, messages: send.len() as u64, bytes };
+        self.traffic.set(self.traffic.get() + sent);
+        Ok(())
+    }
+
+    /// All ranks but this one.
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let rank = self.rank;
+        (0..self.size).filter(move |&other| other != rank)
+    }
+
+    fn count(&self) {
+        self.traffic.set(self.traffic.get() + Traffic::of(0, 0));
+    }
+
+    /// `root` sends each rank its part, and each passes it on to the others.
+    fn broadcast_in_parts(&self, call: Call, root: usize, buffer: &mut [u8]) -> Result<()> {
+        let part = |rank: usize| {
+            let each = buffer.len().div_ceil(self.size);
+            (rank * each).min(buffer.len())..((rank + 1) * each).min(buffer.len())
+        };
+        let parts: Vec<Range<usize>> = (0..self.size).map(part).collect();
+        if self.rank == root {
+            let buffer = &*buffer;
+            let send: Vec<_> = self.others().map(|rank| (rank, &buffer[parts[rank].clone()])).collect();
+            self.exchange(call, &send, &mut [])?;
+            let send: Vec<_> = self.others().map(|rank| (rank, &buffer[parts[root].clone()])).collect();
+            return self.exchange(call, &send, &mut []);
+        }
+        self.exchange(call, &[], &mut [(root, &mut buffer[parts[self.rank].clone()])])?;
+        let mine = buffer[parts[self.rank].clone()].to_vec();
+        let send: Vec<_> = self.others().filter(|&rank| rank != root).map(|rank| (rank, &mine[..])).collect();
+        let mut receive = Vec::new();
+        let mut rest = buffer;
+        for (rank, range) in parts.into_iter().enumerate() {
+            let (part, after) = rest.split_at_mut(range.len());
+            if rank != self.rank {
+                receive.push((rank, part));
+            }
+            rest = after;
+        }
+        self.exchange(call, &send, &mut receive)
+    }
+}
+
+/// The ranges that a message is cut into: at least one, which may be empty.
+fn pieces(bytes: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..bytes.max(1)).step_by(PIECE).map(move |start| start..bytes.min(start + PIECE))
+}
+
+/// The same piece of every other rank's part of a buffer.
+fn piece_of_each<'a>(
+    buffer: &'a mut [u8],
+    each: usize,
+    piece: &Range<usize>,
+    others: impl Iterator<Item = usize>,
+) -> Vec<(usize, &'a mut [u8])> {
+    let (mut rest, mut at) = (buffer, 0);
+    let piece_of = |rank: usize| {
+        let start = rank * each + piece.start;
+        let (part, after) = std::mem::take(&mut rest).split_at_mut(start - at).1.split_at_mut(piece.len());
+        (rest, at) = (after, start + piece.len());
+        (rank, part)
+    };
+    others.map(piece_of).collect()
+}
+
+impl Collective for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn link(&self) -> Link {
+        self.link
+    }
+
+    fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        check_all_gather(self.size, send, receive)?;
+        let bytes = send.len();
+        for piece in pieces(bytes) {
+            let messages: Vec<_> = self.others().map(|rank| (rank, &send[piece.clone()])).collect();
+            let mut parts = piece_of_each(receive, bytes, &piece, self.others());
+            self.exchange(Call::AllGather { bytes }, &messages, &mut parts)?;
+        }
+        receive[self.rank * bytes..][..bytes].copy_from_slice(send);
+        self.count();
+        Ok(())
+    }
+
+    fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        check_all_to_all(self.size, send, receive)?;
+        let part = send.len() / self.size;
+        for piece in pieces(part) {
+            let message = |rank| (rank, &send[rank * part..][piece.clone()]);
+            let messages: Vec<_> = self.others().map(message).collect();
+            let mut parts = piece_of_each(receive, part, &piece, self.others());
+            self.exchange(Call::AllToAll { bytes: send.len() }, &messages, &mut parts)?;
+        }
+        let own = self.rank * part..(self.rank + 1) * part;
+        receive[own.clone()].copy_from_slice(&send[own]);
+        self.count();
+        Ok(())
+    }
+
+    fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
+        check_root(self.size, root)?;
+        let call = Call::Broadcast { root, bytes: buffer.len() };
+        for piece in pieces(buffer.len()) {
+            let buffer = &mut buffer[piece];
+            if self.size > 2 && buffer.len() >= LONG_BROADCAST {
+                self.broadcast_in_parts(call, root, buffer)?;
+            } else if self.rank == root {
+                let messages: Vec<_> = self.others().map(|rank| (rank, &*buffer)).collect();
+                self.exchange(call, &messages, &mut [])?;
+            } else {
+                self.exchange(call, &[], &mut [(root, buffer)])?;
+            }
+        }
+        self.count();
+        Ok(())
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.traffic.get()
+    }
+}
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        if !self.post.get_mut().close() {
+            std::mem::forget(self.universe.take());
+        }
+    }
+}
