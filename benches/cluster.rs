@@ -8,12 +8,12 @@
 //!
 //! ```text
 //! α, β     seconds of a collective or a message, bytes a host sends per second           comm::Link
-//! R(m, n)  FLOP/s of attention under mask m at blocks of n tokens, the longest measured one's beyond
+//! R(m, n)  FLOP/s of attention under mask m at the longest blocks measured that have at most n tokens
 //! R_q      the same for the T query tokens over a shard
 //! R_l      FLOP/s of linear layers; unless given, that of causal attention
 //! B        bytes per second of keys and values read for one token; weights are read as fast
 //!
-//! W        weights of a layer's linear layers:  d D (2 n_q + 2 n_kv) + 3 D F
+//! W        weights of a layer's linear layers:  d D (2 n_q + 2 n_kv) + 3 D M,  hidden size D, the MLP's M
 //! K        a token's keys and values in a layer:  2 n_kv d · 2 bytes
 //! P(t)     a host's partial for t tokens, in f32:  t n_q (d + 1) · 4 bytes                comm::MergePlan
 //! F(m)     FLOPs of a layer's attention:  4 d n_q for each pair that m leaves             cpu::flash::Plan::flops
@@ -25,7 +25,7 @@
 //! ```
 //!
 //! **Star** (arXiv 2411.17116, sections 2.1 and 2.2), `a = b = ⌈L/H⌉`. A host's rows are the anchor's and its own, or its own
-//! alone if host 0 sends it each layer's keys and values of the anchor; then no host is ahead of another.
+//! alone if host 0 sends it each layer's keys and values of the anchor; then no host is ahead of another, and nothing hides the sending.
 //!
 //! ```text
 //! first token  = layers (max over hosts (linear(rows) + F(star) / R(star, b)) + anchor) + step(T, merge(T))
@@ -51,8 +51,9 @@
 //! next token   = step(1, 2α + 2 (H-1)/H n_q (4 + 4 (d + 1)) / β)
 //! ```
 //!
-//! Not in the model: memory (dense on one host must hold 128 GiB of keys and values at 1M tokens), the arithmetic of merges, norms and
-//! RoPE, launches, stragglers, links that share a wire, and latencies of collectives that grow with the hosts.
+//! Only times are compared: star's context encoding leaves out keys that the others see. Not in the model: memory (dense on one host
+//! must hold 128 GiB of keys and values at 1M tokens), the arithmetic of merges, norms and RoPE, launches, stragglers, links that share
+//! a wire, and latencies of collectives that grow with the hosts.
 
 #[path = "cluster/model.rs"]
 mod model;
@@ -144,7 +145,7 @@ fn first_token_table(cases: &[Case<'_>]) {
 
 fn next_token_table(cases: &[Case<'_>]) {
     println!(
-        "| context | dense, 1 host | ring | tree | star | merge | dense / star | messages: ring | tree | star |"
+        "| context | dense, 1 host | ring | tree | star | merge | dense / star | a layer's messages: ring | tree | star |"
     );
     println!("|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|");
     for case in cases {
@@ -194,7 +195,7 @@ fn main() {
         let cases: Vec<_> = lengths.iter().map(case).collect();
         println!("\n## {hosts} hosts\n\nTime to first token, modelled:\n");
         first_token_table(&cases);
-        println!("\nTime per generated token, modelled, and what of it messages are:\n");
+        println!("\nTime per generated token, and of a layer's messages in it, modelled:\n");
         next_token_table(&cases);
     }
 }

@@ -83,7 +83,7 @@ fn star_and_dense_find_the_needles() {
         "speed-up over dense",
         "KV of the context",
         "sent per layer",
-        "collectives per layer",
+        "messages per layer",
     ] {
         assert!(out.contains(row), "{row} is not in {out}");
     }

@@ -6,7 +6,7 @@ use indicatif::ProgressBar;
 use star_attention::cpu::flash::Plan;
 use star_attention::{AttentionConfig, AttentionShape, Mask, TensorView, TensorViewMut, bf16};
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Rates that are not to be measured.
 pub struct Given {
@@ -39,7 +39,9 @@ impl Rates {
     pub fn new(given: &Given, query_len: usize, test: bool) -> Self {
         let blocks = if test { [16, 32, 64] } else { [1024, 4096, 8192] };
         let shard = if test { 256 } else { 32 * 1024 };
-        let mut runs = Runs { bar: ProgressBar::new(2 * blocks.len() as u64 + 2), lines: Vec::new() };
+        let each = Duration::from_secs(if test { 0 } else { 5 });
+        let bar = ProgressBar::new(2 * blocks.len() as u64 + 2);
+        let mut runs = Runs { each, bar, lines: Vec::new() };
         let star = blocks.map(|block| {
             let mask = Mask::Star { anchor_len: block, block_len: block, first_block_len: block };
             let what = format!("context encoding, anchor and block of {}", tokens(block));
@@ -51,7 +53,7 @@ impl Rates {
         });
         // All heads of a layer, so that keys and values lie in memory and not in a cache.
         let mut over_shard = |query_len, work, given| {
-            let what = format!("{query_len} tokens over {} keys", tokens(shard));
+            let what = format!("queries of {query_len} over {} keys", tokens(shard));
             runs.rate(&what, Mask::Full, shape(query_len, shard, KV_HEADS), work, given)
         };
         let query = over_shard(query_len, Work::Flops, given.attention);
@@ -99,6 +101,8 @@ enum Work {
 
 /// The runs so far.
 struct Runs {
+    /// How long each goes on, for one that nothing disturbs to be among them.
+    each: Duration,
     bar: ProgressBar,
     lines: Vec<[String; 2]>,
 }
@@ -111,7 +115,7 @@ impl Runs {
             Work::Flops => (plan.flops() as f64, "GFLOP/s"),
             Work::KeyBytes => ((2 * size_of::<bf16>() * len(shape.key_shape())) as f64, "GB/s"),
         };
-        let rate = given.unwrap_or_else(|| amount / seconds(&plan, &shape));
+        let rate = given.unwrap_or_else(|| amount / seconds(&plan, &shape, self.each));
         let what = format!("{what}, {}/{} heads of {}", shape.query_heads, shape.kv_heads, shape.head_dim);
         let how = if given.is_some() { " (given)" } else { "" };
         self.lines.push([what, format!("{:.1} {unit}{how}", rate / 1e9)]);
@@ -130,9 +134,8 @@ fn len(shape: [usize; 4]) -> usize {
     shape.iter().product()
 }
 
-/// The least seconds of some runs, to an f32 output as a partial has.
-fn seconds(plan: &Plan, shape: &AttentionShape) -> f64 {
-    const RUNS: usize = 3;
+/// The seconds of the fastest of runs that go on for `at_least`, to an f32 output as a partial has.
+fn seconds(plan: &Plan, shape: &AttentionShape, at_least: Duration) -> f64 {
     let fill = |len: usize| -> Vec<bf16> {
         (0..len)
             .map(|i| bf16::from_f32((i.wrapping_mul(2_654_435_761) % 2001) as f32 / 1000.0 - 1.0))
@@ -151,5 +154,10 @@ fn seconds(plan: &Plan, shape: &AttentionShape) -> f64 {
         plan.run(query, key, value, out, Some(&mut lse), &mut workspace).unwrap();
         start.elapsed().as_secs_f64()
     };
-    (0..RUNS).map(|_| once()).fold(f64::INFINITY, f64::min)
+    let start = Instant::now();
+    let mut least = once();
+    while start.elapsed() < at_least {
+        least = least.min(once());
+    }
+    least
 }

@@ -2,8 +2,9 @@
 
 use super::error::Result;
 use super::model::Llama;
+use super::run::Scheme;
 use candle_core::{Device, Tensor, WithDType};
-use star_attention::comm::{self, Collective};
+use star_attention::comm::{AnchorKv, Collective, MergePlan, anchor_scratch_len, share_anchor};
 use star_attention::cpu::flash::Plan;
 use star_attention::merge::Partial;
 use star_attention::{
@@ -12,86 +13,116 @@ use star_attention::{
 };
 
 /// One rank of a group, its KV shards in `T`.
-pub struct Host<'a, T, C> {
+pub struct Host<'a, T, C: ?Sized> {
     model: &'a Llama,
+    scheme: Scheme,
     layout: HostLayout,
-    query_host: usize,
-    group: C,
-    /// One for each layer: the context tokens kept, and on the query host behind them the query and generated tokens.
+    group: &'a C,
+    /// One for each layer: the context tokens kept, and behind them query and generated tokens.
     shards: Vec<KvShard<T>>,
     workspace: Vec<f32>,
+    checksum: u64,
 }
 
-impl<'a, T: Element + WithDType, C: Collective> Host<'a, T, C> {
-    /// A host with room for its context tokens and, if it is the query host, `query_tokens` more.
-    pub fn new(
-        model: &'a Llama,
-        layout: HostLayout,
-        query_host: usize,
-        query_tokens: usize,
-        group: C,
-    ) -> Result<Self> {
-        let room = if layout.rank() == query_host { query_tokens } else { 0 };
+impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
+    /// A host with room for its context tokens and its share of `tokens` of query and generation, in steps of at most `step`.
+    pub fn new(model: &'a Llama, scheme: Scheme, tokens: usize, step: usize, group: &'a C) -> Result<Self> {
+        let layout = scheme.layout.host(group.rank())?;
+        let room = scheme.layout.generated_room(scheme.generated, group.rank(), tokens, step);
         let capacity = layout.kept().len() + room;
         let config = &model.config;
         let shards = (0..config.layers)
             .map(|_| KvShard::new(1, config.kv_heads, config.head_dim, capacity))
             .collect::<star_attention::Result<_>>()?;
-        Ok(Self { model, layout, query_host, group, shards, workspace: Vec::new() })
+        Ok(Self {
+            model,
+            scheme,
+            layout,
+            group,
+            shards,
+            workspace: Vec::new(),
+            checksum: 0xcbf2_9ce4_8422_2325,
+        })
     }
 
     /// Phase 1: runs the local sequence under `mask` once and keeps the KV of the host's own tokens. Calls `tick` after each layer.
     pub fn encode(&mut self, context: &[u32], mask: Mask, tick: impl Fn()) -> Result<()> {
-        let Self { model, layout, shards, workspace, .. } = self;
-        let tokens: Vec<u32> = layout.tokens().map(|index| context[index]).collect();
-        let positions: Vec<usize> = layout.positions().collect();
-        let kept = layout.kept();
-        let plan = Plan::new(&AttentionConfig::new(mask), &shape(model, tokens.len(), tokens.len()))?;
+        let mut anchor = Anchor::new(self.model, &self.scheme, &self.layout)?;
+        let Self { model, scheme, layout, group, shards, workspace, .. } = self;
+        let positions: Vec<usize> = match scheme.anchor {
+            AnchorKv::Encoded => layout.positions().collect(),
+            AnchorKv::Received => layout.own_tokens().collect(),
+        };
+        let tokens: Vec<u32> = positions.iter().map(|&index| context[index]).collect();
+        let shape = shape(model, tokens.len(), layout.local_len());
+        let plan = Plan::new(&AttentionConfig::new(mask), &shape)?;
         workspace.resize(plan.workspace_len(), 0.0);
+        let kept = layout.kept();
+        let mut layers = 0;
         model.forward(&tokens, &positions, 0, &mut |layer, [q, k, v]| {
             let (q, k, v) =
                 (Borrowed::new("query", &q)?, Borrowed::new("key", &k)?, Borrowed::new("value", &v)?);
-            let (q, k, v) = (q.view::<T>()?, k.view::<T>()?, v.view::<T>()?);
+            let (q, mut k, mut v) = (q.view::<T>()?, k.view::<T>()?, v.view::<T>()?);
+            if scheme.anchor == AnchorKv::Received {
+                (k, v) = anchor.share(*group, k, v)?;
+            }
             let mut out = vec![T::default(); q.shape().iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, q.shape())?;
             plan.run(q, k, v, view, None, workspace)?;
             let own = (kept.start, kept.len());
             shards[layer].append(k.narrow(1, own.0, own.1)?, v.narrow(1, own.0, own.1)?)?;
             tick();
+            layers += 1;
             Ok(Tensor::from_vec(out, q.shape().as_slice(), &Device::Cpu)?)
         })?;
+        // A host without tokens runs no layer, and takes part in their messages all the same.
+        for _ in layers..model.config.layers {
+            if scheme.anchor == AnchorKv::Received {
+                anchor.pass(*group)?;
+            }
+            tick();
+        }
         Ok(())
     }
 
-    /// Phase 2 for `tokens` from `position` on: attention over the shards of all hosts. Returns the logits of the last
-    /// `logit_rows` tokens on the query host, and no rows on the others.
-    pub fn attend(&mut self, tokens: &[u32], position: usize, logit_rows: usize) -> Result<Tensor> {
+    /// Phase 2 for `tokens` that come behind `before` others of query and generation: attention over the shards of all hosts. Returns the logits of the
+    /// last `logit_rows` tokens on the query host, and no rows on the others.
+    pub fn attend(&mut self, tokens: &[u32], before: usize, logit_rows: usize) -> Result<Tensor> {
         let is_query_host = self.is_query_host();
-        let Self { model, group, shards, workspace, .. } = self;
+        let Self { model, scheme, group, shards, workspace, checksum, .. } = self;
+        let Scheme { layout, generated, .. } = *scheme;
+        let position = layout.query_position() + before;
         let positions: Vec<usize> = (position..position + tokens.len()).collect();
-        // Only the query host's shard holds keys later than a query token; they are its last rows.
-        let (mask, new_keys) = if is_query_host { (Mask::Causal, tokens.len()) } else { (Mask::Full, 0) };
+        // Only the leader's shard holds keys later than a query token; they are its last rows.
+        let leads = layout.leader(generated, before) == group.rank();
+        let (mask, new_keys) = if leads { (Mask::Causal, tokens.len()) } else { (Mask::Full, 0) };
+        let (first, apart) = layout.kept_generated(generated, group.rank(), before);
         let shape = shape(model, tokens.len(), shards[0].len() + new_keys);
         let plan = Plan::new(&AttentionConfig::new(mask), &shape)?;
-        workspace.resize(plan.workspace_len(), 0.0);
         let extents = shape.query_shape();
+        let merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
+        workspace.resize(plan.workspace_len().max(merge.scratch_len()), 0.0);
         let mut partial = vec![0f32; extents.iter().product()];
         let (mut lse, mut merged_lse) = (vec![0f32; shape.lse_len()], vec![0f32; shape.lse_len()]);
-        let mut scratch = vec![0f32; comm::merge_scratch_len(extents, group.size())];
         let logit_rows = if is_query_host { logit_rows } else { 0 };
         model.forward(tokens, &positions, logit_rows, &mut |layer, [q, k, v]| {
             let (q, k, v) =
                 (Borrowed::new("query", &q)?, Borrowed::new("key", &k)?, Borrowed::new("value", &v)?);
+            let (q, k, v) = (q.view::<T>()?, k.view()?, v.view()?);
             let shard = &mut shards[layer];
-            if is_query_host {
-                shard.append(k.view()?, v.view()?)?;
+            let held = shard.len();
+            if leads {
+                shard.append(k, v)?;
             }
             let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
-            plan.run(q.view::<T>()?, shard.keys(), shard.values(), view, Some(&mut lse), workspace)?;
+            plan.run(q, shard.keys(), shard.values(), view, Some(&mut lse), workspace)?;
+            shard.truncate(held);
+            shard.append(k.every(1, first, apart)?, v.every(1, first, apart)?)?;
             let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
             let mut out = vec![0f32; extents.iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, extents)?;
-            comm::merge(group, &partial, view, &mut merged_lse, &mut scratch)?;
+            merge.run(*group, &partial, view, &mut merged_lse, workspace)?;
+            *checksum = out.iter().fold(*checksum, |sum, x| fold(sum, u64::from(x.to_bits())));
             Ok(Tensor::from_vec(out, extents.as_slice(), &Device::Cpu)?)
         })
     }
@@ -103,7 +134,7 @@ impl<'a, T: Element + WithDType, C: Collective> Host<'a, T, C> {
             let last = logits.get(logits.dim(0)? - 1)?;
             token = last.argmax(0)?.to_scalar::<u32>()?.to_le_bytes();
         }
-        self.group.broadcast(self.query_host, &mut token)?;
+        self.group.broadcast(self.scheme.layout.query_host(), &mut token)?;
         Ok(u32::from_le_bytes(token))
     }
 
@@ -123,18 +154,88 @@ impl<'a, T: Element + WithDType, C: Collective> Host<'a, T, C> {
         self.shards.iter().map(KvShard::bytes).sum()
     }
 
-    /// Whether this host stores the KV of query and generated tokens.
+    /// Whether this host computes the logits.
     pub fn is_query_host(&self) -> bool {
-        self.layout.rank() == self.query_host
+        self.layout.rank() == self.scheme.layout.query_host()
+    }
+
+    /// Of the bits of all merged outputs so far: the same on every host.
+    pub fn checksum(&self) -> u64 {
+        self.checksum
     }
 
     /// The group this host is a rank of.
     pub fn group(&self) -> &C {
-        &self.group
+        self.group
     }
 }
 
-fn shape(model: &Llama, query_len: usize, key_len: usize) -> AttentionShape {
+/// The anchor's keys and values of one layer, and behind them the host's own.
+struct Anchor<T> {
+    shape: [usize; 4],
+    key: Vec<T>,
+    value: Vec<T>,
+    scratch: Vec<T>,
+    local: KvShard<T>,
+}
+
+impl<T: Element> Anchor<T> {
+    fn new(model: &Llama, scheme: &Scheme, layout: &HostLayout) -> Result<Self> {
+        let config = &model.config;
+        let (tokens, local) = match scheme.anchor {
+            AnchorKv::Encoded => (0, 0),
+            AnchorKv::Received => {
+                (scheme.layout.anchor_len().min(scheme.layout.context_len()), layout.local_len())
+            }
+        };
+        let shape = [1, tokens, config.kv_heads, config.head_dim];
+        let buffer = || vec![T::default(); shape.iter().product()];
+        Ok(Self {
+            shape,
+            key: buffer(),
+            value: buffer(),
+            scratch: vec![T::default(); anchor_scratch_len(shape)],
+            local: KvShard::new(1, config.kv_heads, config.head_dim, local)?,
+        })
+    }
+
+    /// Sends the head of host 0's keys and values, or receives them; returns those of this host's local sequence.
+    fn share<'a>(
+        &'a mut self,
+        group: &(impl Collective + ?Sized),
+        key: TensorView<'a, T>,
+        value: TensorView<'a, T>,
+    ) -> Result<(TensorView<'a, T>, TensorView<'a, T>)> {
+        if group.rank() == 0 {
+            for (to, from) in [(&mut self.key, key), (&mut self.value, value)] {
+                let len = to.len();
+                to.copy_from_slice(&from.data()[..len]);
+            }
+        }
+        self.pass(group)?;
+        if group.rank() == 0 {
+            return Ok((key, value));
+        }
+        self.local.truncate(0);
+        let view = |data| TensorView::contiguous("anchor", data, self.shape);
+        self.local.append(view(&self.key)?, view(&self.value)?)?;
+        self.local.append(key, value)?;
+        Ok((self.local.keys(), self.local.values()))
+    }
+
+    /// Takes part in a layer's message.
+    fn pass(&mut self, group: &(impl Collective + ?Sized)) -> Result<()> {
+        let view = |data| TensorViewMut::contiguous("anchor", data, self.shape);
+        Ok(share_anchor(group, view(&mut self.key)?, view(&mut self.value)?, &mut self.scratch)?)
+    }
+}
+
+/// FNV-1a, a word at a time.
+pub fn fold(sum: u64, word: u64) -> u64 {
+    (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3)
+}
+
+pub fn shape(model: &Llama, query_len: usize, key_len: usize) -> AttentionShape {
     let config = &model.config;
     AttentionShape {
         batch: 1,

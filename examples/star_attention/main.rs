@@ -1,9 +1,11 @@
 //! Answers from a long context with Star Attention, and with dense attention beside it.
 //!
-//! Loads a Hugging Face Llama checkpoint, encodes a context over several hosts (threads of this process), and asks for facts
-//! that stand in it. Without options: the retrieval Llama of this repository, 8,192 tokens, 4 hosts.
+//! Loads a Hugging Face Llama checkpoint, encodes a context over several hosts (threads of this process, or processes that `mpirun` started), and asks for
+//! facts that stand in it. Without options: the retrieval Llama of this repository, 8,192 tokens, 4 hosts.
 
+mod advice;
 mod config;
+mod engine;
 mod error;
 mod haystack;
 mod host;
@@ -16,13 +18,16 @@ mod weights;
 
 use candle_core::{DType, Tensor};
 use clap::{Parser, ValueEnum};
+use engine::Engine;
 use error::{Error, Result};
 use haystack::{ANSWER_LEN, Haystack, NEEDLE, QUERY};
+use host::fold;
 use indicatif::{ProgressBar, ProgressStyle};
 use model::Llama;
 use report::{Task, Total, answers, costs, headline, reading};
-use run::{Job, Mode, Run, run, threads_per_host, ticks};
-use star_attention::StarLayout;
+use run::{Job, Mode, Run, Scheme, run, threads_per_host, ticks};
+use star_attention::comm::{AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic};
+use star_attention::{GeneratedKv, StarLayout};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -44,9 +49,21 @@ struct Args {
     /// Tokens of the anchor, at most a block [default: a block]
     #[arg(long, value_name = "A")]
     anchor_len: Option<usize>,
-    /// Hosts over which the context is spread
-    #[arg(long, default_value_t = 4, value_name = "N")]
-    hosts: usize,
+    /// Hosts over which the context is spread [default: 4 threads, or all processes]
+    #[arg(long, value_name = "N")]
+    hosts: Option<usize>,
+    /// What carries messages between hosts
+    #[arg(long, value_enum, default_value_t = Engine::Threads)]
+    engine: Engine,
+    /// Seconds that a process waits for another: longer than dense attention takes, if that is run as well
+    #[arg(long, default_value_t = 600.0, value_name = "S")]
+    timeout: f64,
+    /// How hosts come by the anchor's keys and values
+    #[arg(long, value_enum, default_value_t = Anchor::Encoded)]
+    anchor: Anchor,
+    /// Where keys and values of query and generated tokens are kept
+    #[arg(long, value_enum, default_value_t = Generated::QueryHost)]
+    generated: Generated,
     /// Facts in the haystack
     #[arg(long, default_value_t = 8, value_name = "N", conflicts_with = "context_ids")]
     needles: usize,
@@ -81,6 +98,24 @@ enum Modes {
     Star,
     Dense,
     Both,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Anchor {
+    /// Every host encodes the anchor's tokens
+    Encoded,
+    /// Host 0 sends them, layer by layer
+    Received,
+    /// What is faster by the cost model
+    Cheapest,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Generated {
+    /// All on the last host
+    QueryHost,
+    /// Dealt to the hosts in turn
+    RoundRobin,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -127,7 +162,10 @@ fn main() -> ExitCode {
 /// Its element-wise operations share one pool of spinning threads, for which the hosts would queue, and every matrix product counts the
 /// machine's cores anew, by parsing a file. Both can be changed only through the environment.
 fn tame_candle() {
-    for (name, threads) in [("CANDLE_NUM_THREADS", 1), ("RAYON_NUM_THREADS", threads_per_host(1))] {
+    // Processes that mpirun started on this machine, if it did, by Open MPI or MPICH.
+    let started = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"].map(|name| std::env::var(name).ok());
+    let processes = started.into_iter().flatten().find_map(|count| count.parse().ok()).unwrap_or(1);
+    for (name, threads) in [("CANDLE_NUM_THREADS", 1), ("RAYON_NUM_THREADS", threads_per_host(processes))] {
         if std::env::var_os(name).is_none() {
             // SAFETY: called first in `main`, when no other thread can read the environment.
             unsafe { std::env::set_var(name, threads.to_string()) };
@@ -137,12 +175,23 @@ fn tame_candle() {
 
 fn answer(args: &Args) -> Result<()> {
     within("--generate", args.generate, MOST_GENERATED)?;
-    within("--hosts", args.hosts, MOST_HOSTS)?;
+    let timeout = Duration::try_from_secs_f64(args.timeout).map_err(|error| {
+        Error::input("--timeout", format!("expected seconds, got {}: {error}", args.timeout))
+    })?;
+    if let Some(hosts) = args.hosts {
+        within("--hosts", hosts, MOST_HOSTS)?;
+    }
     if let Some(queries) = args.queries {
         within("--queries", queries, MOST_QUERIES)?;
     }
     if let Some(path) = &args.save_logits {
         check_writable(path)?;
+        if args.engine != Engine::Threads {
+            return Err(Error::input(
+                "--save-logits",
+                "only one of the processes has logits; use --engine threads",
+            ));
+        }
     }
     let directory = args
         .model
@@ -159,29 +208,76 @@ fn answer(args: &Args) -> Result<()> {
     });
     let model = Llama::load(&directory, dtype)?;
     let tasks = tasks(args, &model, &vocabulary)?;
-    let context_len = tasks[0].context.len();
-    let block_len = args.block_len.unwrap_or_else(|| context_len.div_ceil(args.hosts.max(1)).max(1));
-    let layout = StarLayout::new(context_len, block_len, args.anchor_len.unwrap_or(block_len), args.hosts)?;
+    let group = args.engine.group(&GroupConfig { timeout, ..GroupConfig::default() })?;
+    let group = group.as_deref();
+    let speaks = group.is_none_or(|group| group.rank() == 0);
+    let scheme = scheme(args, &model, group, &tasks[0].context)?;
     let modes = match args.mode {
-        Modes::Star => vec![("star", Mode::Star(layout))],
+        Modes::Star => vec![("star", Mode::Star(scheme))],
         Modes::Dense => vec![("dense", Mode::Dense)],
-        Modes::Both => vec![("star", Mode::Star(layout)), ("dense", Mode::Dense)],
+        Modes::Both => vec![("star", Mode::Star(scheme)), ("dense", Mode::Dense)],
     };
-    println!("{}", headline(&model, &tasks, layout));
+    if speaks {
+        println!("{}", headline(&model, &tasks, &scheme));
+    }
     let results = modes
         .iter()
-        .map(|&(name, mode)| Ok((name, total(args, &model, name, mode, &tasks)?)))
+        // Dense attention is the work of one host.
+        .filter(|&&(_, mode)| speaks || mode != Mode::Dense)
+        .map(|&(name, mode)| Ok((name, total(args, &model, group, name, mode, &tasks)?)))
         .collect::<Result<Vec<_>>>()?;
-    print!(
-        "\n{}\n{}",
-        answers(&vocabulary, &tasks, &results),
-        costs(&model, args.generate, &tasks, &results)
-    );
-    println!("\n{}", reading(args.hosts));
+    if speaks {
+        print!(
+            "\n{}\n{}",
+            answers(&vocabulary, &tasks, &results),
+            costs(&model, args.generate, &tasks, &results)
+        );
+        println!("\n{}", reading(scheme.layout.hosts(), args.engine));
+    }
     if let Some(path) = &args.save_logits {
         save_logits(path, &results)?;
     }
     Ok(())
+}
+
+/// Star Attention as the options ask for it.
+fn scheme(args: &Args, model: &Llama, group: Option<&dyn Collective>, context: &[u32]) -> Result<Scheme> {
+    let hosts = group.map_or(args.hosts.unwrap_or(4), |group| group.size());
+    if args.hosts.is_some_and(|asked| asked != hosts) {
+        return Err(Error::input("--hosts", format!("there are {hosts} processes")));
+    }
+    let block_len = args.block_len.unwrap_or_else(|| context.len().div_ceil(hosts).max(1));
+    let layout = StarLayout::new(context.len(), block_len, args.anchor_len.unwrap_or(block_len), hosts)?;
+    let anchor = match args.anchor {
+        Anchor::Encoded => AnchorKv::Encoded,
+        Anchor::Received => AnchorKv::Received,
+        Anchor::Cheapest => {
+            let link = group
+                .map_or_else(|| Ok::<_, Error>(ThreadGroup::ranks(1)?[0].link()), |group| Ok(group.link()))?;
+            cheapest_anchor(model, group, &layout, &link, context)?
+        }
+    };
+    let generated = match args.generated {
+        Generated::QueryHost => GeneratedKv::QueryHost,
+        Generated::RoundRobin => GeneratedKv::RoundRobin,
+    };
+    Ok(Scheme { layout, anchor, generated })
+}
+
+/// What host 0 finds cheaper: all must do the same.
+fn cheapest_anchor(
+    model: &Llama,
+    group: Option<&dyn Collective>,
+    layout: &StarLayout,
+    link: &Link,
+    context: &[u32],
+) -> Result<AnchorKv> {
+    let anchor = advice::cheapest_anchor(model, layout, link, context)?;
+    let mut received = [u8::from(anchor == AnchorKv::Received)];
+    if let Some(group) = group {
+        group.broadcast(0, &mut received)?;
+    }
+    Ok(if received == [1] { AnchorKv::Received } else { AnchorKv::Encoded })
 }
 
 /// Refuses 0, and numbers that no run could end with.
@@ -231,7 +327,14 @@ fn read_ids(model: &Llama, argument: &str, path: &Path) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
-fn total(args: &Args, model: &Llama, name: &'static str, mode: Mode, tasks: &[Task]) -> Result<Total> {
+fn total(
+    args: &Args,
+    model: &Llama,
+    group: Option<&dyn Collective>,
+    name: &'static str,
+    mode: Mode,
+    tasks: &[Task],
+) -> Result<Total> {
     let jobs: Vec<Job> = tasks
         .iter()
         .map(|task| Job {
@@ -242,19 +345,23 @@ fn total(args: &Args, model: &Llama, name: &'static str, mode: Mode, tasks: &[Ta
         })
         .collect();
     let style = ProgressStyle::with_template("{msg:5} [{elapsed_precise}] {wide_bar} {percent}% eta {eta}");
-    let bar = ProgressBar::new(jobs.iter().map(|job| ticks(model, mode, job)).sum())
-        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        .with_message(name);
+    let steps = jobs.iter().map(|job| ticks(model, group.is_some(), mode, job)).sum();
+    let bar = if group.is_none_or(|group| group.rank() == 0) {
+        ProgressBar::new(steps).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    } else {
+        ProgressBar::hidden()
+    };
+    bar.set_message(name);
     bar.enable_steady_tick(Duration::from_millis(200));
-    let runs = jobs.iter().map(|job| run(model, mode, job, &bar)).collect::<Result<Vec<Run>>>();
+    let runs = jobs.iter().map(|job| run(model, group, mode, job, &bar)).collect::<Result<Vec<Run>>>();
     bar.finish_and_clear();
     let runs = runs?;
     Ok(Total {
         encode_time: runs.iter().map(|run| run.encode_time).sum::<Duration>() / runs.len() as u32,
         query_time: runs.iter().map(|run| run.query_time).sum(),
         kv_bytes: runs[0].kv_bytes.clone(),
-        sent: runs.iter().map(|run| run.traffic.bytes).sum(),
-        collectives: runs.iter().map(|run| run.traffic.collectives).sum(),
+        traffic: runs.iter().fold(Traffic::default(), |sum, run| sum + run.traffic),
+        checksum: runs.iter().fold(0, |sum, run| fold(sum, run.checksum)),
         answers: runs.into_iter().flat_map(|run| run.answers).collect(),
     })
 }

@@ -4,6 +4,7 @@
 
 use super::config::Config;
 use super::error::{Error, Result};
+use super::host::fold;
 use super::weights::Weights;
 use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;
@@ -56,6 +57,16 @@ impl Llama {
             frequencies: config.rope_frequencies(),
             config,
         })
+    }
+
+    /// A number that differs for other weights: of the embedding and the last norm's.
+    ///
+    /// # Errors
+    /// Errors of candle.
+    pub fn fingerprint(&self) -> Result<u64> {
+        let rows = self.embedding.narrow(0, 0, self.config.vocab_size.min(64))?;
+        let weights = [rows.flatten_all()?.to_vec1::<f32>()?, self.norm.to_vec1::<f32>()?].concat();
+        Ok(weights.iter().fold(0, |sum, x| fold(sum, u64::from(x.to_bits()))))
     }
 
     /// Refuses ids outside the vocabulary.

@@ -1,11 +1,13 @@
 //! What was run, what was answered, and what it cost.
 
+use super::engine::Engine;
 use super::haystack::ANSWER_LEN;
 use super::model::Llama;
-use super::run::{Answer, threads_per_host};
+use super::run::{Answer, Scheme, threads_per_host};
 use super::table::{bytes, table, time};
 use super::vocabulary::Vocabulary;
-use star_attention::StarLayout;
+use star_attention::GeneratedKv;
+use star_attention::comm::{AnchorKv, Traffic};
 use std::time::Duration;
 
 /// A context and what is asked about it.
@@ -23,15 +25,16 @@ pub struct Total {
     pub encode_time: Duration,
     pub query_time: Duration,
     pub kv_bytes: Vec<usize>,
-    pub sent: u64,
-    pub collectives: u64,
+    pub traffic: Traffic,
+    /// Of the bits of all merged outputs: the same on every host.
+    pub checksum: u64,
 }
 
 /// What is run.
-pub fn headline(model: &Llama, tasks: &[Task], layout: StarLayout) -> String {
-    let config = &model.config;
+pub fn headline(model: &Llama, tasks: &[Task], scheme: &Scheme) -> String {
+    let (config, layout) = (&model.config, scheme.layout);
     format!(
-        "Llama of {} layers, {}/{} heads of {}, {:?} | {} context of {} tokens | star: {} hosts, blocks of {}, anchor of {}",
+        "Llama of {} layers, {}/{} heads of {}, {:?} | {} context of {} tokens | star: {} hosts, blocks of {}, anchor of {}, {}; new KV {}",
         config.layers,
         config.heads,
         config.kv_heads,
@@ -42,6 +45,14 @@ pub fn headline(model: &Llama, tasks: &[Task], layout: StarLayout) -> String {
         layout.hosts(),
         layout.block_len(),
         layout.anchor_len(),
+        match scheme.anchor {
+            AnchorKv::Encoded => "encoded by each",
+            AnchorKv::Received => "received from host 0",
+        },
+        match scheme.generated {
+            GeneratedKv::QueryHost => "on the query host",
+            GeneratedKv::RoundRobin => "dealt to all",
+        },
     )
 }
 
@@ -84,7 +95,8 @@ pub fn costs(model: &Llama, generate: usize, tasks: &[Task], results: &[(&'stati
         "phase 2: per token",
         "KV of the context, per host",
         "sent per layer and token",
-        "collectives per layer and token",
+        "messages per layer and token",
+        "merged outputs, on all hosts",
     ];
     let mut rows = headings.map(|heading| vec![heading.to_owned()]);
     let dense = results.iter().find(|(name, _)| *name == "dense").map(|(_, dense)| dense.encode_time);
@@ -110,8 +122,9 @@ pub fn costs(model: &Llama, generate: usize, tasks: &[Task], results: &[(&'stati
             dense.map_or_else(|| "-".to_owned(), |dense| format!("{:.2}x", dense.as_secs_f64() / encode)),
             time(total.query_time.as_secs_f64() / generated),
             bytes(total.kv_bytes.iter().copied().max().unwrap_or(0) as f64),
-            bytes(total.sent as f64 / layers_tokens),
-            format!("{:.2}", total.collectives as f64 / layers_tokens),
+            bytes(total.traffic.bytes as f64 / layers_tokens),
+            format!("{:.2}", total.traffic.messages as f64 / layers_tokens),
+            format!("{:016x}", total.checksum),
         ];
         rows.iter_mut().zip(column).for_each(|(row, cell)| row.push(cell));
     }
@@ -119,12 +132,18 @@ pub fn costs(model: &Llama, generate: usize, tasks: &[Task], results: &[(&'stati
 }
 
 /// How the times are to be read.
-pub fn reading(hosts: usize) -> String {
+pub fn reading(hosts: usize, engine: Engine) -> String {
     let (cores, each) = (threads_per_host(1), threads_per_host(hosts));
-    format!(
-        "Wall time on this machine, whose {cores} cores dense has for itself and star's {hosts} hosts share, {each} for each: the\n\
-         speed-up is that on equal hardware. Hosts on machines of their own would have more of it."
-    )
+    match engine {
+        Engine::Threads => format!(
+            "Wall time on this machine, whose {cores} cores dense has for itself and star's {hosts} hosts share, {each} for each: the\n\
+             speed-up is that on equal hardware. Hosts on machines of their own would have more of it."
+        ),
+        Engine::Mpi => format!(
+            "Wall time of {hosts} processes, and of one of them for dense. The last line tells the bits that all have: any other engine must give\n\
+             the same."
+        ),
+    }
 }
 
 /// Tokens of `answer` that are as expected, and how many there could be.

@@ -1,12 +1,12 @@
-//! A group of hosts, as threads of this process, that answers queries about a context.
+//! A group of hosts that answers queries about a context: threads of this process, or processes of which this is one.
 
 use super::error::{Error, Result};
-use super::host::Host;
+use super::host::{Host, fold, shape};
 use super::model::Llama;
 use candle_core::{DType, Tensor, WithDType};
 use indicatif::ProgressBar;
-use star_attention::comm::{Collective, ThreadGroup, Traffic};
-use star_attention::{Element, Mask, StarLayout, bf16, f16};
+use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, ThreadGroup, Traffic, agree};
+use star_attention::{Element, GeneratedKv, Mask, StarLayout, bf16, f16};
 use std::num::NonZero;
 use std::time::{Duration, Instant};
 
@@ -22,12 +22,26 @@ pub struct Job<'a> {
 }
 
 /// How the context is encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mode {
-    /// Star Attention over the hosts of a layout.
-    Star(StarLayout),
+    /// Star Attention.
+    Star(Scheme),
     /// Plain causal attention on one host.
     Dense,
+}
+
+/// Star Attention over the hosts of a layout.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scheme {
+    pub layout: StarLayout,
+    pub anchor: AnchorKv,
+    pub generated: GeneratedKv,
+}
+
+impl From<StarLayout> for Scheme {
+    fn from(layout: StarLayout) -> Self {
+        Self { layout, anchor: AnchorKv::default(), generated: GeneratedKv::default() }
+    }
 }
 
 /// What came of a job.
@@ -40,8 +54,10 @@ pub struct Run {
     pub query_time: Duration,
     /// Of each host: the KV it holds for the context, over all layers.
     pub kv_bytes: Vec<usize>,
-    /// What the query host sent and received in phase 2.
+    /// What the query host sent in phase 2.
     pub traffic: Traffic,
+    /// Of the bits of all merged outputs: the same on every host.
+    pub checksum: u64,
 }
 
 /// The tokens generated for a query.
@@ -51,7 +67,7 @@ pub struct Answer {
     pub logits: Option<Tensor>,
 }
 
-/// How long a host waits for another: one with a shorter share of a long context is done much earlier. One that fails or
+/// How long threads wait for each other: one with a shorter share of a long context is done much earlier. One that fails or
 /// panics is noticed at once.
 const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -60,28 +76,40 @@ pub fn threads_per_host(hosts: usize) -> usize {
     (std::thread::available_parallelism().map_or(1, NonZero::get) / hosts).max(1)
 }
 
-/// Steps of the progress bar for a job.
-pub fn ticks(model: &Llama, mode: Mode, job: &Job) -> u64 {
+/// Steps of the progress bar for a job: those of all threads, or of one process.
+pub fn ticks(model: &Llama, processes: bool, mode: Mode, job: &Job) -> u64 {
     let hosts = match mode {
-        Mode::Star(layout) => layout.hosts(),
-        Mode::Dense => 1,
+        Mode::Star(scheme) if !processes => scheme.layout.hosts(),
+        _ => 1,
     };
     (hosts * model.config.layers + job.queries.len()) as u64
 }
 
-/// Runs a job.
+/// Runs a job: as one process of a group, or with threads as hosts.
 ///
 /// # Errors
 /// Those of the model, or of the first host that failed.
-pub fn run(model: &Llama, mode: Mode, job: &Job, bar: &ProgressBar) -> Result<Run> {
+pub fn run(
+    model: &Llama,
+    processes: Option<&dyn Collective>,
+    mode: Mode,
+    job: &Job,
+    bar: &ProgressBar,
+) -> Result<Run> {
     match model.dtype {
-        DType::F16 => run_as::<f16>(model, mode, job, bar),
-        DType::BF16 => run_as::<bf16>(model, mode, job, bar),
-        _ => run_as::<f32>(model, mode, job, bar),
+        DType::F16 => run_as::<f16>(model, processes, mode, job, bar),
+        DType::BF16 => run_as::<bf16>(model, processes, mode, job, bar),
+        _ => run_as::<f32>(model, processes, mode, job, bar),
     }
 }
 
-fn run_as<T: Element + WithDType>(model: &Llama, mode: Mode, job: &Job, bar: &ProgressBar) -> Result<Run> {
+fn run_as<T: Element + WithDType>(
+    model: &Llama,
+    processes: Option<&dyn Collective>,
+    mode: Mode,
+    job: &Job,
+    bar: &ProgressBar,
+) -> Result<Run> {
     model.check_ids("context", job.context)?;
     for query in job.queries {
         model.check_ids("query", query)?;
@@ -89,16 +117,20 @@ fn run_as<T: Element + WithDType>(model: &Llama, mode: Mode, job: &Job, bar: &Pr
             return Err(Error::input("query", "expected at least 1 token, got none"));
         }
     }
-    let layout = match mode {
-        Mode::Star(layout) => layout,
-        Mode::Dense => StarLayout::new(job.context.len(), job.context.len().max(1), 0, 1)?,
+    let scheme = match mode {
+        Mode::Star(scheme) => scheme,
+        Mode::Dense => StarLayout::new(job.context.len(), job.context.len().max(1), 0, 1)?.into(),
     };
+    let (layout, start) = (scheme.layout, Instant::now());
     if layout.context_len() != job.context.len() {
         let reason =
             format!("expected the layout's {} tokens, got {}", layout.context_len(), job.context.len());
         return Err(Error::input("context", reason));
     }
-    let start = Instant::now();
+    if let (Some(group), Mode::Star(_)) = (processes, mode) {
+        let report = answer::<T, _>(model, mode, scheme, job, group, start, bar)?;
+        return gather(gather_costs(group, report)?, layout.query_host());
+    }
     let reports: Vec<Result<Report>> = std::thread::scope(|scope| {
         let host = |(rank, group)| {
             let work = move || {
@@ -106,11 +138,15 @@ fn run_as<T: Element + WithDType>(model: &Llama, mode: Mode, job: &Job, bar: &Pr
                 let threads = threads_per_host(layout.hosts());
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
                 let pool = pool.map_err(|error| Error::Host { rank, reason: error.to_string() })?;
-                pool.install(|| answer::<T>(model, mode, layout, job, group, start, bar))
+                pool.install(|| {
+                    let group: ThreadGroup = group;
+                    answer::<T, _>(model, mode, scheme, job, &group, start, bar)
+                })
             };
             (rank, std::thread::Builder::new().spawn_scoped(scope, work))
         };
-        let group = ThreadGroup::ranks_with_timeout(layout.hosts(), PATIENCE)?;
+        let config = GroupConfig { timeout: PATIENCE, ..GroupConfig::default() };
+        let group = ThreadGroup::ranks_with(layout.hosts(), &config)?;
         let threads: Vec<_> = group.into_iter().enumerate().map(host).collect();
         let join = |(rank, thread): (usize, std::io::Result<std::thread::ScopedJoinHandle<'_, _>>)| {
             let thread = thread.map_err(|error| Error::Host { rank, reason: error.to_string() })?;
@@ -118,35 +154,42 @@ fn run_as<T: Element + WithDType>(model: &Llama, mode: Mode, job: &Job, bar: &Pr
         };
         Ok::<_, Error>(threads.into_iter().map(join).collect())
     })?;
-    gather(reports, layout.query_host())
+    gather(whole(reports)?, layout.query_host())
 }
 
 /// What one host has to tell.
 struct Report {
+    costs: Costs,
+    answers: Vec<Answer>,
+}
+
+#[derive(Clone, Copy)]
+struct Costs {
     encode_time: Duration,
     query_time: Duration,
     kv_bytes: usize,
     traffic: Traffic,
-    answers: Vec<Answer>,
+    checksum: u64,
 }
 
 /// The program of every host.
-fn answer<T: Element + WithDType>(
+fn answer<T: Element + WithDType, C: Collective + ?Sized>(
     model: &Llama,
     mode: Mode,
-    layout: StarLayout,
+    scheme: Scheme,
     job: &Job,
-    group: ThreadGroup,
+    group: &C,
     start: Instant,
     bar: &ProgressBar,
 ) -> Result<Report> {
-    let local = layout.host(group.rank())?;
+    agree(group, &agreement(model, scheme, job)?)?;
+    let local = scheme.layout.host(group.rank())?;
     let mask = match mode {
         Mode::Star(_) => local.mask(),
         Mode::Dense => Mask::Causal,
     };
-    let longest = job.queries.iter().map(Vec::len).max().unwrap_or(0) + job.generate;
-    let mut host = Host::<T, _>::new(model, local, layout.query_host(), longest, group)?;
+    let longest = job.queries.iter().map(Vec::len).max().unwrap_or(0);
+    let mut host = Host::<T, _>::new(model, scheme, longest + job.generate, longest, group)?;
     host.encode(job.context, mask, || bar.inc(1))?;
     let (encode_time, kv_bytes) = (start.elapsed(), host.kv_bytes());
     host.wait_for_all()?;
@@ -155,29 +198,49 @@ fn answer<T: Element + WithDType>(
     for query in job.queries {
         host.forget_query();
         let rows = if job.all_logits { query.len() } else { 1 };
-        let mut logits = vec![host.attend(query, layout.query_position(), rows)?];
+        let mut logits = vec![host.attend(query, 0, rows)?];
         let mut tokens = Vec::new();
         while tokens.len() < job.generate {
             let token = host.choose(&logits[logits.len() - 1])?;
-            let position = layout.query_position() + query.len() + tokens.len();
+            let before = query.len() + tokens.len();
             tokens.push(token);
             // The last token is run through the model only if its logits are wanted.
             if tokens.len() < job.generate || job.all_logits {
-                logits.push(host.attend(&[token], position, 1)?);
+                logits.push(host.attend(&[token], before, 1)?);
             }
         }
+        let logits = (job.all_logits && host.is_query_host()).then(|| Tensor::cat(&logits, 0)).transpose()?;
+        answers.push(Answer { tokens, logits });
         if host.is_query_host() {
-            let logits = job.all_logits.then(|| Tensor::cat(&logits, 0)).transpose()?;
-            answers.push(Answer { tokens, logits });
             bar.inc(1);
         }
     }
     let traffic = host.group().traffic() - before;
-    Ok(Report { encode_time, query_time: start.elapsed(), kv_bytes, traffic, answers })
+    let costs =
+        Costs { encode_time, query_time: start.elapsed(), kv_bytes, traffic, checksum: host.checksum() };
+    Ok(Report { costs, answers })
 }
 
-/// One run from the reports of all hosts; or the error that made the others fail.
-fn gather(reports: Vec<Result<Report>>, query_host: usize) -> Result<Run> {
+fn agreement(model: &Llama, scheme: Scheme, job: &Job) -> Result<Agreement> {
+    let asked = job.queries.iter().flatten().chain(job.context).map(|&id| u64::from(id));
+    let sizes = [job.generate as u64, job.queries.len() as u64, model.fingerprint()?];
+    Ok(Agreement {
+        layout: scheme.layout,
+        shape: shape(model, 0, 0),
+        layers: model.config.layers,
+        dtype: match model.dtype {
+            DType::F16 => star_attention::DType::F16,
+            DType::BF16 => star_attention::DType::BF16,
+            _ => star_attention::DType::F32,
+        },
+        anchor: scheme.anchor,
+        generated: scheme.generated,
+        model: sizes.into_iter().chain(asked).fold(0, fold),
+    })
+}
+
+/// The reports of all threads; or the error that made the others fail.
+fn whole(reports: Vec<Result<Report>>) -> Result<Vec<Report>> {
     let mut hosts = Vec::new();
     let mut failure = None;
     for report in reports {
@@ -189,11 +252,49 @@ fn gather(reports: Vec<Result<Report>>, query_host: usize) -> Result<Run> {
             Err(error) => return Err(error),
         }
     }
-    if let Some(error) = failure {
-        return Err(error);
+    failure.map_or(Ok(hosts), Err)
+}
+
+/// This process's report, and the costs of all others, which have the same answers.
+fn gather_costs(group: &dyn Collective, report: Report) -> Result<Vec<Report>> {
+    const WORDS: usize = 7;
+    let Costs { encode_time, query_time, kv_bytes, traffic, checksum } = report.costs;
+    let times = [encode_time, query_time].map(|time| time.as_nanos() as u64);
+    let sent = [traffic.collectives, traffic.messages, traffic.bytes];
+    let words = [&times[..], &[kv_bytes as u64], &sent, &[checksum]].concat();
+    let mine: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let mut all = vec![0; group.size() * mine.len()];
+    group.all_gather(&mine, &mut all)?;
+    let words: Vec<u64> =
+        all.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes"))).collect();
+    let mut answers = Some(report.answers);
+    let query_host = group.size() - 1;
+    Ok(words
+        .chunks_exact(WORDS)
+        .enumerate()
+        .map(|(rank, words)| Report {
+            costs: Costs {
+                encode_time: Duration::from_nanos(words[0]),
+                query_time: Duration::from_nanos(words[1]),
+                kv_bytes: words[2] as usize,
+                traffic: Traffic { collectives: words[3], messages: words[4], bytes: words[5] },
+                checksum: words[6],
+            },
+            answers: if rank == query_host { answers.take().unwrap_or_default() } else { Vec::new() },
+        })
+        .collect())
+}
+
+/// One run from the reports of all hosts.
+fn gather(mut hosts: Vec<Report>, query_host: usize) -> Result<Run> {
+    let checksum = hosts[query_host].costs.checksum;
+    if let Some(rank) = hosts.iter().position(|host| host.costs.checksum != checksum) {
+        let reason = "its merged outputs have other bits than the query host's".into();
+        return Err(Error::Host { rank, reason });
     }
-    let encode_time = hosts.iter().map(|host| host.encode_time).max().unwrap_or_default();
-    let kv_bytes = hosts.iter().map(|host| host.kv_bytes).collect();
-    let Report { query_time, traffic, answers, .. } = hosts.swap_remove(query_host);
-    Ok(Run { answers, encode_time, query_time, kv_bytes, traffic })
+    let encode_time = hosts.iter().map(|host| host.costs.encode_time).max().unwrap_or_default();
+    let kv_bytes = hosts.iter().map(|host| host.costs.kv_bytes).collect();
+    let Report { costs, answers } = hosts.swap_remove(query_host);
+    let Costs { query_time, traffic, .. } = costs;
+    Ok(Run { answers, encode_time, query_time, kv_bytes, traffic, checksum })
 }

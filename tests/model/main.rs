@@ -61,7 +61,7 @@ fn answers(
     generate: usize,
 ) -> Result<Vec<Answer>> {
     let job = Job { context, queries, generate, all_logits: true };
-    Ok(run::run(model, mode, &job, &ProgressBar::hidden())?.answers)
+    Ok(run::run(model, None, mode, &job, &ProgressBar::hidden())?.answers)
 }
 
 /// Each row of the logits against the literal implementation's, run on the query and the answer's tokens.
@@ -111,7 +111,7 @@ fn star_equals_the_literal_per_block_encoding() {
         let context = ids(context_len, 50, context_len as u64);
         for hosts in [1, 2, 3, 4, 9] {
             let layout = StarLayout::new(context_len, block_len, anchor_len, hosts).unwrap();
-            let answers = answers(&model, Mode::Star(layout), &context, &queries, 3).unwrap();
+            let answers = answers(&model, Mode::Star(layout.into()), &context, &queries, 3).unwrap();
             for (answer, query) in answers.iter().zip(&queries) {
                 assert_eq!(answer.tokens.len(), 3);
                 assert_logits(answer, query, 1e-4, |inputs| {
@@ -152,7 +152,7 @@ fn the_retrieval_llama_equals_the_literal_one() {
     let queries: Vec<Vec<u32>> = haystack.needles.iter().map(|needle| needle.query()).collect();
     for (block_len, anchor_len, hosts) in [(75, 75, 4), (64, 20, 3)] {
         let layout = StarLayout::new(300, block_len, anchor_len, hosts).unwrap();
-        let star = answers(&model, Mode::Star(layout), &haystack.context, &queries, 2).unwrap();
+        let star = answers(&model, Mode::Star(layout.into()), &haystack.context, &queries, 2).unwrap();
         for (answer, query) in star.iter().zip(&queries) {
             assert_logits(answer, query, 1e-4, |inputs| {
                 literal.star(&haystack.context, block_len, anchor_len, inputs)
@@ -176,7 +176,7 @@ fn long_sequences_equal_the_literal_model() {
     let literal = Literal::new(&config, &tensors);
     let (context, query) = (ids(1300, 50, 4), ids(600, 50, 5));
     let layout = StarLayout::new(1300, 700, 600, 2).unwrap();
-    let star = answers(&model, Mode::Star(layout), &context, std::slice::from_ref(&query), 1).unwrap();
+    let star = answers(&model, Mode::Star(layout.into()), &context, std::slice::from_ref(&query), 1).unwrap();
     assert_logits(&star[0], &query, 1e-4, |inputs| literal.star(&context, 700, 600, inputs));
 }
 
@@ -188,7 +188,7 @@ fn every_run_gives_the_same_bits() {
     let (context, queries) = (ids(90, 50, 3), [ids(4, 50, 1)]);
     let layout = StarLayout::new(90, 16, 8, 4).unwrap();
     let run = || {
-        let answers = answers(&model, Mode::Star(layout), &context, &queries, 4).unwrap();
+        let answers = answers(&model, Mode::Star(layout.into()), &context, &queries, 4).unwrap();
         (answers[0].tokens.clone(), answers[0].logits.as_ref().unwrap().to_vec2::<f32>().unwrap())
     };
     let first = run();
@@ -205,7 +205,7 @@ fn a_shard_holds_the_host_s_own_tokens_only() {
     let context = ids(61, 50, 3);
     let job = Job { context: &context, queries: &[ids(2, 50, 1)], generate: 2, all_logits: false };
     let layout = StarLayout::new(61, 16, 16, 3).unwrap();
-    let run = run::run(&model, Mode::Star(layout), &job, &ProgressBar::hidden()).unwrap();
+    let run = run::run(&model, None, Mode::Star(layout.into()), &job, &ProgressBar::hidden()).unwrap();
     // Keys and values of 2 layers, 2 heads of 8 elements, 4 bytes each.
     let token = 2 * 2 * 2 * 8 * 4;
     assert_eq!(run.kv_bytes, [32 * token, 16 * token, 13 * token]);
@@ -225,7 +225,8 @@ fn bad_jobs_are_refused() {
         (good.clone(), vec![], "query"),
         (good[1..].to_vec(), vec![1], "context"),
     ] {
-        let error = answers(&model, Mode::Star(layout), &context, &[query], 1).err().expect("an error");
+        let error =
+            answers(&model, Mode::Star(layout.into()), &context, &[query], 1).err().expect("an error");
         assert!(matches!(&error, Error::Input { argument, .. } if argument == named), "{error}");
     }
 }
