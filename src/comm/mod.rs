@@ -18,6 +18,8 @@ mod cost;
 mod merge;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod threads;
 
 pub use agree::{Agreement, agree};
@@ -26,6 +28,8 @@ pub use cost::{AnchorKv, Link, MergeWay};
 pub use merge::{MergePlan, merge};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 pub use threads::ThreadGroup;
 
 use crate::{Error, Result};
@@ -96,7 +100,7 @@ pub struct Traffic {
 
 impl Traffic {
     /// One collective, with so many messages of so many bytes each.
-    fn of(messages: usize, bytes: usize) -> Self {
+    pub(crate) fn of(messages: usize, bytes: usize) -> Self {
         Self { collectives: 1, messages: messages as u64, bytes: messages as u64 * bytes as u64 }
     }
 }

@@ -61,6 +61,15 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// `to..to + bytes.len()` is memory of this device, left alone by others until the copy has ended.
     unsafe fn upload(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies device memory to `bytes` after all earlier work of the stream, and waits until that is done.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    ///
+    /// # Safety
+    /// `from..from + bytes.len()` is memory of this device, written by nobody until this returns.
+    unsafe fn download(&self, stream: &Self::Stream, from: u64, bytes: &mut [u8]) -> Result<()>;
 }
 
 /// The element types that GPU kernels multiply: [`struct@f16`] and [`bf16`].

@@ -222,6 +222,17 @@ impl Device for Driver {
         unsafe { result::memcpy_htod_async(to, bytes, stream.cu_stream()) }
             .map_err(driver("copy to the device"))
     }
+
+    unsafe fn download(&self, stream: &Self::Stream, from: u64, bytes: &mut [u8]) -> Result<()> {
+        self.check_stream(stream)?;
+        if !bytes.is_empty() {
+            self.context.bind_to_thread().map_err(driver("bind the context"))?;
+            // SAFETY: the caller's promise; the copy has ended before this returns.
+            unsafe { result::memcpy_dtoh_async(bytes, from, stream.cu_stream()) }
+                .map_err(driver("copy from the device"))?;
+        }
+        stream.synchronize().map_err(driver("wait for the stream"))
+    }
 }
 
 impl Driver {

@@ -1,7 +1,7 @@
 //! The GPU backend: hand-written kernels for compute capability 8.0 and up, under plans made on the host.
 //!
 //! - [`flash`]: context encoding and query attention, under every mask of the crate;
-//! - [`merge()`]: n partials to one, of the splits of one call or of many hosts;
+//! - [`merge()`]: n partials to one, of the splits of one call or of many hosts; [`HostsMerge`]: with the messages between these;
 //! - [`append()`]: new keys and values to a shard, contiguous or in pages.
 //!
 //! Kernels run on a [`Device`]: a GPU (`driver`, feature `cuda`), or the host, slowly and with every access checked (`simt`, feature `simt`).
@@ -13,6 +13,7 @@ mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub mod flash;
+mod hosts;
 mod merge;
 #[allow(missing_docs, clippy::all)]
 #[rustfmt::skip] // bindgen's output
@@ -23,6 +24,9 @@ pub mod simt;
 
 pub use append::{Rotation, ShardMut, append};
 pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
+#[cfg(feature = "nccl")]
+pub(crate) use hosts::check_exchange;
+pub use hosts::{DeviceCollective, Exchange, HostsMerge, Staged};
 pub use merge::{Partials, merge};
 pub use policy::HEAD_DIMS;
 use policy::{APPEND_THREADS, MERGE_THREADS};

@@ -16,6 +16,7 @@ mod append;
 mod edges;
 mod errors;
 mod faults;
+mod hosts;
 mod merge;
 mod nonfinite;
 mod oracle;

@@ -170,6 +170,13 @@ impl Device for Simt {
         unsafe { bytes.as_ptr().copy_to_nonoverlapping(to, bytes.len()) };
         Ok(())
     }
+
+    unsafe fn download(&self, (): &(), from: u64, bytes: &mut [u8]) -> Result<()> {
+        let from = std::ptr::with_exposed_provenance::<u8>(from as usize);
+        // SAFETY: the caller's promise.
+        unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
 }
 
 /// Sebastiano Vigna's generator: short, and good enough for orders.

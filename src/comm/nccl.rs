@@ -1,0 +1,300 @@
+//! The engine for GPUs, over NCCL: messages go from device memory to device memory, in the order of a stream.
+//!
+//! NCCL is loaded when it is first asked for; nothing of it is needed to build.
+//!
+//! ```no_run
+//! use star_attention::comm::{GroupConfig, Nccl, ThreadGroup};
+//! use star_attention::cuda::driver::Driver;
+//!
+//! # fn main() -> star_attention::Result<()> {
+//! // One process for all of its GPUs, with a thread for each. With a process for each: `Mpi` instead of `ThreadGroup`.
+//! std::thread::scope(|scope| {
+//!     for (gpu, rank) in ThreadGroup::ranks(Driver::count()?)?.into_iter().enumerate() {
+//!         scope.spawn(move || -> star_attention::Result<()> {
+//!             let group = Nccl::over(&rank, &Driver::open(gpu)?, &GroupConfig::default())?;
+//!             // HostsMerge::run(&group, ...) and, in place of stream.synchronize(), group.wait(&stream)?
+//!             Ok(())
+//!         });
+//!     }
+//!     Ok(())
+//! })
+//! # }
+//! ```
+
+use super::{Collective, GroupConfig, Link, Traffic, check_root};
+use crate::cuda::driver::Driver;
+use crate::cuda::{DeviceCollective, Exchange, Span, SpanMut, check_exchange};
+use crate::{Error, Result};
+use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::nccl::{result, sys};
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// GPUs of one machine on NVLink. To be told of a better one.
+const LINK: Link = Link { latency: 10e-6, bandwidth: 200e9 };
+
+/// One rank of a group of GPUs.
+///
+/// Calls only ask for work; whether it was done is told by [`wait`](Self::wait), which has a deadline. Dropping a group that has failed, or whose thread
+/// panics, aborts its work under way.
+#[derive(Debug)]
+pub struct Nccl {
+    communicator: sys::ncclComm_t,
+    context: Arc<CudaContext>,
+    rank: usize,
+    size: usize,
+    link: Link,
+    timeout: Duration,
+    failed: Cell<bool>,
+    traffic: Cell<Traffic>,
+}
+
+// SAFETY: a communicator may be used from any thread, by one at a time; the type is not Sync.
+unsafe impl Send for Nccl {}
+
+/// cudarc panics where there is no NCCL.
+fn check_library() -> Result<()> {
+    // SAFETY: the library may be loaded at any time; cudarc does so next.
+    let load = |name| unsafe { libloading::Library::new(name) };
+    match load("libnccl.so.2").or_else(|_| load("libnccl.so")) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let cause =
+                std::error::Error::source(&error).map_or(error.to_string(), |cause| cause.to_string());
+            Err(Error::Unavailable { what: "NCCL", reason: cause })
+        }
+    }
+}
+
+fn check(
+    operation: &'static str,
+    answer: std::result::Result<result::NcclStatus, result::NcclError>,
+) -> Result<()> {
+    answer.map(|_| ()).map_err(|error| transport(operation, format!("{:?}", error.0)))
+}
+
+fn transport(operation: &'static str, reason: String) -> Error {
+    Error::Transport { engine: "NCCL", operation, reason }
+}
+
+fn driver(operation: &'static str) -> impl Fn(cudarc::driver::DriverError) -> Error {
+    move |source| Error::Driver { operation, source }
+}
+
+impl Nccl {
+    /// A group of the GPUs that the ranks of `group` bring, one each: all its ranks must come here.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] on every rank where one has no NCCL; [`Error::Transport`] for what NCCL answers; errors of `group`.
+    pub fn over(group: &(impl Collective + ?Sized), device: &Driver, config: &GroupConfig) -> Result<Self> {
+        let context = device.context().clone();
+        // All ranks are here, and have NCCL: from here on NCCL itself waits, without a deadline.
+        let library = check_library();
+        let mut ready = vec![0; group.size()];
+        group.all_gather(&[u8::from(library.is_ok())], &mut ready)?;
+        library?;
+        if let Some(rank) = ready.iter().position(|&ready| ready != 1) {
+            return Err(Error::Unavailable { what: "NCCL", reason: format!("rank {rank} has none") });
+        }
+        let mut id = [0u8; 128];
+        if group.rank() == 0 {
+            let unique =
+                result::get_uniqueid().map_err(|error| transport("make an id", format!("{:?}", error.0)))?;
+            id = unique.internal.map(|byte| byte as u8);
+        }
+        group.broadcast(0, &mut id)?;
+        let id = sys::ncclUniqueId { internal: id.map(|byte| byte as _) };
+        context.bind_to_thread().map_err(driver("bind the context"))?;
+        let mut communicator = std::ptr::null_mut();
+        // SAFETY: the handle is written only; all ranks have the id.
+        check("join the group", unsafe {
+            result::comm_init_rank(&mut communicator, group.size() as i32, id, group.rank() as i32)
+        })?;
+        Ok(Self {
+            communicator,
+            context,
+            rank: group.rank(),
+            size: group.size(),
+            link: config.link.unwrap_or(LINK),
+            timeout: config.timeout,
+            failed: Cell::new(false),
+            traffic: Cell::default(),
+        })
+    }
+
+    /// Waits until all that was asked for on a stream has been done, up to the timeout: in place of `stream.synchronize()`.
+    ///
+    /// # Errors
+    /// [`Error::Transport`] if a peer failed, or the work is not done in time; the group is aborted then. [`Error::Driver`] for what the driver answers.
+    pub fn wait(&self, stream: &Arc<CudaStream>) -> Result<()> {
+        let done = stream
+            .record_event(Some(CUevent_flags::CU_EVENT_DISABLE_TIMING))
+            .map_err(driver("record an event"))?;
+        let start = Instant::now();
+        while !done.is_complete() {
+            let mut state = sys::ncclResult_t::ncclSuccess;
+            // SAFETY: the communicator lives; the state is written only.
+            check(
+                "ask for errors",
+                unsafe { sys::ncclCommGetAsyncError(self.communicator, &mut state) }.result(),
+            )?;
+            if let Err(error) = check("wait", state.result()) {
+                self.fail();
+                return Err(error);
+            }
+            if start.elapsed() >= self.timeout {
+                self.fail();
+                return Err(transport("wait", format!("not done within {} s", self.timeout.as_secs_f64())));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Ends work that waits for ranks that will not come.
+    fn fail(&self) {
+        if !self.failed.replace(true) {
+            // SAFETY: the communicator lives, and is not used after this.
+            let _ = unsafe { result::comm_abort(self.communicator) };
+        }
+    }
+
+    /// Calls of one collective, as one piece of work.
+    fn together(&self, sent: Traffic, calls: impl FnOnce() -> Result<()>) -> Result<()> {
+        if self.failed.get() {
+            return Err(Error::Disconnected { rank: self.rank });
+        }
+        self.context.bind_to_thread().map_err(driver("bind the context"))?;
+        check("start a group of calls", result::group_start())?;
+        let called = calls();
+        let ended = check("end a group of calls", result::group_end());
+        if let Err(error) = called.and(ended) {
+            self.fail();
+            return Err(error);
+        }
+        self.traffic.set(self.traffic.get() + sent);
+        Ok(())
+    }
+
+    fn check_stream(&self, stream: &CudaStream) -> Result<()> {
+        if stream.context().cu_ctx() != self.context.cu_ctx() {
+            let name = |context: &CudaContext| format!("a stream of device {}", context.ordinal());
+            return Err(Error::value("stream", name(&self.context), name(stream.context())));
+        }
+        Ok(())
+    }
+}
+
+fn address(span: &Span<'_, Driver, u8>, offset: usize) -> *const std::ffi::c_void {
+    std::ptr::without_provenance((span.address() + offset as u64) as usize)
+}
+
+fn address_mut(span: &SpanMut<'_, Driver, u8>, offset: usize) -> *mut std::ffi::c_void {
+    std::ptr::without_provenance_mut((span.address() + offset as u64) as usize)
+}
+
+const BYTES: sys::ncclDataType_t = sys::ncclDataType_t::ncclInt8;
+
+impl DeviceCollective<Driver> for Nccl {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn link(&self) -> Link {
+        self.link
+    }
+
+    fn all_gather(&self, stream: &Arc<CudaStream>, parts: &[Exchange<'_, Driver>]) -> Result<()> {
+        self.check_stream(stream)?;
+        for part in parts {
+            check_exchange(part, 1, self.size, stream)?;
+        }
+        let bytes = parts.iter().map(|(send, _)| send.len()).sum();
+        self.together(Traffic::of(self.size - 1, bytes), || {
+            parts.iter().try_for_each(|(send, receive)| {
+                let (from, to) = (address(send, 0), address_mut(receive, 0));
+                // SAFETY: the spans are of this device, of the lengths that this call needs, and are borrowed for the stream.
+                check("all-gather", unsafe {
+                    result::all_gather(
+                        from,
+                        to,
+                        send.len(),
+                        BYTES,
+                        self.communicator,
+                        stream.cu_stream().cast(),
+                    )
+                })
+            })
+        })
+    }
+
+    fn all_to_all(&self, stream: &Arc<CudaStream>, parts: &[Exchange<'_, Driver>]) -> Result<()> {
+        self.check_stream(stream)?;
+        for part in parts {
+            check_exchange(part, self.size, self.size, stream)?;
+        }
+        let bytes = parts.iter().map(|(send, _)| send.len() / self.size).sum();
+        self.together(Traffic::of(self.size - 1, bytes), || {
+            for (send, receive) in parts {
+                let len = send.len() / self.size;
+                for peer in 0..self.size {
+                    let (from, to) = (address(send, peer * len), address_mut(receive, peer * len));
+                    // SAFETY: as above; each part is of `len` bytes.
+                    unsafe {
+                        let stream = stream.cu_stream().cast();
+                        check(
+                            "send",
+                            result::send(from, len, BYTES, peer as i32, self.communicator, stream),
+                        )?;
+                        check(
+                            "receive",
+                            result::recv(to, len, BYTES, peer as i32, self.communicator, stream),
+                        )?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn broadcast(
+        &self,
+        stream: &Arc<CudaStream>,
+        root: usize,
+        buffer: &mut SpanMut<'_, Driver, u8>,
+    ) -> Result<()> {
+        check_root(self.size, root)?;
+        self.check_stream(stream)?;
+        buffer.check_stream("buffer", stream)?;
+        let sent = if root == self.rank { self.size - 1 } else { 0 };
+        self.together(Traffic::of(sent, buffer.len()), || {
+            let data = address_mut(buffer, 0);
+            // SAFETY: the span is of this device, and is borrowed for the stream.
+            check("broadcast", unsafe {
+                let stream = stream.cu_stream().cast();
+                result::broadcast(data, data, buffer.len(), BYTES, root as i32, self.communicator, stream)
+            })
+        })
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.traffic.get()
+    }
+}
+
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.fail();
+        } else if !self.failed.get() && self.context.bind_to_thread().is_ok() {
+            // SAFETY: the communicator lives, and is not used after this.
+            let _ = unsafe { result::comm_destroy(self.communicator) };
+        }
+    }
+}
