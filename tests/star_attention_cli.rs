@@ -90,6 +90,29 @@ fn star_and_dense_find_the_needles() {
 }
 
 #[test]
+fn every_scheme_finds_the_needles() {
+    for anchor in ["received", "cheapest"] {
+        let args = [
+            "--context-len",
+            "512",
+            "--needles",
+            "4",
+            "--hosts",
+            "3",
+            "--block-len",
+            "100",
+            "--mode",
+            "star",
+        ];
+        let output = example(&[&args[..], &["--anchor", anchor, "--generated", "round-robin"]].concat());
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "{err}");
+        assert_eq!(out.matches("(right)").count(), 4, "{out}");
+        assert!(out.contains("dealt to all"), "{out}");
+    }
+}
+
+#[test]
 fn logits_are_saved_for_every_query_and_generated_token() {
     let directory = Directory::new("logits");
     let context = directory.file("context.json", b"[0,16,17,18,1,112,200,201,16,17,18]");
@@ -157,6 +180,17 @@ fn bad_input_gives_one_line_and_exit_code_2() {
         (&["--generate", "0"], "--generate"),
         (&["--generate", "1000000000000"], "--generate"),
         (&["--mode", "ring"], "--mode"),
+        (&["--engine", "sockets"], "--engine"),
+        (&["--anchor", "sent"], "--anchor"),
+        (&["--generated", "first"], "--generated"),
+        (&["--timeout", "x"], "--timeout"),
+        (&["--timeout=-1"], "--timeout"),
+        (
+            &["--engine", "mpi", "--context-ids", &ids, "--query-ids", &ids, "--save-logits", &logits],
+            "--save-logits",
+        ),
+        #[cfg(not(feature = "mpi"))]
+        (&["--engine", "mpi"], "MPI"),
         (&["--dtype", "f64"], "--dtype"),
         (&["--seed", "x"], "--seed"),
         (&["--no-such-option"], "--no-such-option"),

@@ -62,7 +62,9 @@ impl Errors {
             self.out = larger(self.out, (f64::from(got) - exact).abs());
             self.lowp = self.lowp.max((round(lowp) - exact).abs());
         }
-        self.lse = larger(self.lse, (f64::from(lse) - exact.lse[0]).abs());
+        // No key, no difference: both are -inf.
+        let lse = f64::from(lse);
+        self.lse = larger(self.lse, if lse == exact.lse[0] { 0.0 } else { (lse - exact.lse[0]).abs() });
         Ok(())
     }
 }

@@ -72,6 +72,30 @@ pub trait Collective: Send {
     fn traffic(&self) -> Traffic;
 }
 
+impl<C: Collective + ?Sized> Collective for Box<C> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+    fn size(&self) -> usize {
+        (**self).size()
+    }
+    fn link(&self) -> Link {
+        (**self).link()
+    }
+    fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        (**self).all_gather(send, receive)
+    }
+    fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        (**self).all_to_all(send, receive)
+    }
+    fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
+        (**self).broadcast(root, buffer)
+    }
+    fn traffic(&self) -> Traffic {
+        (**self).traffic()
+    }
+}
+
 /// What an engine is told.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GroupConfig {

@@ -20,7 +20,7 @@ fn assert_loads(config: &Value, stored: DType, dtype: Option<DType>, tolerance: 
     let dense = answers(&model, Mode::Dense, &context, queries, 1).unwrap();
     assert_logits(&dense[0], &query, tolerance, |inputs| literal.dense(&context, inputs));
     let layout = StarLayout::new(70, 16, 8, 3).unwrap();
-    let star = answers(&model, Mode::Star(layout), &context, queries, 1).unwrap();
+    let star = answers(&model, Mode::Star(layout.into()), &context, queries, 1).unwrap();
     assert_logits(&star[0], &query, tolerance, |inputs| literal.star(&context, 16, 8, inputs));
 }
 

@@ -37,9 +37,10 @@ use error::{Error, Result};
 use indicatif::ProgressBar;
 use literal::Literal;
 use model::Llama;
-use run::{Answer, Job, Mode};
+use run::{Answer, Job, Mode, Scheme};
 use serde_json::json;
-use star_attention::StarLayout;
+use star_attention::comm::AnchorKv;
+use star_attention::{GeneratedKv, StarLayout};
 use std::path::Path;
 
 /// Token ids without a pattern, the same for the same seed.
@@ -117,6 +118,34 @@ fn star_equals_the_literal_per_block_encoding() {
                 assert_logits(answer, query, 1e-4, |inputs| {
                     literal.star(&context, block_len, anchor_len, inputs)
                 });
+            }
+        }
+    }
+}
+
+/// The anchor encoded or received, and new keys on one host or dealt: with fewer blocks than hosts, without an anchor, without a context.
+#[test]
+fn every_scheme_equals_the_literal_per_block_encoding() {
+    let config = config();
+    let tensors = tensors(&config, DType::F32);
+    let directory = write(&config, &tensors);
+    let model = Llama::load(directory.path(), None).unwrap();
+    let literal = Literal::new(&config, &tensors);
+    let queries = [ids(1, 50, 1), ids(7, 50, 3)];
+    for (context_len, block_len, anchor_len, hosts) in
+        [(61, 16, 16, 3), (61, 16, 5, 4), (40, 8, 0, 2), (20, 64, 8, 3), (5, 1, 1, 9), (0, 4, 2, 2)]
+    {
+        let context = ids(context_len, 50, context_len as u64);
+        let layout = StarLayout::new(context_len, block_len, anchor_len, hosts).unwrap();
+        for anchor in [AnchorKv::Encoded, AnchorKv::Received] {
+            for generated in [GeneratedKv::QueryHost, GeneratedKv::RoundRobin] {
+                let scheme = Scheme { layout, anchor, generated };
+                let answers = answers(&model, Mode::Star(scheme), &context, &queries, 5).unwrap();
+                for (answer, query) in answers.iter().zip(&queries) {
+                    assert_logits(answer, query, 1e-4, |inputs| {
+                        literal.star(&context, block_len, anchor_len, inputs)
+                    });
+                }
             }
         }
     }

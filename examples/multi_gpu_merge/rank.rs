@@ -1,0 +1,183 @@
+//! One rank: attention over its shard, and the merge with all others, layer after layer.
+
+use crate::Sizes;
+use crate::backend::Backend;
+use crate::timed::Timed;
+use star_attention::comm::{Collective, MergePlan, Traffic};
+use star_attention::cpu;
+use star_attention::cuda::flash::Plan;
+use star_attention::cuda::{
+    Device, DeviceCollective, DeviceTensor, DeviceTensorMut, HalfElement, HostsMerge,
+};
+use star_attention::merge::Partial;
+use star_attention::{AttentionConfig, AttentionShape, Element, KvShard, Result, TensorView, TensorViewMut};
+use std::time::{Duration, Instant};
+
+/// What came of a rank.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// `[1, query_len, heads, head_dim]`.
+    pub out: Vec<f32>,
+    /// `[1, heads, query_len]`.
+    pub lse: Vec<f32>,
+    /// Of one layer: the median of each.
+    pub attention: Duration,
+    pub message: Duration,
+    pub merge: Duration,
+    /// What one layer has sent, and what the plan said.
+    pub traffic: Traffic,
+    pub planned: Traffic,
+    /// Of the merge.
+    pub way: String,
+}
+
+fn attention_shape(sizes: &Sizes, key_len: usize) -> AttentionShape {
+    let Sizes { query_len, heads: query_heads, kv_heads, head_dim, .. } = *sizes;
+    AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim }
+}
+
+/// Times of attention, message, and all that comes behind attention.
+#[derive(Default)]
+struct Times(Vec<[Duration; 3]>);
+
+impl Times {
+    /// The median of each: attention, message, merge.
+    fn medians(&self) -> [Duration; 3] {
+        [0, 1, 2].map(|step| {
+            let mut times: Vec<Duration> = self.0.iter().map(|times| times[step]).collect();
+            times.sort_unstable();
+            times[times.len() / 2]
+        })
+    }
+}
+
+/// With the CPU backend.
+pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &dyn Fn()) -> Result<Outcome> {
+    let (query, shard) = (sizes.query::<T>(), sizes.shard::<T>(group.rank()));
+    let shape = attention_shape(sizes, shard.len);
+    let mut kv = KvShard::new(1, sizes.kv_heads, sizes.head_dim, shard.len)?;
+    let view = |name, data| TensorView::contiguous(name, data, shape.key_shape());
+    kv.append(view("key", &shard.key.data)?, view("value", &shard.value.data)?)?;
+    let plan = cpu::flash::Plan::new(&AttentionConfig::default(), &shape)?;
+    let extents = shape.query_shape();
+    let mut merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
+    if let Some(way) = sizes.way {
+        merge = merge.with_way(way);
+    }
+    let mut workspace = vec![0.0; plan.workspace_len().max(merge.scratch_len())];
+    let query = TensorView::contiguous("query", &query.data, extents)?;
+    let elements: usize = extents.iter().product();
+    let (mut partial, mut lse) = (vec![0f32; elements], vec![0f32; shape.lse_len()]);
+    let (mut out, mut merged_lse) = (partial.clone(), lse.clone());
+    let (mut times, before) = (Times::default(), group.traffic());
+    for _ in 0..sizes.layers {
+        let start = Instant::now();
+        let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
+        plan.run(query, kv.keys(), kv.values(), view, Some(&mut lse), &mut workspace)?;
+        let attention = start.elapsed();
+        let start = Instant::now();
+        group.take();
+        let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
+        let view = TensorViewMut::contiguous("out", &mut out, extents)?;
+        merge.run(group, &partial, view, &mut merged_lse, &mut workspace)?;
+        let message = group.take();
+        times.0.push([attention, message, start.elapsed() - message]);
+        tick();
+    }
+    let [attention, message, merging] = times.medians();
+    Ok(Outcome {
+        out,
+        lse: merged_lse,
+        attention,
+        message,
+        merge: merging,
+        traffic: per_layer(group.traffic() - before, sizes.layers),
+        planned: merge.traffic(),
+        way: format!("{:?}", merge.way()),
+    })
+}
+
+/// With the kernels, on a device; `message` tells how long messages took since it was last asked.
+pub fn on_device<B: Backend, T: HalfElement>(
+    sizes: &Sizes,
+    backend: &B,
+    group: &impl DeviceCollective<B::Device>,
+    message: &dyn Fn() -> Duration,
+    tick: &dyn Fn(),
+) -> Result<Outcome> {
+    let (query, shard) = (sizes.query::<T>(), sizes.shard::<T>(group.rank()));
+    let shape = attention_shape(sizes, shard.len);
+    let (device, stream) = (backend.device(), backend.stream());
+    let plan = Plan::new(&device.properties(), &AttentionConfig::default(), &shape)?;
+    let extents @ [_, query_len, heads, head_dim] = shape.query_shape();
+    let mut merge = HostsMerge::<f32, f32>::new(extents, group.size(), &group.link())?;
+    if let Some(way) = sizes.way {
+        merge = merge.with_way(way)?;
+    }
+    let elements: usize = extents.iter().product();
+    let [query, key, value] =
+        [&query.data, &shard.key.data, &shard.value.data].map(|data| backend.memory(data));
+    let mut workspace = backend.memory(&vec![0u8; plan.workspace_len()]);
+    let mut scratch = backend.memory(&vec![0u8; merge.scratch_len()]);
+    let (mut partial, mut lse) =
+        (backend.memory(&vec![0f32; elements]), backend.memory(&vec![0f32; shape.lse_len()]));
+    let (mut out, mut merged_lse) =
+        (backend.memory(&vec![0f32; elements]), backend.memory(&vec![0f32; shape.lse_len()]));
+    let sync = backend.memory(&[0u32]);
+    let (mut times, before) = (Times::default(), group.traffic());
+    for _ in 0..sizes.layers {
+        backend.read(&sync);
+        let start = Instant::now();
+        {
+            let tensor = |memory, shape| DeviceTensor::contiguous("input", backend.span(memory), shape);
+            // Heads before tokens, as the merge sends them.
+            let stored = [1, heads, query_len, head_dim];
+            let mut to = DeviceTensorMut::contiguous("partial", backend.span_mut(&mut partial), stored)?
+                .swap_seq_heads();
+            plan.prepare(device, stream, backend.span_mut(&mut workspace))?.run(
+                &tensor(&query, extents)?,
+                &tensor(&key, shape.key_shape())?,
+                &tensor(&value, shape.key_shape())?,
+                &mut to,
+                Some(&mut backend.span_mut(&mut lse)),
+            )?;
+        }
+        backend.read(&sync);
+        let attention = start.elapsed();
+        let start = Instant::now();
+        message();
+        merge.run(
+            group,
+            device,
+            stream,
+            (&backend.span(&partial), &backend.span(&lse)),
+            &mut backend.span_mut(&mut scratch),
+            &mut DeviceTensorMut::contiguous("out", backend.span_mut(&mut out), extents)?,
+            Some(&mut backend.span_mut(&mut merged_lse)),
+        )?;
+        backend.read(&sync);
+        let spent = message();
+        times.0.push([attention, spent, start.elapsed() - spent]);
+        tick();
+    }
+    let [attention, message, merging] = times.medians();
+    Ok(Outcome {
+        out: backend.read(&out),
+        lse: backend.read(&merged_lse),
+        attention,
+        message,
+        merge: merging,
+        traffic: per_layer(group.traffic() - before, sizes.layers),
+        planned: merge.traffic(),
+        way: format!("{:?}", merge.way()),
+    })
+}
+
+fn per_layer(traffic: Traffic, layers: usize) -> Traffic {
+    let layers = layers as u64;
+    Traffic {
+        collectives: traffic.collectives / layers,
+        messages: traffic.messages / layers,
+        bytes: traffic.bytes / layers,
+    }
+}
