@@ -71,7 +71,7 @@ fn option<T: FromStr>(name: &str) -> Option<T> {
     let args: Vec<String> = std::env::args().collect();
     let at = args.iter().position(|arg| arg == name)?;
     let value = args.get(at + 1).and_then(|value| value.parse().ok());
-    Some(value.unwrap_or_else(|| panic!("{name}: expected a value")))
+    Some(value.unwrap_or_else(|| panic!("{name}: missing or out of range")))
 }
 
 /// A comma list of numbers above 0.
@@ -117,7 +117,7 @@ fn tokens(count: usize) -> String {
 fn merge_name(way: MergeWay) -> &'static str {
     match way {
         MergeWay::AllGather => "all-gather",
-        MergeWay::ByHeads => "by heads",
+        MergeWay::ByRows => "by rows",
     }
 }
 

@@ -141,15 +141,16 @@ fn maximum(a: f32, b: f32) -> f32 {
     if a > b || a.is_nan() { a } else { b }
 }
 
+/// Below this a thread's start costs more than the rows it takes over.
+pub(crate) const ROWS_PER_TASK: usize = 64;
+
 /// Calls `row(index of lse, [batch, seq, head], out, lse)` for each row, in the order of row-major outputs, in parallel where there are
 /// many.
-fn for_each_row<O: Element>(
+pub(crate) fn for_each_row<O: Element>(
     out: TensorViewMut<'_, O>,
     lse: &mut [f32],
     row: impl Fn(usize, [usize; 3], &mut [O], &mut f32) + Sync,
 ) -> Result<()> {
-    // Below this a thread's start costs more than the rows it takes over.
-    const ROWS_PER_TASK: usize = 64;
     let [batches, seqs, heads, _] = out.shape();
     let out = SharedRows::new(out);
     let lse = SharedRows::new(TensorViewMut::contiguous("lse", lse, [batches, heads, seqs, 1])?);

@@ -21,7 +21,7 @@ fn merged_outputs_are_right_and_the_same_everywhere() {
             "--query-len",
             "40",
             "--way",
-            "by-heads",
+            "by-rows",
             "--dtype",
             "f32",
             "--layers",
@@ -30,7 +30,7 @@ fn merged_outputs_are_right_and_the_same_everywhere() {
         &["--shards", "0", "--ranks", "2", "--layers", "1"],
         &["--shards", "90", "--ranks", "1", "--dtype", "f16", "--layers", "1"],
         &["--device", "simt", "--query-len", "2"],
-        &["--device", "simt", "--ranks", "2", "--way", "by-heads", "--shards", "70,0", "--head-dim", "64"],
+        &["--device", "simt", "--ranks", "2", "--way", "by-rows", "--shards", "70,0", "--head-dim", "64"],
         &["--device", "simt", "--ranks", "2", "--way", "all-gather", "--shards", "70", "--dtype", "f16"],
     ];
     for args in runs {
@@ -55,7 +55,7 @@ fn bad_input_gives_one_line_and_exit_code_2() {
         (&["--head-dim", "0"], "head_dim"),
         (&["--device", "simt", "--head-dim", "100"], "head_dim"),
         (&["--device", "simt", "--dtype", "f32"], "--dtype"),
-        (&["--device", "simt", "--way", "by-heads", "--ranks", "3"], "way"),
+        (&["--device", "simt", "--way", "by-rows", "--ranks", "3", "--heads", "4"], "way"),
         (&["--timeout=-1"], "--timeout"),
         (&["--engine", "nccl", "--device", "cpu"], "NCCL"),
         (&["--engine", "sockets"], "--engine"),

@@ -109,7 +109,7 @@ enum Way {
     /// What the cost model finds
     Cheapest,
     AllGather,
-    ByHeads,
+    ByRows,
 }
 
 /// The sizes of a run.
@@ -146,7 +146,7 @@ impl Args {
             way: match self.way {
                 Way::Cheapest => None,
                 Way::AllGather => Some(MergeWay::AllGather),
-                Way::ByHeads => Some(MergeWay::ByHeads),
+                Way::ByRows => Some(MergeWay::ByRows),
             },
             seed: self.seed,
         }

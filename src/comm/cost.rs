@@ -67,26 +67,26 @@ fn others(hosts: usize) -> f64 {
 pub enum MergeWay {
     /// One all-gather of every partial; every host merges all rows. The fewest steps: for few query tokens.
     AllGather,
-    /// An all-to-all that gives each host its share of the rows, in the order of heads, of every partial; it merges them, and an
-    /// all-gather of what is merged. The fewest bytes: for many query tokens.
-    ByHeads,
+    /// An all-to-all that gives each host its share of every partial's rows (by heads, where there is one query token and the hosts divide the
+    /// heads); it merges them, and an all-gather of what is merged. The fewest bytes: for many query tokens.
+    ByRows,
 }
 
 impl MergeWay {
     /// The way that takes less time on `link`, for partials of `bytes` a host.
     ///
-    /// By heads from `bytes > α β / ((H-1) (1 - 2/H))` on; with two hosts never.
+    /// By rows from `bytes > α β / ((H-1) (1 - 2/H))` on; with two hosts never.
     pub fn cheapest(link: &Link, hosts: usize, bytes: usize) -> Self {
-        let [all_gather, by_heads] =
-            [Self::AllGather, Self::ByHeads].map(|way| way.seconds(link, hosts, bytes));
-        if by_heads < all_gather { Self::ByHeads } else { Self::AllGather }
+        let [all_gather, by_rows] =
+            [Self::AllGather, Self::ByRows].map(|way| way.seconds(link, hosts, bytes));
+        if by_rows < all_gather { Self::ByRows } else { Self::AllGather }
     }
 
     /// Seconds that messages take this way, for partials of `bytes` a host.
     pub fn seconds(self, link: &Link, hosts: usize, bytes: usize) -> f64 {
         match self {
             Self::AllGather => link.all_gather(hosts, bytes),
-            Self::ByHeads => {
+            Self::ByRows => {
                 link.all_to_all(hosts, bytes) + link.all_gather(hosts, bytes.div_ceil(hosts.max(1)))
             }
         }

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! all-gather   every partial to every host ─▶ merge of all rows
-//! by heads     a share of every partial's rows to each host ─▶ merge of the share ─▶ the merged share to every host
+//! by rows      a share of every partial's rows to each host ─▶ merge of the share ─▶ the merged share to every host
 //! ```
 //!
 //! With `R = batch · seq · heads` rows of `dim` elements, `e` bytes each, in partials and `o` in the output, a rank sends to each of `H - 1` others
 //!
 //! ```text
 //! all-gather   R (dim e + 4) bytes in one message
-//! by heads     ⌈R/H⌉ (dim e + 4) and then ⌈R/H⌉ (dim o + 4) bytes in two
+//! by rows      ⌈R/H⌉ (dim e + 4) and then ⌈R/H⌉ (dim o + 4) bytes in two
 //! ```
 //!
 //! (rows of 16 bits and an odd number of elements are filled up to 4 bytes). Rows are summed in the order of ranks by either way, so the results have the same
@@ -17,8 +17,7 @@
 
 use super::{Collective, Link, MergeWay, Traffic};
 use crate::config::check_rows;
-use crate::merge::{self, Partial, check_lse, merge_row};
-use crate::tensor::SharedRows;
+use crate::merge::{self, Partial, ROWS_PER_TASK, check_lse, for_each_row, merge_row};
 use crate::{Element, Error, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
 use std::marker::PhantomData;
@@ -72,7 +71,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         let share = self.share();
         match self.way {
             MergeWay::AllGather => (self.hosts + 1) * self.part::<T>(self.rows()).words(),
-            MergeWay::ByHeads => {
+            MergeWay::ByRows => {
                 2 * self.hosts * self.part::<T>(share).words()
                     + (self.hosts + 1) * self.part::<O>(share).words()
             }
@@ -84,7 +83,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         let step = |bytes: usize| Traffic::of(self.hosts - 1, bytes);
         match self.way {
             MergeWay::AllGather => step(self.part::<T>(self.rows()).bytes()),
-            MergeWay::ByHeads => {
+            MergeWay::ByRows => {
                 step(self.part::<T>(self.share()).bytes()) + step(self.part::<O>(self.share()).bytes())
             }
         }
@@ -119,7 +118,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         }
         match self.way {
             MergeWay::AllGather => self.all_gather(group, partial, out, lse, &mut scratch[..needed]),
-            MergeWay::ByHeads => self.by_heads(group, partial, out, lse, &mut scratch[..needed]),
+            MergeWay::ByRows => self.by_rows(group, partial, out, lse, &mut scratch[..needed]),
         }
     }
 
@@ -148,7 +147,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         merge::merge(&partials.collect::<Result<Vec<_>>>()?, out, lse)
     }
 
-    fn by_heads(
+    fn by_rows(
         &self,
         group: &(impl Collective + ?Sized),
         partial: &Partial<'_, T>,
@@ -163,16 +162,15 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         let (receive, scratch) = scratch.split_at_mut(self.hosts * part.words());
         let (merged, all) = scratch.split_at_mut(merged_part.words());
 
-        // Rows are numbered as the log-sum-exps are: heads before tokens. The last shares may have fewer, or none.
-        let place = |row: usize| (row / seq / heads, row % seq, row / seq % heads);
+        // Rows are numbered as outputs lie in memory: tokens before heads. The last shares may have fewer, or none.
         for (host, words) in send.chunks_exact_mut(part.words().max(1)).enumerate() {
             let (outs, lses) = part.split_mut::<T>(words);
             for (i, (to, to_lse)) in outs.chunks_exact_mut(dim).zip(lses).enumerate() {
                 let row = host * share + i;
                 if row < rows {
-                    let (batch, seq, head) = place(row);
-                    to.copy_from_slice(partial.row(batch, seq, head));
-                    *to_lse = partial.lse[row];
+                    let (batch, token, head) = (row / heads / seq, row / heads % seq, row % heads);
+                    to.copy_from_slice(partial.row(batch, token, head));
+                    *to_lse = partial.lse[(batch * heads + head) * seq + token];
                 } else {
                     to.fill(T::default());
                     *to_lse = f32::NEG_INFINITY;
@@ -194,22 +192,19 @@ impl<T: Element, O: Element> MergePlan<T, O> {
 
         let parts: Vec<_> =
             all.chunks_exact(merged_part.words().max(1)).map(|words| merged_part.split::<O>(words)).collect();
-        let to = SharedRows::new(out);
-        lse.par_iter_mut().with_min_len(ROWS_PER_TASK).enumerate().for_each(|(row, lse)| {
+        for_each_row(out, lse, |_, [batch, token, head], out, lse| {
+            let row = (batch * seq + token) * heads + head;
             let (outs, lses) = parts[row / share];
-            let (batch, seq, head) = place(row);
-            // SAFETY: every row comes once.
-            unsafe { to.row(batch, seq, head) }.copy_from_slice(&outs[row % share * dim..][..dim]);
+            out.copy_from_slice(&outs[row % share * dim..][..dim]);
             *lse = lses[row % share];
-        });
-        Ok(())
+        })
     }
 
     fn rows(&self) -> usize {
         self.shape[..3].iter().product()
     }
 
-    /// Rows that a host merges by heads.
+    /// Rows that a host merges by rows.
     fn share(&self) -> usize {
         self.rows().div_ceil(self.hosts)
     }
@@ -222,9 +217,6 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         }
     }
 }
-
-/// Below this a thread's start costs more than the rows it takes over.
-const ROWS_PER_TASK: usize = 64;
 
 /// Some rows of a partial in a message: outputs, and then log-sum-exps.
 #[derive(Clone, Copy)]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! all-gather   out, lse of every host ─▶ merge of all rows
-//! by heads     some heads of every host ─▶ merge ─▶ these heads to every host ─▶ to their places
+//! by rows      a share of every host's rows ─▶ merge ─▶ the merged share to every host ─▶ to its place
 //! ```
 //!
 //! Outputs and log-sum-exps travel side by side in one collective, from where attention left them and to where the merge kernel reads them.
@@ -172,7 +172,7 @@ pub struct HostsMerge<T, O> {
 
 impl<T: Element, O: Element> HostsMerge<T, O> {
     /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `hosts`, merged into outputs of `O`: f32 partials into any type, others into their own or
-    /// f32. By heads where that is cheaper on `link`, the batch is 1, and the hosts divide the heads.
+    /// f32. By rows where that is cheaper on `link`, and the hosts divide `batch · seq · heads`.
     ///
     /// # Errors
     /// [`Error::Value`] for no host, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
@@ -194,10 +194,10 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
     /// The same merge, by another way.
     ///
     /// # Errors
-    /// [`Error::Value`] for heads that the hosts do not divide, or a batch that is not 1.
+    /// [`Error::Value`] for rows that the hosts do not divide.
     pub fn with_way(self, way: MergeWay) -> Result<Self> {
-        if way == MergeWay::ByHeads && !self.divides() {
-            let expected = format!("a batch of 1 and heads a multiple of {} hosts", self.hosts);
+        if way == MergeWay::ByRows && !self.divides() {
+            let expected = format!("rows (batch, tokens, heads) a multiple of {} hosts", self.hosts);
             return Err(Error::value("way", expected, format!("{:?}", self.shape)));
         }
         Ok(Self { way, ..self })
@@ -214,7 +214,7 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
         let step = |bytes| Traffic::of(self.hosts - 1, bytes);
         match self.way {
             MergeWay::AllGather => step(self.rows() * row(size_of::<T>())),
-            MergeWay::ByHeads => {
+            MergeWay::ByRows => {
                 let share = self.rows() / self.hosts;
                 step(share * row(size_of::<T>())) + step(share * row(size_of::<O>()))
             }
@@ -277,7 +277,7 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
         ];
         let received = match self.way {
             MergeWay::AllGather => self.hosts,
-            MergeWay::ByHeads => 1,
+            MergeWay::ByRows => 1,
         };
         let received = [outs.first(received * sent[0].bytes), lses.first(received * sent[1].bytes)];
         match self.way {
@@ -291,17 +291,15 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
                     lse,
                 )
             }
-            MergeWay::ByHeads => {
-                let (share, rows_of_share) = (heads / self.hosts, rows / self.hosts);
+            MergeWay::ByRows => {
+                // To a share it is the same which token and head a row is of.
+                let share = rows / self.hosts;
                 group.all_to_all(stream, &exchanges(sent, received))?;
-                let partials_of_share =
-                    partials::<D, T>(outs, lses, [self.hosts, seq, share, dim], rows_of_share)?;
-                let own = own.first(rows_of_share * dim * size_of::<O>());
-                let own_lse = own_lse.first(rows_of_share * size_of::<f32>());
-                let mut merged =
-                    DeviceTensorMut::contiguous("out", own.write::<D, O>(), [1, share, seq, dim])?
-                        .swap_seq_heads();
-                merge(device, stream, &partials_of_share, &mut merged, Some(&mut own_lse.write()))?;
+                let of_share = partials::<D, T>(outs, lses, [self.hosts, 1, share, dim], share)?;
+                let own = own.first(share * dim * size_of::<O>());
+                let own_lse = own_lse.first(share * size_of::<f32>());
+                let mut merged = DeviceTensorMut::contiguous("out", own.write::<D, O>(), [1, 1, share, dim])?;
+                merge(device, stream, &of_share, &mut merged, Some(&mut own_lse.write()))?;
                 let all = [all.first(elements * size_of::<O>()), all_lse.first(rows * size_of::<f32>())];
                 group.all_gather(stream, &exchanges([own, own_lse], all))?;
                 // A merge of one partial puts it where it belongs.
@@ -315,7 +313,7 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
     }
 
     fn divides(&self) -> bool {
-        self.shape[0] == 1 && self.shape[2].is_multiple_of(self.hosts)
+        self.rows().is_multiple_of(self.hosts)
     }
 
     /// Bytes of what is received, what is merged, and what is received of that: outputs and log-sum-exps of each.
@@ -326,7 +324,7 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
             MergeWay::AllGather => {
                 [of(self.hosts * rows, dim * size_of::<T>()), of(self.hosts * rows, 4), 0, 0, 0, 0]
             }
-            MergeWay::ByHeads => {
+            MergeWay::ByRows => {
                 let (share, merged) = (rows / self.hosts, dim * size_of::<O>());
                 [
                     of(rows, dim * size_of::<T>()),

@@ -21,7 +21,7 @@ fn links_out_of_range_are_refused() {
 
 proptest! {
     #[test]
-    fn a_merge_goes_by_heads_beyond_the_documented_length(
+    fn a_merge_goes_by_rows_beyond_the_documented_length(
         latency in 1e-7..1e-3f64, bandwidth in 1e8..1e12f64, hosts in 1..100usize, share in 1..1_000_000usize,
     ) {
         let link = Link::new(latency, bandwidth).unwrap();
@@ -29,10 +29,10 @@ proptest! {
         let bytes = share * hosts;
         let others = hosts as f64 - 1.0;
         let edge = latency * bandwidth / (others * (1.0 - 2.0 / hosts as f64));
-        let expected = if hosts > 2 && bytes as f64 > edge { MergeWay::ByHeads } else { MergeWay::AllGather };
+        let expected = if hosts > 2 && bytes as f64 > edge { MergeWay::ByRows } else { MergeWay::AllGather };
         prop_assume!(!near(bytes as f64, edge));
         prop_assert_eq!(MergeWay::cheapest(&link, hosts, bytes), expected);
-        let seconds = MergeWay::ByHeads.seconds(&link, hosts, bytes);
+        let seconds = MergeWay::ByRows.seconds(&link, hosts, bytes);
         prop_assert!(near(seconds, 2.0 * latency + 2.0 * others / hosts as f64 * bytes as f64 / bandwidth));
     }
 

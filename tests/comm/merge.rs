@@ -1,4 +1,4 @@
-//! What the merge over hosts refuses, and when it goes by heads.
+//! What the merge over hosts refuses, and when it goes by rows.
 
 use crate::common::named;
 use crate::threads::all_ranks;
@@ -10,7 +10,7 @@ const LINK: Link = Link { latency: 1e-5, bandwidth: 1e9 };
 
 #[test]
 fn a_merge_that_does_not_fit_sends_nothing() {
-    for way in [MergeWay::AllGather, MergeWay::ByHeads] {
+    for way in [MergeWay::AllGather, MergeWay::ByRows] {
         all_ranks(2, |group| {
             let plan = MergePlan::new([1, 3, 1, 4], 2, &LINK).unwrap().with_way(way);
             let needed = plan.scratch_len();
@@ -68,15 +68,15 @@ fn extents_that_no_message_could_have_are_refused() {
 }
 
 #[test]
-fn few_query_tokens_go_by_all_gather_and_many_by_heads() {
+fn few_query_tokens_go_by_all_gather_and_many_by_rows() {
     // Field figures: 10 us and 200 GB/s, 8 hosts, 32 heads of 128 in bf16: the ways take the same time at 46 tokens.
     let link = Link::new(10e-6, 200e9).unwrap();
     let way =
         |tokens| MergePlan::<half::bf16, half::bf16>::new([1, tokens, 32, 128], 8, &link).unwrap().way();
     assert_eq!(way(1), MergeWay::AllGather);
     assert_eq!(way(45), MergeWay::AllGather);
-    assert_eq!(way(47), MergeWay::ByHeads);
-    assert_eq!(way(4096), MergeWay::ByHeads);
+    assert_eq!(way(47), MergeWay::ByRows);
+    assert_eq!(way(4096), MergeWay::ByRows);
     let two = MergePlan::<f32, f32>::new([1, 1 << 20, 32, 128], 2, &link).unwrap();
     assert_eq!(two.way(), MergeWay::AllGather, "over two hosts the second step saves no byte");
 }

@@ -20,7 +20,7 @@ fn partial<T: Element>(rank: usize, shape: [usize; 4]) -> (Tensor<T>, Vec<f32>) 
 }
 
 /// As attention leaves it: heads before tokens.
-fn by_heads<T: Element>(tensor: &Tensor<T>) -> Vec<T> {
+fn heads_first<T: Element>(tensor: &Tensor<T>) -> Vec<T> {
     let [batch, seq, heads, dim] = tensor.shape();
     let index = |i: usize| [i / (heads * seq * dim), i / dim % seq, i / (seq * dim) % heads, i % dim];
     (0..batch * heads * seq * dim).map(|i| tensor.get(index(i))).collect()
@@ -37,7 +37,7 @@ fn merged<B: Backend, T: Element, O: Element>(
     let plan = HostsMerge::<T, O>::new(shape, group.size(), &LINK).unwrap().with_way(way).unwrap();
     let (out, lse) = partial::<T>(group.rank(), shape);
     let elements = shape.iter().product();
-    let (partial_out, partial_lse) = (backend.memory(&by_heads(&out)), backend.memory(&lse));
+    let (partial_out, partial_lse) = (backend.memory(&heads_first(&out)), backend.memory(&lse));
     let mut scratch = backend.memory(&vec![0xa5u8; plan.scratch_len()]);
     let mut merged = backend.memory(&vec![O::from_f32(f32::NAN); elements]);
     let mut merged_lse = backend.memory(&vec![f32::NAN; lse.len()]);
@@ -58,7 +58,7 @@ fn merged<B: Backend, T: Element, O: Element>(
     let row = |size: usize| (dim * size + 4) as u64;
     let (collectives, bytes) = match way {
         MergeWay::AllGather => (1, rows as u64 * row(size_of::<T>())),
-        MergeWay::ByHeads => (2, (rows / group.size()) as u64 * (row(size_of::<T>()) + row(size_of::<O>()))),
+        MergeWay::ByRows => (2, (rows / group.size()) as u64 * (row(size_of::<T>()) + row(size_of::<O>()))),
     };
     let sent = Traffic { collectives, messages: collectives * others, bytes: others * bytes };
     assert_eq!((group.traffic() - before, plan.traffic()), (sent, sent));
@@ -75,8 +75,8 @@ fn check<B: Backend, T: Element, O: Element>(size: usize, shape: [usize; 4], uni
     merge::merge(&partials, expected.view_mut(), &mut expected_lse).unwrap();
     let expected: Vec<f32> = expected.values().chain(expected_lse).collect();
 
-    let divides = shape[0] == 1 && shape[2].is_multiple_of(size);
-    let ways = [MergeWay::AllGather, MergeWay::ByHeads];
+    let divides = shape[..3].iter().product::<usize>().is_multiple_of(size);
+    let ways = [MergeWay::AllGather, MergeWay::ByRows];
     let results: Vec<Vec<u32>> = ways[..1 + usize::from(divides)]
         .iter()
         .flat_map(|&way| {
@@ -115,10 +115,10 @@ on_each_device! {
         assert_eq!(named(plan([1; 4], 0).unwrap_err()), ("value", "hosts"));
         assert_eq!(named(plan([1, 1, 1, 0], 1).unwrap_err()), ("shape", "partial"));
         assert_eq!(named(plan([1, usize::MAX, 1, 1], 1).unwrap_err()), ("shape", "partial"));
-        let by_heads = |shape, hosts| plan(shape, hosts).unwrap().with_way(MergeWay::ByHeads).unwrap_err();
-        assert_eq!(named(by_heads([1, 4, 3, 8], 2)), ("value", "way"));
-        assert_eq!(named(by_heads([2, 4, 4, 8], 2)), ("value", "way"));
-        assert_eq!(plan([1, 1 << 20, 3, 8], 2).unwrap().way(), MergeWay::AllGather);
+        let by_rows = |shape, hosts| plan(shape, hosts).unwrap().with_way(MergeWay::ByRows).unwrap_err();
+        assert_eq!(named(by_rows([1, 5, 3, 8], 2)), ("value", "way"));
+        assert_eq!(plan([1, (1 << 20) + 1, 3, 8], 4).unwrap().way(), MergeWay::AllGather);
+        assert_eq!(plan([1, 1 << 20, 3, 8], 4).unwrap().way(), MergeWay::ByRows);
 
         let group = ThreadGroup::ranks(1).unwrap().remove(0);
         let backend = B::open(0);

@@ -28,8 +28,8 @@ use mpi::topology::{Communicator, SimpleCommunicator};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
-/// Processes on one machine, or on a network of 10 Gbit/s. To be told of a better one.
-const LINK: Link = Link { latency: 20e-6, bandwidth: 1.2e9 };
+/// A network of 10 Gbit/s under TCP. To be told of a better one.
+const LINK: Link = Link { latency: 50e-6, bandwidth: 1.2e9 };
 /// Bytes of one message at most: what a rank keeps room for, of every other.
 const PIECE: usize = 16 << 20;
 /// From so many bytes on a broadcast goes in parts, which all pass on.

@@ -74,7 +74,7 @@ impl Case {
 
         let expected = reference::attention(&config, query.view(), key.view(), value.view()).unwrap();
         let plan = MergePlan::<T, O>::new(shape, group.size(), &group.link()).unwrap();
-        let results = [MergeWay::AllGather, MergeWay::ByHeads].map(|way| {
+        let results = [MergeWay::AllGather, MergeWay::ByRows].map(|way| {
             let plan = plan.with_way(way);
             let before = group.traffic();
             let mut merged = Tensor::<O>::contiguous("merged", shape, |_| f32::NAN);
@@ -87,7 +87,7 @@ impl Case {
             let (rows, share) = (lse.len(), lse.len().div_ceil(group.size()));
             let sent = match way {
                 MergeWay::AllGather => traffic(group, &[part(rows, size_of::<T>())]),
-                MergeWay::ByHeads => {
+                MergeWay::ByRows => {
                     traffic(group, &[part(share, size_of::<T>()), part(share, size_of::<O>())])
                 }
             };
