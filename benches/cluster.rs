@@ -59,6 +59,8 @@
 mod model;
 #[path = "cluster/rates.rs"]
 mod rates;
+#[path = "cluster/run.rs"]
+mod run;
 
 use model::Case;
 use rates::{Given, Rates};

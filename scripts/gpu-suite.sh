@@ -16,14 +16,14 @@ executables() {
     "$@" --message-format=json | sed -n 's/.*"target":{"kind":\["\(test\|bench\|example\)"\].*"name":"\([^"]*\)".*"executable":"\([^"]*\)".*/\2 \3/p'
 }
 {
-    executables cargo test --no-run --features cuda --test kernels --test cuda
-    executables cargo bench --no-run --features cuda --bench gpu
-    executables cargo build --release --features cuda --example single_gpu
+    executables cargo test --no-run --features nccl --test kernels --test cuda --test nccl
+    executables cargo bench --no-run --features nccl --bench gpu
+    executables cargo build --release --features nccl --example single_gpu --example multi_gpu_merge
 } | while read -r name path; do
     # The bench is `gpu`; the others are called what they are.
     strip -o "$folder/$name" "$path"
 done
-for name in kernels cuda gpu single_gpu; do
+for name in kernels cuda nccl gpu single_gpu multi_gpu_merge; do
     [ -x $folder/$name ] || { echo "gpu-suite.sh: $name was not built" >&2; exit 1; }
 done
 cp scripts/gpu-suite/run.sh scripts/gpu-suite/torch_beside.py $folder/

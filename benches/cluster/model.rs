@@ -106,14 +106,14 @@ impl Case<'_> {
         let shard = self.host_layouts().map(|host| host.own_tokens().len()).max().unwrap_or(0);
         let keys = (shard + self.query) as f64;
         let flops = 4.0 * (HEAD_DIM * HEADS * tokens) as f64 * keys;
-        let query = (flops / self.rates.query).max(keys * KV_BYTES as f64 / self.rates.bandwidth);
+        let query = (flops / self.rates.query()).max(keys * KV_BYTES as f64 / self.rates.bandwidth());
         LAYERS as f64 * (self.linear(LAYER_WEIGHTS, tokens) + query + messages) + self.head()
     }
 
     /// Seconds of linear layers with so many weights.
     fn linear(&self, weights: usize, tokens: usize) -> f64 {
         let flops = 2.0 * weights as f64 * tokens as f64;
-        (flops / self.rates.linear).max((BF16 * weights) as f64 / self.rates.bandwidth)
+        (flops / self.rates.linear()).max((BF16 * weights) as f64 / self.rates.bandwidth())
     }
 
     /// Seconds of the last layer, from a token's hidden state to the vocabulary.

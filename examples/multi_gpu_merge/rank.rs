@@ -146,12 +146,9 @@ pub fn on_device<B: Backend, T: HalfElement>(
         let attention = start.elapsed();
         let start = Instant::now();
         message();
-        merge.run(
+        merge.prepare(device, stream, backend.span_mut(&mut scratch))?.run(
             group,
-            device,
-            stream,
             (&backend.span(&partial), &backend.span(&lse)),
-            &mut backend.span_mut(&mut scratch),
             &mut DeviceTensorMut::contiguous("out", backend.span_mut(&mut out), extents)?,
             Some(&mut backend.span_mut(&mut merged_lse)),
         )?;

@@ -33,6 +33,20 @@ if [ "${ONLY:-tests}" = tests ]; then
     step "kernels against the oracle" "$here/kernels" --ignored
     step "both phases, checked" "$here/single_gpu" --context-len 16384 --repeats 3
 
+    # NCCL as PyTorch brings it, under the name that it is looked for.
+    nccl=$(python3 -c 'import nvidia.nccl; print(list(nvidia.nccl.__path__)[0])' 2>/dev/null)/lib/libnccl.so.2
+    if [ -e "$nccl" ]; then
+        mkdir -p "$out/lib" && ln -sf "$nccl" "$out/lib/libnccl.so"
+        export LD_LIBRARY_PATH=$out/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    fi
+    if "$here/nccl" nccl_is_there >/dev/null && "$here/multi_gpu_merge" --engine nccl --device cuda --layers 1 2>&1 | grep -q 'NCCL is not available'; then
+        echo "== NCCL: not installed"
+    else
+        step "NCCL" "$here/nccl" --include-ignored --test-threads 1
+        step "merge over NCCL" "$here/multi_gpu_merge" --engine nccl --device cuda --query-len 16
+    fi
+    step "merge over threads, on the GPU" "$here/multi_gpu_merge" --device cuda --ranks 4 --shards 16384,1000,0 --query-len 3
+
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer /opt/cuda/bin/compute-sanitizer 2>/dev/null | head -1)
     if [ -n "$sanitizer" ]; then
         for tool in memcheck racecheck initcheck; do

@@ -12,7 +12,7 @@
 //!     for (gpu, rank) in ThreadGroup::ranks(Driver::count()?)?.into_iter().enumerate() {
 //!         scope.spawn(move || -> star_attention::Result<()> {
 //!             let group = Nccl::over(&rank, &Driver::open(gpu)?, &GroupConfig::default())?;
-//!             // HostsMerge::run(&group, ...) and, in place of stream.synchronize(), group.wait(&stream)?
+//!             // prepared.run(&group, ...) of a HostsMerge and, in place of stream.synchronize(), group.wait(&stream)?
 //!             Ok(())
 //!         });
 //!     }
@@ -54,18 +54,18 @@ pub struct Nccl {
 // SAFETY: a communicator may be used from any thread, by one at a time; the type is not Sync.
 unsafe impl Send for Nccl {}
 
-/// cudarc panics where there is no NCCL.
+/// cudarc panics where it finds no NCCL, and it looks for `libnccl.so` alone.
 fn check_library() -> Result<()> {
     // SAFETY: the library may be loaded at any time; cudarc does so next.
     let load = |name| unsafe { libloading::Library::new(name) };
-    match load("libnccl.so.2").or_else(|_| load("libnccl.so")) {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            let cause =
-                std::error::Error::source(&error).map_or(error.to_string(), |cause| cause.to_string());
-            Err(Error::Unavailable { what: "NCCL", reason: cause })
-        }
-    }
+    let Err(error) = load("libnccl.so") else { return Ok(()) };
+    let reason = if load("libnccl.so.2").is_ok() {
+        "there is a libnccl.so.2, but no libnccl.so: make it a link to that".into()
+    } else {
+        // What the loader says is the cause, the error itself only that it failed.
+        std::error::Error::source(&error).map_or(error.to_string(), |cause| cause.to_string())
+    };
+    Err(Error::Unavailable { what: "NCCL", reason })
 }
 
 fn check(
@@ -84,6 +84,17 @@ fn driver(operation: &'static str) -> impl Fn(cudarc::driver::DriverError) -> Er
 }
 
 impl Nccl {
+    /// The version of this machine's NCCL, as 22703 for 2.27.3.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if there is none, [`Error::Transport`] for what NCCL answers.
+    pub fn version() -> Result<usize> {
+        check_library()?;
+        let version = result::get_nccl_version()
+            .map_err(|error| transport("ask for the version", format!("{:?}", error.0)))?;
+        Ok(usize::try_from(version).unwrap_or(0))
+    }
+
     /// A group of the GPUs that the ranks of `group` bring, one each: all its ranks must come here.
     ///
     /// # Errors

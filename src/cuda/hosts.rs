@@ -7,158 +7,12 @@
 //!
 //! Outputs and log-sum-exps travel side by side in one collective, from where attention left them and to where the merge kernel reads them.
 
+use super::collective::{DeviceCollective, Exchange};
 use super::device::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Span, SpanMut};
 use super::merge::{Partials, merge};
-use crate::comm::{Collective, Link, MergeWay, Traffic};
+use crate::comm::{Link, MergeWay, Traffic};
 use crate::{Element, Error, Result};
 use std::marker::PhantomData;
-
-/// Bytes in device memory that are sent, and those that are received in return.
-pub type Exchange<'a, D> = (Span<'a, D, u8>, SpanMut<'a, D, u8>);
-
-/// What a group of hosts can do together with device memory, in the order of a stream. As [`Collective`], but for that.
-pub trait DeviceCollective<D: Device> {
-    /// This host's number, below [`size`](Self::size).
-    fn rank(&self) -> usize;
-
-    /// Hosts of the group.
-    fn size(&self) -> usize;
-
-    /// What sending takes. The same on every rank.
-    fn link(&self) -> Link;
-
-    /// As [`Collective::all_gather`], of several pieces of memory at once.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for lengths that do not fit; and the engine's errors.
-    fn all_gather(&self, stream: &D::Stream, parts: &[Exchange<'_, D>]) -> Result<()>;
-
-    /// As [`Collective::all_to_all`], of several pieces of memory at once.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for lengths that do not fit; and the engine's errors.
-    fn all_to_all(&self, stream: &D::Stream, parts: &[Exchange<'_, D>]) -> Result<()>;
-
-    /// As [`Collective::broadcast`].
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a root out of range; and the engine's errors.
-    fn broadcast(&self, stream: &D::Stream, root: usize, buffer: &mut SpanMut<'_, D, u8>) -> Result<()>;
-
-    /// What this rank has sent so far.
-    fn traffic(&self) -> Traffic;
-}
-
-/// Any collective, through the host's memory: for GPUs on machines without NCCL, and for tests. Every call waits for the stream.
-#[derive(Clone, Copy, Debug)]
-pub struct Staged<'a, D, C: ?Sized> {
-    /// The device whose memory is sent.
-    pub device: &'a D,
-    /// What carries it.
-    pub group: &'a C,
-}
-
-impl<D: Device, C: Collective + ?Sized> Staged<'_, D, C> {
-    fn download(&self, stream: &D::Stream, argument: &'static str, span: (u64, usize)) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        bytes
-            .try_reserve_exact(span.1)
-            .map_err(|_| Error::value(argument, "a size that memory has room for", span.1))?;
-        bytes.resize(span.1, 0);
-        // SAFETY: a span of this device, which is borrowed until this returns.
-        unsafe { self.device.download(stream, span.0, &mut bytes)? };
-        Ok(bytes)
-    }
-
-    /// All pieces as one message: for each of `pieces` ranks its part of each.
-    fn exchange(
-        &self,
-        stream: &D::Stream,
-        parts: &[Exchange<'_, D>],
-        pieces: usize,
-        collective: impl Fn(&[u8], &mut [u8]) -> Result<()>,
-    ) -> Result<()> {
-        let mut sends = Vec::new();
-        let mut each = 0;
-        for part in parts {
-            check_exchange(part, pieces, self.group.size(), stream)?;
-        }
-        for (send, _) in parts {
-            sends.push(self.download(stream, "send", (send.address(), send.len()))?);
-            each += send.len() / pieces;
-        }
-        let mut message = Vec::with_capacity(pieces * each);
-        for piece in 0..pieces {
-            for send in &sends {
-                let len = send.len() / pieces;
-                message.extend_from_slice(&send[piece * len..][..len]);
-            }
-        }
-        let mut received = vec![0; self.group.size() * each];
-        collective(&message, &mut received)?;
-        for from in 0..self.group.size() {
-            let mut rest = &received[from * each..][..each];
-            for (send, receive) in parts {
-                let len = send.len() / pieces;
-                let (bytes, after) = rest.split_at(len);
-                // SAFETY: inside a span of this device that is borrowed to be written.
-                unsafe { self.device.upload(stream, receive.address() + (from * len) as u64, bytes)? };
-                rest = after;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Refuses memory of another stream, or lengths that do not fit a message that is cut into `pieces`, over `size` hosts.
-pub(crate) fn check_exchange<D: Device>(
-    (send, receive): &Exchange<'_, D>,
-    pieces: usize,
-    size: usize,
-    stream: &D::Stream,
-) -> Result<()> {
-    let expected = send.len().checked_mul(size).map(|bytes| bytes / pieces);
-    if !send.len().is_multiple_of(pieces) || expected != Some(receive.len()) {
-        let expected = format!("a part of each of {size} ranks, for {} bytes", send.len());
-        return Err(Error::shape("receive", expected, receive.len().to_string()));
-    }
-    send.check_stream("send", stream)?;
-    receive.check_stream("receive", stream)
-}
-
-impl<D: Device, C: Collective + ?Sized> DeviceCollective<D> for Staged<'_, D, C> {
-    fn rank(&self) -> usize {
-        self.group.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.group.size()
-    }
-
-    fn link(&self) -> Link {
-        self.group.link()
-    }
-
-    fn all_gather(&self, stream: &D::Stream, parts: &[Exchange<'_, D>]) -> Result<()> {
-        self.exchange(stream, parts, 1, |send, receive| self.group.all_gather(send, receive))
-    }
-
-    fn all_to_all(&self, stream: &D::Stream, parts: &[Exchange<'_, D>]) -> Result<()> {
-        self.exchange(stream, parts, self.group.size(), |send, receive| self.group.all_to_all(send, receive))
-    }
-
-    fn broadcast(&self, stream: &D::Stream, root: usize, buffer: &mut SpanMut<'_, D, u8>) -> Result<()> {
-        buffer.check_stream("buffer", stream)?;
-        let mut bytes = self.download(stream, "buffer", (buffer.address(), buffer.len()))?;
-        self.group.broadcast(root, &mut bytes)?;
-        // SAFETY: a span of this device that is borrowed to be written.
-        unsafe { self.device.upload(stream, buffer.address(), &bytes) }
-    }
-
-    fn traffic(&self) -> Traffic {
-        self.group.traffic()
-    }
-}
 
 /// A merge over hosts of partials of given extents: made once, it serves every layer.
 #[derive(Clone, Copy, Debug)]
@@ -221,91 +75,28 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
         }
     }
 
-    /// Bytes of the scratch that [`run`](Self::run) needs.
+    /// Bytes of the scratch that [`prepare`](Self::prepare) needs.
     pub fn scratch_len(&self) -> usize {
         self.regions().iter().sum()
     }
 
-    /// Merges every host's partial into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`, on every host and with the same bits.
-    ///
-    /// The partial's output is `[batch, heads, seq, dim]` without gaps: what attention writes into
-    /// `DeviceTensorMut::contiguous(..)` of that shape with [`swap_seq_heads`](DeviceTensorMut::swap_seq_heads). Its log-sum-exp is `[batch, heads, seq]`.
+    /// The merge on a device, with a scratch for its messages.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for memory that does not fit the plan, [`Error::Workspace`] for a scratch shorter than
-    /// [`scratch_len`](Self::scratch_len), [`Error::DType`] for types that are not merged; errors of the collective and of the driver.
-    pub fn run<D: Device>(
+    /// [`Error::Workspace`] for a scratch shorter than [`scratch_len`](Self::scratch_len), [`Error::Value`] for one that is not aligned to 16 bytes or was borrowed
+    /// for another stream.
+    pub fn prepare<'a, D: Device>(
         &self,
-        group: &impl DeviceCollective<D>,
-        device: &D,
-        stream: &D::Stream,
-        partial: (&Span<'_, D, T>, &Span<'_, D, f32>),
-        scratch: &mut SpanMut<'_, D, u8>,
-        out: &mut DeviceTensorMut<'_, D, O>,
-        lse: Option<&mut SpanMut<'_, D, f32>>,
-    ) -> Result<()> {
-        let [batch, seq, heads, dim] = self.shape;
-        let (rows, elements) = (self.rows(), self.rows() * dim);
-        check_len("partial", elements, partial.0.len())?;
-        check_len("partial", rows, partial.1.len())?;
-        if out.shape() != self.shape {
-            return Err(Error::shape("out", format!("{:?}", self.shape), format!("{:?}", out.shape())));
-        }
-        if let Some(lse) = &lse {
-            check_len("lse", rows, lse.len())?;
-        }
-        if group.size() != self.hosts {
-            return Err(Error::value("group", format!("of {} hosts", self.hosts), group.size()));
-        }
+        device: &'a D,
+        stream: &'a D::Stream,
+        scratch: SpanMut<'a, D, u8>,
+    ) -> Result<PreparedMerge<'a, D, T, O>> {
         if scratch.len() < self.scratch_len() {
             return Err(Error::Workspace { expected: self.scratch_len(), got: scratch.len() });
         }
         scratch.check("scratch", self.scratch_len())?;
         scratch.check_stream("scratch", stream)?;
-        partial.0.check_stream("partial", stream)?;
-        partial.1.check_stream("partial", stream)?;
-        let mut at = scratch.address();
-        let regions = self.regions().map(|bytes| {
-            at += bytes as u64;
-            Region { address: at - bytes as u64, bytes }
-        });
-        let [outs, lses, own, own_lse, all, all_lse] = regions;
-        let sent = |address, bytes| Region { address, bytes };
-        let sent = [
-            sent(partial.0.address(), elements * size_of::<T>()),
-            sent(partial.1.address(), rows * size_of::<f32>()),
-        ];
-        let received = match self.way {
-            MergeWay::AllGather => self.hosts,
-            MergeWay::ByRows => 1,
-        };
-        let received = [outs.first(received * sent[0].bytes), lses.first(received * sent[1].bytes)];
-        match self.way {
-            MergeWay::AllGather => {
-                group.all_gather(stream, &exchanges(sent, received))?;
-                merge(
-                    device,
-                    stream,
-                    &partials::<D, T>(outs, lses, [self.hosts * batch, seq, heads, dim], rows)?,
-                    out,
-                    lse,
-                )
-            }
-            MergeWay::ByRows => {
-                // To a share it is the same which token and head a row is of.
-                let share = rows / self.hosts;
-                group.all_to_all(stream, &exchanges(sent, received))?;
-                let of_share = partials::<D, T>(outs, lses, [self.hosts, 1, share, dim], share)?;
-                let own = own.first(share * dim * size_of::<O>());
-                let own_lse = own_lse.first(share * size_of::<f32>());
-                let mut merged = DeviceTensorMut::contiguous("out", own.write::<D, O>(), [1, 1, share, dim])?;
-                merge(device, stream, &of_share, &mut merged, Some(&mut own_lse.write()))?;
-                let all = [all.first(elements * size_of::<O>()), all_lse.first(rows * size_of::<f32>())];
-                group.all_gather(stream, &exchanges([own, own_lse], all))?;
-                // A merge of one partial puts it where it belongs.
-                merge(device, stream, &partials::<D, O>(all[0], all[1], self.shape, rows)?, out, lse)
-            }
-        }
+        Ok(PreparedMerge { plan: *self, device, stream, scratch })
     }
 
     fn rows(&self) -> usize {
@@ -334,6 +125,92 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
                     of(rows, merged),
                     of(rows, 4),
                 ]
+            }
+        }
+    }
+}
+
+/// A [`HostsMerge`] on a device. Calls are ordered by its stream, and wait only where the collective does.
+#[derive(Debug)]
+pub struct PreparedMerge<'a, D: Device, T, O> {
+    plan: HostsMerge<T, O>,
+    device: &'a D,
+    stream: &'a D::Stream,
+    scratch: SpanMut<'a, D, u8>,
+}
+
+impl<D: Device, T: Element, O: Element> PreparedMerge<'_, D, T, O> {
+    /// Merges every host's partial into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`, on every host and with the same bits.
+    ///
+    /// The partial's output is `[batch, heads, seq, dim]` without gaps: what attention writes into
+    /// `DeviceTensorMut::contiguous(..)` of that shape with [`swap_seq_heads`](DeviceTensorMut::swap_seq_heads). Its log-sum-exp is `[batch, heads, seq]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for memory that does not fit the plan, [`Error::DType`] for types that are not merged; errors of
+    /// the collective and of the driver.
+    pub fn run(
+        &mut self,
+        group: &impl DeviceCollective<D>,
+        partial: (&Span<'_, D, T>, &Span<'_, D, f32>),
+        out: &mut DeviceTensorMut<'_, D, O>,
+        lse: Option<&mut SpanMut<'_, D, f32>>,
+    ) -> Result<()> {
+        let (plan, device, stream) = (&self.plan, self.device, self.stream);
+        let HostsMerge { shape: [batch, seq, heads, dim], hosts, .. } = *plan;
+        let (rows, elements) = (plan.rows(), plan.rows() * dim);
+        check_len("partial", elements, partial.0.len())?;
+        check_len("partial", rows, partial.1.len())?;
+        if out.shape() != plan.shape {
+            return Err(Error::shape("out", format!("{:?}", plan.shape), format!("{:?}", out.shape())));
+        }
+        if let Some(lse) = &lse {
+            check_len("lse", rows, lse.len())?;
+        }
+        if group.size() != hosts {
+            return Err(Error::value("group", format!("of {hosts} hosts"), group.size()));
+        }
+        partial.0.check_stream("partial", stream)?;
+        partial.1.check_stream("partial", stream)?;
+        let mut at = self.scratch.address();
+        let regions = plan.regions().map(|bytes| {
+            at += bytes as u64;
+            Region { address: at - bytes as u64, bytes }
+        });
+        let [outs, lses, own, own_lse, all, all_lse] = regions;
+        let sent = |address, bytes| Region { address, bytes };
+        let sent = [
+            sent(partial.0.address(), elements * size_of::<T>()),
+            sent(partial.1.address(), rows * size_of::<f32>()),
+        ];
+        let received = match plan.way {
+            MergeWay::AllGather => hosts,
+            MergeWay::ByRows => 1,
+        };
+        let received = [outs.first(received * sent[0].bytes), lses.first(received * sent[1].bytes)];
+        match plan.way {
+            MergeWay::AllGather => {
+                group.all_gather(stream, &exchanges(sent, received))?;
+                merge(
+                    device,
+                    stream,
+                    &partials::<D, T>(outs, lses, [hosts * batch, seq, heads, dim], rows)?,
+                    out,
+                    lse,
+                )
+            }
+            MergeWay::ByRows => {
+                // To a share it is the same which token and head a row is of.
+                let share = rows / hosts;
+                group.all_to_all(stream, &exchanges(sent, received))?;
+                let of_share = partials::<D, T>(outs, lses, [hosts, 1, share, dim], share)?;
+                let own = own.first(share * dim * size_of::<O>());
+                let own_lse = own_lse.first(share * size_of::<f32>());
+                let mut merged = DeviceTensorMut::contiguous("out", own.write::<D, O>(), [1, 1, share, dim])?;
+                merge(device, stream, &of_share, &mut merged, Some(&mut own_lse.write()))?;
+                let all = [all.first(elements * size_of::<O>()), all_lse.first(rows * size_of::<f32>())];
+                group.all_gather(stream, &exchanges([own, own_lse], all))?;
+                // A merge of one partial puts it where it belongs.
+                merge(device, stream, &partials::<D, O>(all[0], all[1], plan.shape, rows)?, out, lse)
             }
         }
     }

@@ -9,6 +9,7 @@
 //! [`Span::from_raw`].
 
 mod append;
+mod collective;
 mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
@@ -23,10 +24,11 @@ mod policy;
 pub mod simt;
 
 pub use append::{Rotation, ShardMut, append};
-pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
 #[cfg(feature = "nccl")]
-pub(crate) use hosts::check_exchange;
-pub use hosts::{DeviceCollective, Exchange, HostsMerge, Staged};
+pub(crate) use collective::check_exchange;
+pub use collective::{DeviceCollective, Exchange, Staged};
+pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
+pub use hosts::{HostsMerge, PreparedMerge};
 pub use merge::{Partials, merge};
 pub use policy::HEAD_DIMS;
 use policy::{APPEND_THREADS, MERGE_THREADS};

@@ -42,16 +42,16 @@ fn merged<B: Backend, T: Element, O: Element>(
     let mut merged = backend.memory(&vec![O::from_f32(f32::NAN); elements]);
     let mut merged_lse = backend.memory(&vec![f32::NAN; lse.len()]);
     let before = group.traffic();
-    plan.run(
-        &staged,
-        backend.device(),
-        backend.stream(),
-        (&backend.span(&partial_out), &backend.span(&partial_lse)),
-        &mut backend.span_mut(&mut scratch),
-        &mut DeviceTensorMut::contiguous("out", backend.span_mut(&mut merged), shape).unwrap(),
-        Some(&mut backend.span_mut(&mut merged_lse)),
-    )
-    .unwrap();
+    let mut prepared =
+        plan.prepare(backend.device(), backend.stream(), backend.span_mut(&mut scratch)).unwrap();
+    prepared
+        .run(
+            &staged,
+            (&backend.span(&partial_out), &backend.span(&partial_lse)),
+            &mut DeviceTensorMut::contiguous("out", backend.span_mut(&mut merged), shape).unwrap(),
+            Some(&mut backend.span_mut(&mut merged_lse)),
+        )
+        .unwrap();
 
     // The bytes of a message, counted literally.
     let (rows, dim, others) = (lse.len(), shape[3], group.size() as u64 - 1);
@@ -129,12 +129,9 @@ on_each_device! {
             let mut scratch = backend.memory(&vec![0u8; plan.scratch_len() - less]);
             let mut out =
                 DeviceTensorMut::contiguous("out", backend.span_mut(&mut to), [1, to_seq, 2, 8]).unwrap();
-            plan.run(
+            plan.prepare(backend.device(), backend.stream(), backend.span_mut(&mut scratch))?.run(
                 &Staged { device: backend.device(), group: &group },
-                backend.device(),
-                backend.stream(),
                 (&backend.span(&from), &backend.span(&from_lse)),
-                &mut backend.span_mut(&mut scratch),
                 &mut out,
                 Some(&mut backend.span_mut(&mut lse)),
             )
