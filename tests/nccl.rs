@@ -6,11 +6,11 @@ mod common;
 
 use common::{Rng, Tensor, named};
 use cudarc::driver::CudaStream;
+use star_attention::Error;
 use star_attention::comm::{Collective, GroupConfig, Link, MergeWay, Nccl, ThreadGroup, Traffic};
 use star_attention::cuda::driver::Driver;
 use star_attention::cuda::{DeviceCollective, DeviceTensorMut, HostsMerge, Span, SpanMut};
 use star_attention::merge::{self, Partial};
-use star_attention::{Error, Result};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -145,12 +145,12 @@ fn a_rank_that_does_not_come_is_an_error() {
         if nccl.size() > 1 && nccl.rank() + 1 != nccl.size() {
             let from = stream.alloc_zeros::<u8>(64).unwrap();
             let mut to = stream.alloc_zeros::<u8>(64 * nccl.size()).unwrap();
-            let gather = |to| -> Result<()> {
-                nccl.all_gather(stream, &[(Span::of(&from, stream), SpanMut::of(to, stream))])
-            };
-            gather(&mut to).unwrap();
+            let mut gather =
+                || nccl.all_gather(stream, &[(Span::of(&from, stream), SpanMut::of(&mut to, stream))]);
+            gather().unwrap();
             assert!(matches!(nccl.wait(stream), Err(Error::Transport { engine: "NCCL", .. })));
-            assert!(matches!(gather(&mut to), Err(Error::Disconnected { .. })));
+            assert!(matches!(gather(), Err(Error::Disconnected { .. })));
+            assert!(matches!(nccl.wait(stream), Err(Error::Disconnected { .. })));
         }
         // Until here the last rank has done nothing.
         group.all_gather(&[], &mut []).unwrap();

@@ -140,6 +140,7 @@ impl Nccl {
     /// # Errors
     /// [`Error::Transport`] if a peer failed, or the work is not done in time; the group is aborted then. [`Error::Driver`] for what the driver answers.
     pub fn wait(&self, stream: &Arc<CudaStream>) -> Result<()> {
+        self.check_alive()?;
         let done = stream
             .record_event(Some(CUevent_flags::CU_EVENT_DISABLE_TIMING))
             .map_err(driver("record an event"))?;
@@ -147,10 +148,8 @@ impl Nccl {
         while !done.is_complete() {
             let mut state = sys::ncclResult_t::ncclSuccess;
             // SAFETY: the communicator lives; the state is written only.
-            check(
-                "ask for errors",
-                unsafe { sys::ncclCommGetAsyncError(self.communicator, &mut state) }.result(),
-            )?;
+            let asked = unsafe { sys::ncclCommGetAsyncError(self.communicator, &mut state) };
+            check("ask for errors", asked.result())?;
             if let Err(error) = check("wait", state.result()) {
                 self.fail();
                 return Err(error);
@@ -172,11 +171,13 @@ impl Nccl {
         }
     }
 
+    fn check_alive(&self) -> Result<()> {
+        if self.failed.get() { Err(Error::Disconnected { rank: self.rank }) } else { Ok(()) }
+    }
+
     /// Calls of one collective, as one piece of work.
     fn together(&self, sent: Traffic, calls: impl FnOnce() -> Result<()>) -> Result<()> {
-        if self.failed.get() {
-            return Err(Error::Disconnected { rank: self.rank });
-        }
+        self.check_alive()?;
         self.context.bind_to_thread().map_err(driver("bind the context"))?;
         check("start a group of calls", result::group_start())?;
         let called = calls();
