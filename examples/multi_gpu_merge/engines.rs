@@ -2,14 +2,14 @@
 
 use crate::backend::Backend;
 use crate::rank::{Outcome, on_cpu, on_device};
-use crate::report::report;
+use crate::report::{checksum, report};
 use crate::timed::Timed;
 use crate::{Args, Engine, Kind, Sizes, Start};
 use indicatif::{ProgressBar, ProgressStyle};
 use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, ThreadGroup, agree};
 use star_attention::cuda::simt::Simt;
 use star_attention::cuda::{HalfElement, Staged};
-use star_attention::{AttentionShape, Element, Error, GeneratedKv, Result, StarLayout};
+use star_attention::{Element, Error, GeneratedKv, Result, StarLayout};
 
 /// Whether everything was right, on all ranks of this process.
 pub fn run<T: HalfElement>(args: &Args) -> Result<bool> {
@@ -64,7 +64,7 @@ fn ranks(args: &Args, rank: &(dyn Fn(Group) -> Result<bool> + Sync)) -> Result<b
     at_least_one("--shards", sizes.shards.len())?;
     at_least_one("--query-len", sizes.query_len)?;
     // Before inputs are made: heads that do not fit, and sizes that no memory has.
-    shape(&sizes, sizes.shards.iter().copied().max().unwrap_or(0)).validate()?;
+    sizes.shape(sizes.shards.iter().copied().max().unwrap_or(0)).validate()?;
     let config = GroupConfig { timeout: args.timeout()?, ..GroupConfig::default() };
     if args.engine == Engine::Mpi || (args.engine == Engine::Nccl && args.start == Start::Mpi) {
         if args.ranks.is_some() {
@@ -111,11 +111,6 @@ fn finish<T: Element>(
     report::<T>(&group, &sizes, &outcome)
 }
 
-fn shape(sizes: &Sizes, key_len: usize) -> AttentionShape {
-    let Sizes { query_len, heads: query_heads, kv_heads, head_dim, .. } = *sizes;
-    AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim }
-}
-
 /// Ranks that were given other options end here.
 fn agree_on<T: Element>(group: &Group, sizes: &Sizes) -> Result<()> {
     let keys = (0..group.size()).map(|rank| sizes.shards[rank % sizes.shards.len()]).sum();
@@ -123,12 +118,12 @@ fn agree_on<T: Element>(group: &Group, sizes: &Sizes) -> Result<()> {
         [sizes.query_len as u64, sizes.layers as u64, sizes.seed, sizes.way.map_or(0, |way| 1 + way as u64)];
     let agreement = Agreement {
         layout: StarLayout::new(keys, keys.max(1), 0, group.size())?,
-        shape: shape(sizes, 0),
+        shape: sizes.shape(0),
         layers: sizes.layers,
         dtype: T::DTYPE,
         anchor: AnchorKv::default(),
         generated: GeneratedKv::default(),
-        model: rest.iter().fold(0, |sum: u64, x| (sum ^ x).wrapping_mul(0x0000_0100_0000_01b3)),
+        model: checksum(rest),
     };
     agree(&**group, &agreement)
 }

@@ -1,7 +1,7 @@
 //! Queries, and the keys and values of each rank: any rank can make any other's.
 
 use crate::Sizes;
-use star_attention::Element;
+use star_attention::{AttentionShape, Element};
 
 /// Random rows `[tokens, heads, dim]`.
 #[derive(Clone, Debug)]
@@ -44,6 +44,12 @@ pub struct Shard<T> {
 }
 
 impl Sizes {
+    /// A rank's attention over so many keys.
+    pub fn shape(&self, key_len: usize) -> AttentionShape {
+        let Self { query_len, heads: query_heads, kv_heads, head_dim, .. } = *self;
+        AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim }
+    }
+
     pub fn query<T: Element>(&self) -> Rows<T> {
         Rows::random(self.seed, self.query_len, self.heads, self.head_dim)
     }

@@ -10,7 +10,7 @@ use star_attention::cuda::{
     Device, DeviceCollective, DeviceTensor, DeviceTensorMut, HalfElement, HostsMerge,
 };
 use star_attention::merge::Partial;
-use star_attention::{AttentionConfig, AttentionShape, Element, KvShard, Result, TensorView, TensorViewMut};
+use star_attention::{AttentionConfig, Element, KvShard, Result, TensorView, TensorViewMut};
 use std::time::{Duration, Instant};
 
 /// What came of a rank.
@@ -31,11 +31,6 @@ pub struct Outcome {
     pub way: String,
 }
 
-fn attention_shape(sizes: &Sizes, key_len: usize) -> AttentionShape {
-    let Sizes { query_len, heads: query_heads, kv_heads, head_dim, .. } = *sizes;
-    AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim }
-}
-
 /// Times of attention, message, and all that comes behind attention.
 #[derive(Default)]
 struct Times(Vec<[Duration; 3]>);
@@ -54,7 +49,7 @@ impl Times {
 /// With the CPU backend.
 pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &dyn Fn()) -> Result<Outcome> {
     let (query, shard) = (sizes.query::<T>(), sizes.shard::<T>(group.rank()));
-    let shape = attention_shape(sizes, shard.len);
+    let shape = sizes.shape(shard.len);
     let mut kv = KvShard::new(1, sizes.kv_heads, sizes.head_dim, shard.len)?;
     let view = |name, data| TensorView::contiguous(name, data, shape.key_shape());
     kv.append(view("key", &shard.key.data)?, view("value", &shard.value.data)?)?;
@@ -106,7 +101,7 @@ pub fn on_device<B: Backend, T: HalfElement>(
     tick: &dyn Fn(),
 ) -> Result<Outcome> {
     let (query, shard) = (sizes.query::<T>(), sizes.shard::<T>(group.rank()));
-    let shape = attention_shape(sizes, shard.len);
+    let shape = sizes.shape(shard.len);
     let (device, stream) = (backend.device(), backend.stream());
     let plan = Plan::new(&device.properties(), &AttentionConfig::default(), &shape)?;
     let extents @ [_, query_len, heads, head_dim] = shape.query_shape();

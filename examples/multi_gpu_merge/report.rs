@@ -10,15 +10,19 @@ use star_attention::{Element, Result};
 /// Query rows that are compared with the oracle, over all heads.
 const CHECKED_ROWS: usize = 4;
 
+/// FNV-1a, a word at a time.
+pub fn checksum(words: impl IntoIterator<Item = u64>) -> u64 {
+    let fold = |sum: u64, word: u64| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3);
+    words.into_iter().fold(0xcbf2_9ce4_8422_2325, fold)
+}
+
 /// Gathers all ranks' figures; on rank 0 prints them. Whether this rank found everything right.
 pub fn report<T: Element>(group: &dyn Collective, sizes: &Sizes, outcome: &Outcome) -> Result<bool> {
     const WORDS: usize = 7;
     let times = [outcome.attention, outcome.message, outcome.merge].map(|time| time.as_nanos() as u64);
     let sent = [outcome.traffic.collectives, outcome.traffic.messages, outcome.traffic.bytes];
     let bits = outcome.out.iter().chain(&outcome.lse);
-    let checksum = bits.fold(0xcbf2_9ce4_8422_2325, |sum: u64, x| {
-        (sum ^ u64::from(x.to_bits())).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let checksum = checksum(bits.map(|x| u64::from(x.to_bits())));
     let mine: Vec<u8> =
         [&times[..], &sent, &[checksum]].concat().iter().flat_map(|word| word.to_le_bytes()).collect();
     let mut all = vec![0; group.size() * mine.len()];

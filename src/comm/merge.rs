@@ -40,16 +40,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
     /// # Errors
     /// [`Error::Value`] for no host, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
     pub fn new(shape: [usize; 4], hosts: usize, link: &Link) -> Result<Self> {
-        if hosts == 0 {
-            return Err(Error::value("hosts", "at least 1", hosts));
-        }
-        // A row is at most dim + 1 words of 4 bytes; the scratch has less than 2 hosts + 2 times all rows, each share rounded up.
-        let extents = [shape[0], shape[1], shape[2], shape[3].saturating_add(1), hosts, 16];
-        let words = extents.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
-        if shape[3] == 0 || words.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
-            let expected = "dim of at least 1, and extents that can be addressed";
-            return Err(Error::shape("partial", expected, format!("{shape:?}")));
-        }
+        check_extents(shape, hosts)?;
         let mut plan = Self { shape, hosts, way: MergeWay::AllGather, types: PhantomData };
         plan.way = MergeWay::cheapest(link, hosts, plan.part::<T>(plan.rows()).bytes());
         Ok(plan)
@@ -216,6 +207,21 @@ impl<T: Element, O: Element> MergePlan<T, O> {
             out_words: (rows * self.shape[3] * size_of::<E>()).div_ceil(4),
         }
     }
+}
+
+/// Refuses merges over no host, of no elements, or whose scratch could not be addressed.
+pub(crate) fn check_extents(shape: [usize; 4], hosts: usize) -> Result<()> {
+    if hosts == 0 {
+        return Err(Error::value("hosts", "at least 1", hosts));
+    }
+    // A row is at most dim + 1 words of 4 bytes; a scratch has less than 3 hosts + 3 times all rows, each share rounded up.
+    let extents = [shape[0], shape[1], shape[2], shape[3].saturating_add(1), hosts, 16];
+    let words = extents.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
+    if shape[3] == 0 || words.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+        let expected = "dim of at least 1, and extents that can be addressed";
+        return Err(Error::shape("partial", expected, format!("{shape:?}")));
+    }
+    Ok(())
 }
 
 /// Some rows of a partial in a message: outputs, and then log-sum-exps.

@@ -25,6 +25,8 @@ mod threads;
 pub use agree::{Agreement, agree};
 pub use anchor::{anchor_scratch_len, share_anchor};
 pub use cost::{AnchorKv, Link, MergeWay};
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub(crate) use merge::check_extents;
 pub use merge::{MergePlan, merge};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;

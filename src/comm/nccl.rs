@@ -22,7 +22,7 @@
 //! ```
 
 use super::{Collective, GroupConfig, Link, Traffic, check_root};
-use crate::cuda::driver::Driver;
+use crate::cuda::driver::{Driver, check_library, check_stream, driver};
 use crate::cuda::{DeviceCollective, Exchange, Span, SpanMut, check_exchange};
 use crate::{Error, Result};
 use cudarc::driver::sys::CUevent_flags;
@@ -54,18 +54,14 @@ pub struct Nccl {
 // SAFETY: a communicator may be used from any thread, by one at a time; the type is not Sync.
 unsafe impl Send for Nccl {}
 
-/// cudarc panics where it finds no NCCL, and it looks for `libnccl.so` alone.
-fn check_library() -> Result<()> {
-    // SAFETY: the library may be loaded at any time; cudarc does so next.
-    let load = |name| unsafe { libloading::Library::new(name) };
-    let Err(error) = load("libnccl.so") else { return Ok(()) };
-    let reason = if load("libnccl.so.2").is_ok() {
-        "there is a libnccl.so.2, but no libnccl.so: make it a link to that".into()
-    } else {
-        // What the loader says is the cause, the error itself only that it failed.
-        std::error::Error::source(&error).map_or(error.to_string(), |cause| cause.to_string())
-    };
-    Err(Error::Unavailable { what: "NCCL", reason })
+/// cudarc looks for `libnccl.so` alone.
+fn check_nccl() -> Result<()> {
+    let found = check_library("NCCL", "libnccl.so");
+    if found.is_err() && check_library("NCCL", "libnccl.so.2").is_ok() {
+        let reason = "there is a libnccl.so.2, but no libnccl.so: make it a link to that".into();
+        return Err(Error::Unavailable { what: "NCCL", reason });
+    }
+    found
 }
 
 fn check(
@@ -79,17 +75,13 @@ fn transport(operation: &'static str, reason: String) -> Error {
     Error::Transport { engine: "NCCL", operation, reason }
 }
 
-fn driver(operation: &'static str) -> impl Fn(cudarc::driver::DriverError) -> Error {
-    move |source| Error::Driver { operation, source }
-}
-
 impl Nccl {
     /// The version of this machine's NCCL, as 22703 for 2.27.3.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if there is none, [`Error::Transport`] for what NCCL answers.
     pub fn version() -> Result<usize> {
-        check_library()?;
+        check_nccl()?;
         let version = result::get_nccl_version()
             .map_err(|error| transport("ask for the version", format!("{:?}", error.0)))?;
         Ok(usize::try_from(version).unwrap_or(0))
@@ -102,7 +94,7 @@ impl Nccl {
     pub fn over(group: &(impl Collective + ?Sized), device: &Driver, config: &GroupConfig) -> Result<Self> {
         let context = device.context().clone();
         // All ranks are here, and have NCCL: from here on NCCL itself waits, without a deadline.
-        let library = check_library();
+        let library = check_nccl();
         let mut ready = vec![0; group.size()];
         group.all_gather(&[u8::from(library.is_ok())], &mut ready)?;
         library?;
@@ -189,14 +181,6 @@ impl Nccl {
         self.traffic.set(self.traffic.get() + sent);
         Ok(())
     }
-
-    fn check_stream(&self, stream: &CudaStream) -> Result<()> {
-        if stream.context().cu_ctx() != self.context.cu_ctx() {
-            let name = |context: &CudaContext| format!("a stream of device {}", context.ordinal());
-            return Err(Error::value("stream", name(&self.context), name(stream.context())));
-        }
-        Ok(())
-    }
 }
 
 fn address(span: &Span<'_, Driver, u8>, offset: usize) -> *const std::ffi::c_void {
@@ -223,7 +207,7 @@ impl DeviceCollective<Driver> for Nccl {
     }
 
     fn all_gather(&self, stream: &Arc<CudaStream>, parts: &[Exchange<'_, Driver>]) -> Result<()> {
-        self.check_stream(stream)?;
+        check_stream(&self.context, stream)?;
         for part in parts {
             check_exchange(part, 1, self.size, stream)?;
         }
@@ -247,7 +231,7 @@ impl DeviceCollective<Driver> for Nccl {
     }
 
     fn all_to_all(&self, stream: &Arc<CudaStream>, parts: &[Exchange<'_, Driver>]) -> Result<()> {
-        self.check_stream(stream)?;
+        check_stream(&self.context, stream)?;
         for part in parts {
             check_exchange(part, self.size, self.size, stream)?;
         }
@@ -282,7 +266,7 @@ impl DeviceCollective<Driver> for Nccl {
         buffer: &mut SpanMut<'_, Driver, u8>,
     ) -> Result<()> {
         check_root(self.size, root)?;
-        self.check_stream(stream)?;
+        check_stream(&self.context, stream)?;
         buffer.check_stream("buffer", stream)?;
         let sent = if root == self.rank { self.size - 1 } else { 0 };
         self.together(Traffic::of(sent, buffer.len()), || {

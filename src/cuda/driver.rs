@@ -59,23 +59,35 @@ pub struct Driver {
     functions: RwLock<HashMap<String, CudaFunction>>,
 }
 
-fn driver(operation: &'static str) -> impl Fn(DriverError) -> Error {
+pub(crate) fn driver(operation: &'static str) -> impl Fn(DriverError) -> Error {
     move |source| Error::Driver { operation, source }
 }
 
-/// cudarc panics where there is no driver.
-fn check_driver() -> Result<()> {
-    let name = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
-    // SAFETY: the driver's library may be loaded at any time; cudarc does so next.
+/// Refuses a library that cannot be loaded: where one is missing, cudarc panics.
+pub(crate) fn check_library(what: &'static str, name: &str) -> Result<()> {
+    // SAFETY: the driver's and NVIDIA's libraries may be loaded at any time; cudarc does so next.
     match unsafe { libloading::Library::new(name) } {
         Ok(_) => Ok(()),
         Err(error) => {
             // What the loader says is the cause, the error itself only that it failed.
             let cause =
                 std::error::Error::source(&error).map_or(error.to_string(), |cause| cause.to_string());
-            Err(Error::Unavailable { what: "the CUDA driver", reason: cause })
+            Err(Error::Unavailable { what, reason: cause })
         }
     }
+}
+
+/// Refuses a stream of another context.
+pub(crate) fn check_stream(context: &CudaContext, stream: &CudaStream) -> Result<()> {
+    if stream.context().cu_ctx() == context.cu_ctx() {
+        return Ok(());
+    }
+    let name = |context: &CudaContext| format!("a stream of device {}", context.ordinal());
+    Err(Error::value("stream", name(context), name(stream.context())))
+}
+
+fn check_driver() -> Result<()> {
+    check_library("the CUDA driver", if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" })
 }
 
 impl Driver {
@@ -194,7 +206,7 @@ impl Device for Driver {
     }
 
     unsafe fn launch(&self, stream: &Self::Stream, launch: &Launch<'_>) -> Result<()> {
-        self.check_stream(stream)?;
+        check_stream(&self.context, stream)?;
         let function = self.function(launch.kernel)?;
         self.context.bind_to_thread().map_err(driver("bind the context"))?;
         let mut params = [launch.params.as_ptr().cast_mut().cast()];
@@ -213,7 +225,7 @@ impl Device for Driver {
     }
 
     unsafe fn upload(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()> {
-        self.check_stream(stream)?;
+        check_stream(&self.context, stream)?;
         if bytes.is_empty() {
             return Ok(());
         }
@@ -224,7 +236,7 @@ impl Device for Driver {
     }
 
     unsafe fn download(&self, stream: &Self::Stream, from: u64, bytes: &mut [u8]) -> Result<()> {
-        self.check_stream(stream)?;
+        check_stream(&self.context, stream)?;
         if !bytes.is_empty() {
             self.context.bind_to_thread().map_err(driver("bind the context"))?;
             // SAFETY: the caller's promise; the copy has ended before this returns.
@@ -232,16 +244,6 @@ impl Device for Driver {
                 .map_err(driver("copy from the device"))?;
         }
         stream.synchronize().map_err(driver("wait for the stream"))
-    }
-}
-
-impl Driver {
-    fn check_stream(&self, stream: &CudaStream) -> Result<()> {
-        if stream.context().cu_ctx() == self.context.cu_ctx() {
-            return Ok(());
-        }
-        let name = |context: &CudaContext| format!("a stream of device {}", context.ordinal());
-        Err(Error::value("stream", name(&self.context), name(stream.context())))
     }
 }
 

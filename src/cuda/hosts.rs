@@ -10,7 +10,7 @@
 use super::collective::{DeviceCollective, Exchange};
 use super::device::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Span, SpanMut};
 use super::merge::{Partials, merge};
-use crate::comm::{Link, MergeWay, Traffic};
+use crate::comm::{Link, MergeWay, Traffic, check_extents};
 use crate::{Element, Error, Result};
 use std::marker::PhantomData;
 
@@ -31,15 +31,7 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
     /// # Errors
     /// [`Error::Value`] for no host, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
     pub fn new(shape: [usize; 4], hosts: usize, link: &Link) -> Result<Self> {
-        if hosts == 0 {
-            return Err(Error::value("hosts", "at least 1", hosts));
-        }
-        let extents = [shape[0], shape[1], shape[2], shape[3].saturating_add(1), hosts, 16];
-        let bytes = extents.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
-        if shape[3] == 0 || bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
-            let expected = "dim of at least 1, and extents that can be addressed";
-            return Err(Error::shape("partial", expected, format!("{shape:?}")));
-        }
+        check_extents(shape, hosts)?;
         let plan = Self { shape, hosts, way: MergeWay::AllGather, types: PhantomData };
         let way = MergeWay::cheapest(link, hosts, plan.rows() * (shape[3] * size_of::<T>() + 4));
         Ok(if plan.divides() { Self { way, ..plan } } else { plan })

@@ -1,7 +1,7 @@
 //! The engine for processes. Each test starts `mpirun` (or what `MPIRUN` names) on this very binary, whose ignored test `rank` is one process's share.
 
 use crate::programs::PROGRAMS;
-use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, Mpi, agree, share_anchor};
+use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, Mpi, Traffic, agree, share_anchor};
 use star_attention::{AttentionShape, DType, Error, GeneratedKv, Result, StarLayout, TensorViewMut};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -184,6 +184,7 @@ fn rank() {
             for (_, program) in PROGRAMS {
                 program(&group);
             }
+            long_broadcasts_go_in_parts(&group);
             assert!(matches!(
                 Mpi::init(&GroupConfig::default()),
                 Err(Error::Unavailable { what: "MPI", .. })
@@ -215,6 +216,22 @@ fn rank() {
         Err(Error::Disconnected { rank }) => say(&format!("disconnected {rank}")),
         Err(other) => say(&other.to_string()),
     }
+}
+
+/// The root sends each part once, and its own to all; each other rank passes its part on to all but the root.
+fn long_broadcasts_go_in_parts(group: &dyn Collective) {
+    const PART: usize = 100_000;
+    let (rank, size) = (group.rank() as u64, group.size() as u64);
+    let before = group.traffic();
+    group.broadcast(0, &mut vec![0; group.size() * PART]).unwrap();
+    let (messages, parts) = match (rank, size) {
+        // To one other rank it goes in one piece.
+        (0, 2) => (1, 2),
+        (0, _) => (2 * (size - 1), 2 * (size - 1)),
+        _ => (size - 2, size - 2),
+    };
+    let sent = Traffic { collectives: 1, messages, bytes: parts * PART as u64 };
+    assert_eq!(group.traffic() - before, sent);
 }
 
 /// All phases, over and over in the last; `go_on` is asked before each.
