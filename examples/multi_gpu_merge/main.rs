@@ -15,7 +15,7 @@ mod engines;
 mod inputs;
 mod rank;
 mod report;
-#[path = "../star_attention/table.rs"]
+#[path = "../llama/table.rs"]
 #[allow(dead_code, reason = "shared with another example")]
 mod table;
 mod timed;

@@ -8,7 +8,7 @@
 mod backend;
 mod check;
 mod phases;
-#[path = "../star_attention/table.rs"]
+#[path = "../llama/table.rs"]
 #[allow(dead_code, reason = "shared with the other example")]
 mod table;
 

@@ -1,7 +1,7 @@
 //! Whether to encode the anchor on every host or to send it.
 
-use super::error::Result;
-use super::model::Llama;
+use super::llama::error::Result;
+use super::llama::model::Llama;
 use star_attention::StarLayout;
 use star_attention::comm::{AnchorKv, Link};
 use std::time::Instant;

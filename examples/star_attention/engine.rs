@@ -1,6 +1,6 @@
 //! What carries messages between hosts.
 
-use super::error::Result;
+use super::llama::error::Result;
 use star_attention::comm::{Collective, GroupConfig};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

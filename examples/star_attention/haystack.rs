@@ -1,6 +1,6 @@
 //! Prompts of the retrieval Llama: a haystack of repeated noise with facts in it (its README says how it was trained).
 
-use super::error::{Error, Result};
+use super::llama::error::{Error, Result};
 use std::ops::Range;
 
 pub const BOS: u32 = 0;

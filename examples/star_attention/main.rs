@@ -4,28 +4,24 @@
 //! facts that stand in it. Without options: the retrieval Llama of this repository, 8,192 tokens, 4 hosts.
 
 mod advice;
-mod config;
 mod engine;
-mod error;
 mod haystack;
-mod host;
-mod model;
+#[path = "../llama/mod.rs"]
+mod llama;
 mod report;
-mod run;
-mod table;
 mod vocabulary;
-mod weights;
 
 use candle_core::{DType, Tensor};
 use clap::{Parser, ValueEnum};
 use engine::Engine;
-use error::{Error, Result};
 use haystack::{ANSWER_LEN, Haystack, NEEDLE, QUERY};
-use host::fold;
 use indicatif::{ProgressBar, ProgressStyle};
-use model::Llama;
+use llama::error::{Error, Result};
+use llama::host::fold;
+use llama::model::Llama;
+use llama::run::{Job, Mode, Run, Scheme, run, ticks};
+use llama::threads::tame_candle;
 use report::{Task, Total, answers, costs, headline, reading};
-use run::{Job, Mode, Run, Scheme, run, threads_per_host, ticks};
 use star_attention::comm::{AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic};
 use star_attention::{GeneratedKv, StarLayout};
 use std::collections::HashMap;
@@ -133,7 +129,8 @@ const MOST_GENERATED: usize = 1 << 20;
 const MOST_QUERIES: usize = 1 << 16;
 
 fn main() -> ExitCode {
-    tame_candle();
+    // SAFETY: nothing has started a thread yet.
+    unsafe { tame_candle() };
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => {
@@ -153,22 +150,6 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
             ExitCode::from(2)
-        }
-    }
-}
-
-/// Keeps candle's own threads out of the hosts' way.
-///
-/// Its element-wise operations share one pool of spinning threads, for which the hosts would queue, and every matrix product counts the
-/// machine's cores anew, by parsing a file. Both can be changed only through the environment.
-fn tame_candle() {
-    // Processes that mpirun started on this machine, if it did, by Open MPI or MPICH.
-    let started = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"].map(|name| std::env::var(name).ok());
-    let processes = started.into_iter().flatten().find_map(|count| count.parse().ok()).unwrap_or(1);
-    for (name, threads) in [("CANDLE_NUM_THREADS", 1), ("RAYON_NUM_THREADS", threads_per_host(processes))] {
-        if std::env::var_os(name).is_none() {
-            // SAFETY: called first in `main`, when no other thread can read the environment.
-            unsafe { std::env::set_var(name, threads.to_string()) };
         }
     }
 }

@@ -2,9 +2,10 @@
 
 use super::engine::Engine;
 use super::haystack::ANSWER_LEN;
-use super::model::Llama;
-use super::run::{Answer, Scheme, threads_per_host};
-use super::table::{bytes, table, time};
+use super::llama::model::Llama;
+use super::llama::run::{Answer, Scheme};
+use super::llama::table::{bytes, table, time};
+use super::llama::threads::threads_per_host;
 use super::vocabulary::Vocabulary;
 use star_attention::GeneratedKv;
 use star_attention::comm::{AnchorKv, Traffic};

@@ -1,7 +1,7 @@
 //! The words of a word-level `tokenizer.json`, to show answers.
 
-use super::config::read_json;
-use super::error::Result;
+use super::llama::config::read_json;
+use super::llama::error::Result;
 use std::collections::HashMap;
 use std::path::Path;
 

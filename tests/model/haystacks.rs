@@ -1,7 +1,7 @@
 //! What the prompts of the retrieval Llama must hold.
 
-use super::error::Error;
 use super::haystack::{BOS, Haystack, KEYS, NEEDLE, NEEDLE_LEN, QUERY, VALUES, WORDS};
+use super::llama::error::Error;
 use std::collections::HashSet;
 
 #[test]

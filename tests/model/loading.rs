@@ -2,7 +2,7 @@
 
 use super::checkpoint::{Directory, config, config_with, tensors, write, write_sharded};
 use super::literal::Literal;
-use super::model::Llama;
+use super::llama::model::Llama;
 use super::{Mode, answers, assert_logits, ids};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};

@@ -1,43 +1,27 @@
-//! The example's model: star attention through the crate against Star Attention to the letter, on the same weights; its
+//! The examples' model: star attention through the crate against Star Attention to the letter, on the same weights; its
 //! loader, and its haystacks.
 #![cfg(feature = "candle")]
 
 mod checkpoint;
 mod literal;
 
-// The example's own modules; what its command line uses is not all used here.
-#[allow(dead_code)]
-#[path = "../../examples/star_attention/config.rs"]
-mod config;
-#[allow(dead_code)]
-#[path = "../../examples/star_attention/error.rs"]
-mod error;
 #[allow(dead_code)]
 #[path = "../../examples/star_attention/haystack.rs"]
 mod haystack;
-#[allow(dead_code)]
-#[path = "../../examples/star_attention/host.rs"]
-mod host;
-#[allow(dead_code)]
-#[path = "../../examples/star_attention/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../../examples/star_attention/run.rs"]
-mod run;
-#[allow(dead_code)]
-#[path = "../../examples/star_attention/weights.rs"]
-mod weights;
+#[path = "../../examples/llama/mod.rs"]
+mod llama;
 
 mod haystacks;
 mod loading;
 
 use candle_core::DType;
 use checkpoint::{config, config_with, tensors, write};
-use error::{Error, Result};
 use indicatif::ProgressBar;
 use literal::Literal;
-use model::Llama;
-use run::{Answer, Job, Mode, Scheme};
+use llama::config::read_json;
+use llama::error::{Error, Result};
+use llama::model::Llama;
+use llama::run::{Answer, Job, Mode, Scheme, run};
 use serde_json::json;
 use star_attention::comm::AnchorKv;
 use star_attention::{GeneratedKv, StarLayout};
@@ -62,7 +46,7 @@ fn answers(
     generate: usize,
 ) -> Result<Vec<Answer>> {
     let job = Job { context, queries, generate, all_logits: true };
-    Ok(run::run(model, None, mode, &job, &ProgressBar::hidden())?.answers)
+    Ok(run(model, None, mode, &job, &ProgressBar::hidden())?.answers)
 }
 
 /// Each row of the logits against the literal implementation's, run on the query and the answer's tokens.
@@ -171,7 +155,7 @@ fn dense_equals_the_literal_causal_model() {
 #[test]
 fn the_retrieval_llama_equals_the_literal_one() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/retrieval-llama");
-    let config = config::read_json(&directory.join("config.json")).unwrap();
+    let config = read_json(&directory.join("config.json")).unwrap();
     let tensors =
         candle_core::safetensors::load(directory.join("model.safetensors"), &candle_core::Device::Cpu)
             .unwrap();
@@ -234,7 +218,7 @@ fn a_shard_holds_the_host_s_own_tokens_only() {
     let context = ids(61, 50, 3);
     let job = Job { context: &context, queries: &[ids(2, 50, 1)], generate: 2, all_logits: false };
     let layout = StarLayout::new(61, 16, 16, 3).unwrap();
-    let run = run::run(&model, None, Mode::Star(layout.into()), &job, &ProgressBar::hidden()).unwrap();
+    let run = run(&model, None, Mode::Star(layout.into()), &job, &ProgressBar::hidden()).unwrap();
     // Keys and values of 2 layers, 2 heads of 8 elements, 4 bytes each.
     let token = 2 * 2 * 2 * 8 * 4;
     assert_eq!(run.kv_bytes, [32 * token, 16 * token, 13 * token]);

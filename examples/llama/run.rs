@@ -3,11 +3,11 @@
 use super::error::{Error, Result};
 use super::host::{Host, fold, shape};
 use super::model::Llama;
+use super::threads::threads_per_host;
 use candle_core::{DType, Tensor, WithDType};
 use indicatif::ProgressBar;
 use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, ThreadGroup, Traffic, agree};
 use star_attention::{Element, GeneratedKv, Mask, StarLayout, bf16, f16};
-use std::num::NonZero;
 use std::time::{Duration, Instant};
 
 /// What is asked of a model.
@@ -70,11 +70,6 @@ pub struct Answer {
 /// How long threads wait for each other: one with a shorter share of a long context is done much earlier. One that fails or
 /// panics is noticed at once.
 const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Threads each of `hosts` may use: an equal share of the cores.
-pub fn threads_per_host(hosts: usize) -> usize {
-    (std::thread::available_parallelism().map_or(1, NonZero::get) / hosts).max(1)
-}
 
 /// Steps of the progress bar for a job: those of all threads, or of one process.
 pub fn ticks(model: &Llama, processes: bool, mode: Mode, job: &Job) -> u64 {
