@@ -179,6 +179,32 @@ impl Fields<'_> {
     }
 }
 
+/// The tokens that end an answer: `eos_token_id` of the checkpoint's `generation_config.json`, or else of its `config.json`. None if neither has any.
+///
+/// # Errors
+/// [`Error::Input`] for a file that cannot be read, or ids that are none.
+pub fn eos_ids(directory: &Path) -> Result<Vec<u32>> {
+    for name in ["generation_config.json", "config.json"] {
+        let path = directory.join(name);
+        if !path.exists() {
+            continue;
+        }
+        let json = read_json(&path)?;
+        let value = &json["eos_token_id"];
+        let ids = match value {
+            Value::Null => continue,
+            Value::Array(ids) => ids.as_slice(),
+            id => std::slice::from_ref(id),
+        };
+        let ids = ids.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect();
+        return Option::ok_or_else(ids, || {
+            let reason = format!("eos_token_id: expected an id or a list of ids, got {value}");
+            Error::input(path.display().to_string(), reason)
+        });
+    }
+    Ok(Vec::new())
+}
+
 /// Reads a JSON file.
 ///
 /// # Errors

@@ -13,4 +13,5 @@ pub mod model;
 pub mod run;
 pub mod table;
 pub mod threads;
+pub mod tokenizer;
 pub mod weights;

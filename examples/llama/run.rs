@@ -15,8 +15,10 @@ pub struct Job<'a> {
     pub context: &'a [u32],
     /// Each asked on its own, behind the context.
     pub queries: &'a [Vec<u32>],
-    /// Tokens to generate for each query.
+    /// Tokens to generate for each query, at most.
     pub generate: usize,
+    /// Tokens that end an answer: it stops behind the first of them.
+    pub stop: &'a [u32],
     /// Whether the logits of all query and generated tokens are wanted.
     pub all_logits: bool,
 }
@@ -195,12 +197,14 @@ fn answer<T: Element + WithDType, C: Collective + ?Sized>(
         let rows = if job.all_logits { query.len() } else { 1 };
         let mut logits = vec![host.attend(query, 0, rows)?];
         let mut tokens = Vec::new();
-        while tokens.len() < job.generate {
+        let mut done = job.generate == 0;
+        while !done {
             let token = host.choose(&logits[logits.len() - 1])?;
             let before = query.len() + tokens.len();
             tokens.push(token);
+            done = tokens.len() == job.generate || job.stop.contains(&token);
             // The last token is run through the model only if its logits are wanted.
-            if tokens.len() < job.generate || job.all_logits {
+            if !done || job.all_logits {
                 logits.push(host.attend(&[token], before, 1)?);
             }
         }
@@ -217,7 +221,7 @@ fn answer<T: Element + WithDType, C: Collective + ?Sized>(
 }
 
 fn agreement(model: &Llama, scheme: Scheme, job: &Job) -> Result<Agreement> {
-    let asked = job.queries.iter().flatten().chain(job.context).map(|&id| u64::from(id));
+    let ids = job.queries.iter().flatten().chain(job.context).chain(job.stop).map(|&id| u64::from(id));
     let sizes = [job.generate as u64, job.queries.len() as u64, model.fingerprint()?];
     Ok(Agreement {
         layout: scheme.layout,
@@ -230,7 +234,7 @@ fn agreement(model: &Llama, scheme: Scheme, job: &Job) -> Result<Agreement> {
         },
         anchor: scheme.anchor,
         generated: scheme.generated,
-        model: sizes.into_iter().chain(asked).fold(0, fold),
+        model: sizes.into_iter().chain(ids).fold(0, fold),
     })
 }
 

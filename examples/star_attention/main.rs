@@ -9,7 +9,6 @@ mod haystack;
 #[path = "../llama/mod.rs"]
 mod llama;
 mod report;
-mod vocabulary;
 
 use candle_core::{DType, Tensor};
 use clap::{Parser, ValueEnum};
@@ -21,6 +20,7 @@ use llama::host::fold;
 use llama::model::Llama;
 use llama::run::{Job, Mode, Run, Scheme, run, ticks};
 use llama::threads::tame_candle;
+use llama::tokenizer::Tokenizer;
 use report::{Task, Total, answers, costs, headline, reading};
 use star_attention::comm::{AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic};
 use star_attention::{GeneratedKv, StarLayout};
@@ -28,7 +28,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
-use vocabulary::Vocabulary;
 
 /// Answers from a long context with Star Attention, and with dense attention beside it.
 #[derive(Parser)]
@@ -181,14 +180,16 @@ fn answer(args: &Args) -> Result<()> {
     if !directory.is_dir() {
         return Err(Error::input("--model", format!("no directory {}", directory.display())));
     }
-    let vocabulary = Vocabulary::read(&directory)?;
+    // Ids need no tokenizer.
+    let tokenizer = directory.join("tokenizer.json").exists().then(|| Tokenizer::read(&directory));
+    let tokenizer = tokenizer.transpose()?;
     let dtype = args.dtype.map(|dtype| match dtype {
         Precision::F32 => DType::F32,
         Precision::F16 => DType::F16,
         Precision::Bf16 => DType::BF16,
     });
     let model = Llama::load(&directory, dtype)?;
-    let tasks = tasks(args, &model, &vocabulary)?;
+    let tasks = tasks(args, &model, tokenizer.as_ref())?;
     let group = args.engine.group(&GroupConfig { timeout, ..GroupConfig::default() })?;
     let group = group.as_deref();
     let speaks = group.is_none_or(|group| group.rank() == 0);
@@ -210,7 +211,7 @@ fn answer(args: &Args) -> Result<()> {
     if speaks {
         print!(
             "\n{}\n{}",
-            answers(&vocabulary, &tasks, &results),
+            answers(tokenizer.as_ref(), &tasks, &results)?,
             costs(&model, args.generate, &tasks, &results)
         );
         println!("\n{}", reading(scheme.layout.hosts(), args.engine));
@@ -270,7 +271,7 @@ fn within(argument: &str, number: usize, most: usize) -> Result<()> {
 }
 
 /// The haystacks, or the ids of the files.
-fn tasks(args: &Args, model: &Llama, vocabulary: &Vocabulary) -> Result<Vec<Task>> {
+fn tasks(args: &Args, model: &Llama, tokenizer: Option<&Tokenizer>) -> Result<Vec<Task>> {
     if let (Some(context), Some(query)) = (&args.context_ids, &args.query_ids) {
         let (context, query) =
             (read_ids(model, "--context-ids", context)?, read_ids(model, "--query-ids", query)?);
@@ -279,7 +280,8 @@ fn tasks(args: &Args, model: &Llama, vocabulary: &Vocabulary) -> Result<Vec<Task
         }
         return Ok(vec![Task { context, queries: vec![query], expected: vec![None] }]);
     }
-    if vocabulary.word(NEEDLE) != Some("<needle>") || vocabulary.word(QUERY) != Some("<query>") {
+    let word = |id| tokenizer.and_then(|tokenizer| tokenizer.word(id));
+    if word(NEEDLE).as_deref() != Some("<needle>") || word(QUERY).as_deref() != Some("<query>") {
         let reason =
             "a haystack is written in the retrieval Llama's words; give --context-ids and --query-ids";
         return Err(Error::input("--model", reason));
@@ -322,6 +324,7 @@ fn total(
             context: &task.context,
             queries: &task.queries,
             generate: args.generate,
+            stop: &[],
             all_logits: args.save_logits.is_some(),
         })
         .collect();

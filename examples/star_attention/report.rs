@@ -2,11 +2,12 @@
 
 use super::engine::Engine;
 use super::haystack::ANSWER_LEN;
+use super::llama::error::Result;
 use super::llama::model::Llama;
 use super::llama::run::{Answer, Scheme};
 use super::llama::table::{bytes, table, time};
 use super::llama::threads::threads_per_host;
-use super::vocabulary::Vocabulary;
+use super::llama::tokenizer::Tokenizer;
 use star_attention::GeneratedKv;
 use star_attention::comm::{AnchorKv, Traffic};
 use std::time::Duration;
@@ -58,7 +59,14 @@ pub fn headline(model: &Llama, tasks: &[Task], scheme: &Scheme) -> String {
 }
 
 /// The first queries with the answers of all modes.
-pub fn answers(vocabulary: &Vocabulary, tasks: &[Task], results: &[(&'static str, Total)]) -> String {
+///
+/// # Errors
+/// Errors of the tokenizer.
+pub fn answers(
+    tokenizer: Option<&Tokenizer>,
+    tasks: &[Task],
+    results: &[(&'static str, Total)],
+) -> Result<String> {
     let heading = ["query", "expected"].into_iter().chain(results.iter().map(|&(name, _)| name));
     let mut rows = vec![heading.map(str::to_owned).collect::<Vec<_>>()];
     let asked = tasks.iter().flat_map(|task| task.queries.iter().zip(&task.expected));
@@ -66,23 +74,32 @@ pub fn answers(vocabulary: &Vocabulary, tasks: &[Task], results: &[(&'static str
     for (index, (query, expected)) in asked.enumerate().take(shown) {
         // A long query is known by its end.
         let end = &query[query.len().saturating_sub(8)..];
-        let known = expected.map_or_else(|| "not known".to_owned(), |values| vocabulary.text(&values));
-        let mut row = vec![vocabulary.text(end), known];
-        row.extend(results.iter().map(|(_, total)| {
+        let known = expected.map_or_else(|| Ok("not known".to_owned()), |values| text(tokenizer, &values))?;
+        let mut row = vec![text(tokenizer, end)?, known];
+        for (_, total) in results {
             let answer = &total.answers[index];
             let verdict = match expected.map(|expected| score(answer, &expected)) {
                 Some((right, of)) if right == of => " (right)",
                 Some(_) => " (wrong)",
                 None => "",
             };
-            vocabulary.text(&answer.tokens) + verdict
-        }));
+            row.push(text(tokenizer, &answer.tokens)? + verdict);
+        }
         rows.push(row);
     }
     if count > shown {
         rows.push(vec![format!("and {} more", count - shown)]);
     }
-    table(&rows)
+    Ok(table(&rows))
+}
+
+/// The text of `ids` in one line; without a tokenizer the ids themselves.
+fn text(tokenizer: Option<&Tokenizer>, ids: &[u32]) -> Result<String> {
+    let Some(tokenizer) = tokenizer else {
+        return Ok(ids.iter().map(|id| format!("#{id}")).collect::<Vec<_>>().join(" "));
+    };
+    let line = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    Ok(tokenizer.text(ids, false)?.chars().map(line).collect())
 }
 
 /// What each mode cost, and how often it was right: a column for each mode.

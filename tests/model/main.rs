@@ -1,7 +1,8 @@
 //! The examples' model: star attention through the crate against Star Attention to the letter, on the same weights; its
-//! loader, and its haystacks.
+//! loader, its tokenizer, and its haystacks.
 #![cfg(feature = "candle")]
 
+mod byte_level;
 mod checkpoint;
 mod literal;
 
@@ -13,6 +14,7 @@ mod llama;
 
 mod haystacks;
 mod loading;
+mod tokens;
 
 use candle_core::DType;
 use checkpoint::{config, config_with, tensors, write};
@@ -45,7 +47,7 @@ fn answers(
     queries: &[Vec<u32>],
     generate: usize,
 ) -> Result<Vec<Answer>> {
-    let job = Job { context, queries, generate, all_logits: true };
+    let job = Job { context, queries, generate, stop: &[], all_logits: true };
     Ok(run(model, None, mode, &job, &ProgressBar::hidden())?.answers)
 }
 
@@ -216,7 +218,7 @@ fn a_shard_holds_the_host_s_own_tokens_only() {
     let directory = write(&config, &tensors(&config, DType::F32));
     let model = Llama::load(directory.path(), None).unwrap();
     let context = ids(61, 50, 3);
-    let job = Job { context: &context, queries: &[ids(2, 50, 1)], generate: 2, all_logits: false };
+    let job = Job { context: &context, queries: &[ids(2, 50, 1)], generate: 2, stop: &[], all_logits: false };
     let layout = StarLayout::new(61, 16, 16, 3).unwrap();
     let run = run(&model, None, Mode::Star(layout.into()), &job, &ProgressBar::hidden()).unwrap();
     // Keys and values of 2 layers, 2 heads of 8 elements, 4 bytes each.
