@@ -1,8 +1,12 @@
-//! `config.json` of a Hugging Face Llama checkpoint.
+//! `config.json` of a Hugging Face checkpoint: a Llama, or a model of its shape (Mistral, Qwen2).
 
 use super::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
+
+/// `model_type` and class of the models that are read.
+const ARCHITECTURES: [(&str, &str); 3] =
+    [("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM"), ("qwen2", "Qwen2ForCausalLM")];
 
 /// The extents and constants of a Llama.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,15 +22,19 @@ pub struct Config {
     pub rope_theta: f64,
     pub rope_scaling: Option<RopeScaling>,
     pub tie_word_embeddings: bool,
+    /// Whether the projections to queries, keys and values add a bias.
+    pub qkv_bias: bool,
+    /// Whether the attention's output projection adds a bias.
+    pub output_bias: bool,
 }
 
-/// Llama 3.1's stretching of the slow rotations (`rope_type` "llama3").
+/// How rotations are slowed for contexts longer than those of the training (`rope_type`).
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RopeScaling {
-    pub factor: f64,
-    pub low_freq_factor: f64,
-    pub high_freq_factor: f64,
-    pub original_max_position_embeddings: f64,
+pub enum RopeScaling {
+    /// All, by a factor ("linear").
+    Linear { factor: f64 },
+    /// Llama 3.1: the slow ones ("llama3").
+    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: f64 },
 }
 
 impl Config {
@@ -37,18 +45,13 @@ impl Config {
     pub fn read(path: &Path) -> Result<Self> {
         let json = read_json(path)?;
         let fields = Fields { path, json: &json };
-        fields.only("model_type", "llama")?;
-        if let Some(names) = json["architectures"].as_array()
-            && !names.iter().any(|name| name == "LlamaForCausalLM")
-        {
-            return Err(fields.error(format!("architectures: expected LlamaForCausalLM, got {names:?}")));
-        }
+        let architecture = fields.architecture()?;
         fields.only("hidden_act", "silu")?;
-        for bias in ["attention_bias", "mlp_bias"] {
-            if json[bias] == true {
-                return Err(fields.error(format!("{bias}: expected false, got true")));
-            }
+        if json["mlp_bias"] == true {
+            return Err(fields.error("mlp_bias: expected false, got true".into()));
         }
+        fields.refuse_sliding_window(architecture)?;
+        let attention_bias = architecture == "llama" && json["attention_bias"] == true;
         // Newer files keep theta beside the scaling, in `rope_parameters`.
         let rope = if json["rope_parameters"].is_object() {
             &json["rope_parameters"]
@@ -71,6 +74,8 @@ impl Config {
             rope_theta: theta.unwrap_or(10_000.0),
             rope_scaling: rope.scaling()?,
             tie_word_embeddings: json["tie_word_embeddings"] == true,
+            qkv_bias: attention_bias || architecture == "qwen2",
+            output_bias: attention_bias,
         };
         if !config.heads.is_multiple_of(config.kv_heads) {
             let (heads, kv_heads) = (config.heads, config.kv_heads);
@@ -95,12 +100,17 @@ impl Config {
 }
 
 impl RopeScaling {
-    /// Frequencies that turn often within the original length stay, slow ones are divided by `factor`, and those between are blended.
-    fn apply(&self, frequency: f64) -> f64 {
-        let turns = self.original_max_position_embeddings * frequency / std::f64::consts::TAU;
-        let kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
-        let kept = kept.clamp(0.0, 1.0);
-        kept * frequency + (1.0 - kept) * frequency / self.factor
+    fn apply(self, frequency: f64) -> f64 {
+        match self {
+            Self::Linear { factor } => frequency / factor,
+            // Frequencies that turn often within the original length stay, slow ones are divided, and those between are blended.
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let turns = original_max_position_embeddings * frequency / std::f64::consts::TAU;
+                let kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                let kept = kept.clamp(0.0, 1.0);
+                kept * frequency + (1.0 - kept) * frequency / factor
+            }
+        }
     }
 }
 
@@ -113,6 +123,47 @@ struct Fields<'a> {
 impl Fields<'_> {
     fn error(&self, reason: String) -> Error {
         Error::input(self.path.display().to_string(), reason)
+    }
+
+    /// The `model_type`, which the class must agree with. A Llama where neither is told.
+    fn architecture(&self) -> Result<&'static str> {
+        let names = || ARCHITECTURES.map(|(name, _)| name);
+        let model_type = match &self.json["model_type"] {
+            Value::Null => "llama",
+            Value::String(name) => name,
+            other => {
+                return Err(self.error(format!("model_type: expected one of {:?}, got {other}", names())));
+            }
+        };
+        let found = ARCHITECTURES.into_iter().find(|(name, _)| *name == model_type);
+        let Some((architecture, class)) = found else {
+            let reason = format!("model_type: expected one of {:?}, got {model_type:?}", names());
+            return Err(self.error(reason));
+        };
+        match self.json["architectures"].as_array() {
+            Some(classes) if !classes.iter().any(|name| name == class) => {
+                Err(self.error(format!("architectures: expected {class}, got {classes:?}")))
+            }
+            _ => Ok(architecture),
+        }
+    }
+
+    /// Refuses attention over a window: dense and star attention see all before them.
+    fn refuse_sliding_window(&self, architecture: &str) -> Result<()> {
+        let (name, expected) = match architecture {
+            "mistral" => ("sliding_window", Value::Null),
+            "qwen2" => ("use_sliding_window", Value::Bool(false)),
+            _ => return Ok(()),
+        };
+        // A Mistral that tells none has one; a Qwen2 has not.
+        match self.json.get(name) {
+            Some(value) if *value == expected => Ok(()),
+            None if architecture == "qwen2" => Ok(()),
+            other => {
+                let got = other.map_or_else(|| "none".to_owned(), Value::to_string);
+                Err(self.error(format!("{name}: expected {expected}, got {got}")))
+            }
+        }
     }
 
     /// Refuses a field that is there and is not `expected`.
@@ -158,21 +209,23 @@ impl Fields<'_> {
         let name = if self.json["rope_type"].is_null() { "type" } else { "rope_type" };
         match self.json[name].as_str() {
             Some("llama3") => {
-                let scaling = RopeScaling {
-                    factor: self.number("factor")?,
-                    low_freq_factor: self.number("low_freq_factor")?,
-                    high_freq_factor: self.number("high_freq_factor")?,
-                    original_max_position_embeddings: self.number("original_max_position_embeddings")?,
-                };
-                if scaling.high_freq_factor <= scaling.low_freq_factor {
+                let (low, high) = (self.number("low_freq_factor")?, self.number("high_freq_factor")?);
+                if high <= low {
                     return Err(self.error("high_freq_factor: expected more than low_freq_factor".into()));
                 }
-                Ok(Some(scaling))
+                Ok(Some(RopeScaling::Llama3 {
+                    factor: self.number("factor")?,
+                    low_freq_factor: low,
+                    high_freq_factor: high,
+                    original_max_position_embeddings: self.number("original_max_position_embeddings")?,
+                }))
             }
+            Some("linear") => Ok(Some(RopeScaling::Linear { factor: self.number("factor")? })),
             Some("default") => Ok(None),
-            None if self.json[name].is_null() => Ok(None),
+            None if self.json[name].is_null() && self.json["factor"].is_null() => Ok(None),
             _ => {
-                let reason = format!("rope scaling: expected \"llama3\" or none, got {}", self.json[name]);
+                let got = &self.json[name];
+                let reason = format!("rope scaling: expected \"llama3\", \"linear\" or none, got {got}");
                 Err(self.error(reason))
             }
         }

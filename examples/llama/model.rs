@@ -1,4 +1,4 @@
-//! A Llama that leaves its attention to the caller.
+//! A Llama, or a model of its shape, that leaves its attention to the caller.
 //!
 //! Activations and linear layers are in f32; queries, keys and values are rounded to the model's dtype.
 
@@ -162,24 +162,49 @@ impl Llama {
             Ok(x.reshape((rows, width / dim, dim))?.to_dtype(self.dtype)?)
         };
         Ok([
-            heads(rotate(&hidden.matmul(&layer.query)?, rotation, dim)?)?,
-            heads(rotate(&hidden.matmul(&layer.key)?, rotation, dim)?)?,
-            heads(hidden.matmul(&layer.value)?)?,
+            heads(rotate(&layer.query.forward(&hidden)?, rotation, dim)?)?,
+            heads(rotate(&layer.key.forward(&hidden)?, rotation, dim)?)?,
+            heads(layer.value.forward(&hidden)?)?,
         ])
     }
 }
 
-/// One decoder layer; matrices are `[in, out]`.
+/// A projection of rows, `[n, in]` to `[n, out]`.
+struct Linear {
+    /// `[in, out]`.
+    weight: Tensor,
+    /// `[out]`.
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    fn take(weights: &mut Weights, name: &str, [output, input]: [usize; 2], bias: bool) -> Result<Self> {
+        Ok(Self {
+            weight: weights.take(&format!("{name}.weight"), &[output, input])?.t()?,
+            bias: bias.then(|| weights.take(&format!("{name}.bias"), &[output])).transpose()?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let product = x.matmul(&self.weight)?;
+        Ok(match &self.bias {
+            Some(bias) => product.broadcast_add(bias)?,
+            None => product,
+        })
+    }
+}
+
+/// One decoder layer.
 struct Layer {
     input_norm: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
     mlp_norm: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
     eps: f64,
 }
 
@@ -189,19 +214,19 @@ impl Layer {
         let (query, kv) = (config.heads * dim, config.kv_heads * dim);
         let mut vector = |name: &str| weights.take(&format!("model.layers.{index}.{name}.weight"), &[hidden]);
         let (input_norm, mlp_norm) = (vector("input_layernorm")?, vector("post_attention_layernorm")?);
-        let mut matrix = |name: &str, output, input| -> Result<Tensor> {
-            Ok(weights.take(&format!("model.layers.{index}.{name}.weight"), &[output, input])?.t()?)
+        let mut linear = |name: &str, extents, bias| {
+            Linear::take(weights, &format!("model.layers.{index}.{name}"), extents, bias)
         };
         Ok(Self {
             input_norm,
-            query: matrix("self_attn.q_proj", query, hidden)?,
-            key: matrix("self_attn.k_proj", kv, hidden)?,
-            value: matrix("self_attn.v_proj", kv, hidden)?,
-            output: matrix("self_attn.o_proj", hidden, query)?,
+            query: linear("self_attn.q_proj", [query, hidden], config.qkv_bias)?,
+            key: linear("self_attn.k_proj", [kv, hidden], config.qkv_bias)?,
+            value: linear("self_attn.v_proj", [kv, hidden], config.qkv_bias)?,
+            output: linear("self_attn.o_proj", [hidden, query], config.output_bias)?,
             mlp_norm,
-            gate: matrix("mlp.gate_proj", inner, hidden)?,
-            up: matrix("mlp.up_proj", inner, hidden)?,
-            down: matrix("mlp.down_proj", hidden, inner)?,
+            gate: linear("mlp.gate_proj", [inner, hidden], false)?,
+            up: linear("mlp.up_proj", [inner, hidden], false)?,
+            down: linear("mlp.down_proj", [hidden, inner], false)?,
             eps: config.rms_norm_eps,
         })
     }
@@ -209,10 +234,10 @@ impl Layer {
     /// What follows the attention: output projection and MLP, each added to the residual stream.
     fn finish(&self, hidden: &Tensor, attended: &Tensor) -> Result<Tensor> {
         let attended = attended.to_dtype(DType::F32)?.flatten_from(1)?;
-        let hidden = (hidden + attended.matmul(&self.output)?)?;
+        let hidden = (hidden + self.output.forward(&attended)?)?;
         let x = rms_norm(&hidden, &self.mlp_norm, self.eps)?;
-        let inner = (x.matmul(&self.gate)?.silu()? * x.matmul(&self.up)?)?;
-        Ok((hidden + inner.matmul(&self.down)?)?)
+        let inner = (self.gate.forward(&x)?.silu()? * self.up.forward(&x)?)?;
+        Ok((hidden + self.down.forward(&inner)?)?)
     }
 }
 

@@ -40,9 +40,14 @@ pub fn config() -> Value {
 
 /// `config` with some fields replaced.
 pub fn config_with(changes: Value) -> Value {
-    let mut config = config();
-    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-    config
+    merged(&config(), changes)
+}
+
+/// An object with some fields replaced.
+pub fn merged(object: &Value, changes: Value) -> Value {
+    let mut object = object.clone();
+    object.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    object
 }
 
 /// Random weights that fit a config.
@@ -73,6 +78,15 @@ pub fn tensors(config: &Value, dtype: DType) -> HashMap<String, Tensor> {
             ("mlp.down_proj", vec![hidden, inner]),
         ] {
             shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
+        }
+        let qwen2 = config["model_type"] == "qwen2";
+        if qwen2 || config["attention_bias"] == true {
+            for (name, extent) in [("q_proj", heads * dim), ("k_proj", kv), ("v_proj", kv)] {
+                shapes.push((format!("model.layers.{layer}.self_attn.{name}.bias"), vec![extent]));
+            }
+        }
+        if !qwen2 && config["attention_bias"] == true {
+            shapes.push((format!("model.layers.{layer}.self_attn.o_proj.bias"), vec![hidden]));
         }
     }
     let mut state = 7u64;

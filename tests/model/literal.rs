@@ -33,7 +33,7 @@ impl Literal {
         let get = |name: &str| config[name].as_u64().map(|extent| extent as usize);
         let (hidden, heads) = (get("hidden_size").unwrap(), get("num_attention_heads").unwrap());
         let dim = get("head_dim").unwrap_or(hidden / heads);
-        let theta = config["rope_theta"].as_f64().unwrap();
+        let theta = config["rope_theta"].as_f64().unwrap_or(1e4);
         let plain = (0..dim / 2).map(|pair| 1.0 / theta.powf(2.0 * pair as f64 / dim as f64));
         Self {
             weights: tensors.iter().map(|(name, tensor)| (name.clone(), flat(tensor))).collect(),
@@ -82,7 +82,14 @@ impl Literal {
         for (layer, past) in past.iter().enumerate() {
             let weight = |name: &str| &self.weights[&format!("model.layers.{layer}.{name}.weight")];
             let normed: Vec<Row> = hidden.iter().map(|x| self.norm(x, weight("input_layernorm"))).collect();
-            let project = |name: &str| normed.iter().map(|x| product(weight(name), x)).collect::<Vec<Row>>();
+            let linear = |name: &str, x: &Row| {
+                let mut y = product(weight(name), x);
+                if let Some(bias) = self.weights.get(&format!("model.layers.{layer}.{name}.bias")) {
+                    add(&mut y, bias);
+                }
+                y
+            };
+            let project = |name: &str| normed.iter().map(|x| linear(name, x)).collect::<Vec<Row>>();
             let (mut queries, mut keys) = (project("self_attn.q_proj"), project("self_attn.k_proj"));
             for (row, &position) in positions.iter().enumerate() {
                 self.rotate(&mut queries[row], position);
@@ -93,7 +100,7 @@ impl Literal {
                 let seen_keys: Vec<&Row> = past.keys.iter().chain(&own.keys[..=row]).collect();
                 let seen_values: Vec<&Row> = past.values.iter().chain(&own.values[..=row]).collect();
                 let attended = self.attend(&queries[row], &seen_keys, &seen_values);
-                add(x, &product(weight("self_attn.o_proj"), &attended));
+                add(x, &linear("self_attn.o_proj", &attended));
                 let normed = self.norm(x, weight("post_attention_layernorm"));
                 let (gate, up) =
                     (product(weight("mlp.gate_proj"), &normed), product(weight("mlp.up_proj"), &normed));
@@ -146,12 +153,15 @@ impl Literal {
     }
 }
 
-/// Llama 3.1's rule, by wavelength, as `transformers` writes it.
+/// The linear rule, or Llama 3.1's, by wavelength, as `transformers` writes it.
 fn scaled(frequency: f64, scaling: &Value) -> f64 {
     if scaling.is_null() {
         return frequency;
     }
     let get = |name: &str| scaling[name].as_f64().unwrap();
+    if scaling["type"] == "linear" || scaling["rope_type"] == "linear" {
+        return frequency / get("factor");
+    }
     let (factor, old) = (get("factor"), get("original_max_position_embeddings"));
     let (low, high) = (get("low_freq_factor"), get("high_freq_factor"));
     let wavelength = 2.0 * std::f64::consts::PI / frequency;

@@ -1,20 +1,32 @@
 //! Checkpoints that load, and those that are refused.
 
-use super::checkpoint::{Directory, config, config_with, tensors, write, write_sharded};
+use super::checkpoint::{Directory, config, config_with, merged, tensors, write, write_sharded};
 use super::literal::Literal;
 use super::llama::model::Llama;
 use super::{Mode, answers, assert_logits, ids};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use star_attention::StarLayout;
+use std::collections::HashMap;
 
 /// The checkpoint, as `dtype` or its own, gives the literal model's logits.
 fn assert_loads(config: &Value, stored: DType, dtype: Option<DType>, tolerance: f64) {
     let tensors = tensors(config, stored);
     let directory = write(config, &tensors);
+    assert_eq!(Llama::load(directory.path(), dtype).unwrap().dtype, dtype.unwrap_or(stored));
+    assert_equals_literal(&directory, config, &tensors, dtype, tolerance);
+}
+
+/// Dense and star logits of a checkpoint are those of the literal model of the same config and tensors.
+fn assert_equals_literal(
+    directory: &Directory,
+    config: &Value,
+    tensors: &HashMap<String, Tensor>,
+    dtype: Option<DType>,
+    tolerance: f64,
+) {
     let model = Llama::load(directory.path(), dtype).unwrap();
-    assert_eq!(model.dtype, dtype.unwrap_or(stored));
-    let literal = Literal::new(config, &tensors);
+    let literal = Literal::new(config, tensors);
     let (context, query) = (ids(70, 50, 6), ids(3, 50, 7));
     let queries = std::slice::from_ref(&query);
     let dense = answers(&model, Mode::Dense, &context, queries, 1).unwrap();
@@ -35,6 +47,55 @@ fn every_head_arrangement_loads() {
     ] {
         assert_loads(&config_with(changes), DType::F32, None, 1e-4);
     }
+}
+
+/// What `config.json` says of the published models, made small.
+#[test]
+fn every_published_shape_loads() {
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512
+    });
+    let qwen2 = json!({ "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2" });
+    let mistral =
+        json!({ "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": null });
+    for (name, changes) in [
+        ("Llama 3", json!({ "rope_theta": 5e5 })),
+        ("Llama 3.1", json!({ "rope_theta": 5e5, "rope_scaling": llama3 })),
+        ("Llama 3.2", json!({ "rope_theta": 5e5, "rope_scaling": llama3, "tie_word_embeddings": true })),
+        ("linear, older files", json!({ "rope_scaling": { "type": "linear", "factor": 4.0 } })),
+        ("linear, newer files", json!({ "rope_scaling": { "rope_type": "linear", "factor": 2.0 } })),
+        ("Llama with biases", json!({ "attention_bias": true })),
+        ("Mistral", mistral),
+        ("Qwen2", qwen2),
+        (
+            "Qwen2.5",
+            json!({
+                "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": true,
+                "rope_theta": 1e6, "use_sliding_window": false, "sliding_window": 32
+            }),
+        ),
+    ] {
+        println!("{name}");
+        assert_loads(&config_with(changes), DType::F32, None, 1e-4);
+    }
+}
+
+/// Llama 2 has neither theta nor KV heads in its file, and a buffer in its weights.
+#[test]
+fn llama_2_loads() {
+    let mut config = config_with(json!({ "rope_scaling": null, "torch_dtype": "float16" }));
+    for name in ["num_key_value_heads", "rope_theta"] {
+        config.as_object_mut().unwrap().remove(name);
+    }
+    let mut tensors = tensors(&config, DType::F16);
+    for layer in 0..2 {
+        let buffer = Tensor::ones(4, DType::F32, &Device::Cpu).unwrap();
+        tensors.insert(format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"), buffer);
+    }
+    let directory = write(&config, &tensors);
+    assert_eq!(Llama::load(directory.path(), None).unwrap().dtype, DType::F16);
+    assert_equals_literal(&directory, &config, &tensors, Some(DType::F32), 1e-4);
 }
 
 #[test]
@@ -93,12 +154,26 @@ fn refused(directory: &Directory, named: &str) {
 #[test]
 fn bad_configs_are_refused() {
     let weights = tensors(&config(), DType::F32);
+    let mistral = json!({ "architectures": ["MistralForCausalLM"], "model_type": "mistral" });
+    let qwen2 = json!({ "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2" });
     for (changes, named) in [
         (json!({ "architectures": ["MistralForCausalLM"] }), "architectures"),
-        (json!({ "model_type": "qwen2" }), "model_type"),
+        (json!({ "model_type": "qwen2" }), "architectures"),
+        (json!({ "model_type": "qwen3" }), "model_type"),
+        (json!({ "model_type": 3 }), "model_type"),
         (json!({ "hidden_act": "gelu" }), "hidden_act"),
-        (json!({ "attention_bias": true }), "attention_bias"),
+        (json!({ "mlp_bias": true }), "mlp_bias"),
+        // A window, told or by default.
+        (merged(&mistral, json!({ "sliding_window": 4096 })), "sliding_window"),
+        (mistral, "sliding_window"),
+        (merged(&qwen2, json!({ "use_sliding_window": true })), "use_sliding_window"),
+        // Biases that the weights do not have.
+        (json!({ "attention_bias": true }), "q_proj.bias"),
+        (qwen2, "q_proj.bias"),
         (json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0 } }), "rope scaling"),
+        (json!({ "rope_scaling": { "type": "dynamic", "factor": 4.0 } }), "rope scaling"),
+        (json!({ "rope_scaling": { "factor": 4.0 } }), "rope scaling"),
+        (json!({ "rope_scaling": { "type": "linear" } }), "factor"),
         (json!({ "rope_scaling": { "rope_type": "llama3", "factor": 4.0 } }), "low_freq_factor"),
         (json!({ "rope_theta": -1.0 }), "rope_theta"),
         (json!({ "vocab_size": null }), "vocab_size"),
