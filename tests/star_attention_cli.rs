@@ -1,7 +1,17 @@
-//! The built example: a good run, saved logits, and bad input, which gives one line and exit code 2.
+//! The built example: good runs on haystacks and text, saved logits, and bad input, which gives one line and exit code 2.
 #![cfg(feature = "candle")]
 
+// Shared with the tests of the model, which use all of it.
+#[allow(dead_code)]
+#[path = "model/byte_level.rs"]
+mod byte_level;
+#[allow(dead_code)]
+#[path = "model/checkpoint.rs"]
+mod checkpoint;
+
+use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -112,6 +122,52 @@ fn every_scheme_finds_the_needles() {
     }
 }
 
+/// A checkpoint whose attention adds nothing: after a byte comes the next one, and after `g` the end.
+fn alphabet() -> checkpoint::Directory {
+    let vocab = byte_level::EOS as usize + 1;
+    let config = checkpoint::config_with(json!({
+        "vocab_size": vocab, "hidden_size": 64, "bos_token_id": byte_level::BOS, "eos_token_id": byte_level::EOS
+    }));
+    let mut tensors = checkpoint::tensors(&config, DType::F32);
+    for (name, tensor) in &mut tensors {
+        if name.contains("o_proj") || name.contains("down_proj") {
+            *tensor = tensor.zeros_like().unwrap();
+        }
+    }
+    // The row of each token's successor is the token's own, and signs alone make rows of equal length.
+    let embedding = tensors["model.embed_tokens.weight"].sign().unwrap();
+    let before = |token: u32| match token {
+        byte_level::EOS => u32::from(b'g'),
+        // The end takes the place of `h`.
+        104 => 104,
+        token => token.saturating_sub(1),
+    };
+    let rows: Vec<u32> = (0..vocab as u32).map(before).collect();
+    let rows = Tensor::new(rows, &Device::Cpu).unwrap();
+    tensors.insert("lm_head.weight".into(), embedding.index_select(&rows, 0).unwrap());
+    tensors.insert("model.embed_tokens.weight".into(), embedding);
+    tensors.insert("model.norm.weight".into(), Tensor::ones(64, DType::F32, &Device::Cpu).unwrap());
+    let directory = checkpoint::write(&config, &tensors);
+    std::fs::write(directory.path().join("tokenizer.json"), byte_level::tokenizer().to_string()).unwrap();
+    directory
+}
+
+#[test]
+fn text_is_answered_with_text() {
+    let (model, directory) = (alphabet(), Directory::new("text"));
+    let model = model.path().display().to_string();
+    let context = directory.file("context.txt", "Läs några rader.\nThen the letters.\n".as_bytes());
+    let args = ["--model", &model, "--context", &context, "--query", "say ab"];
+    for (generate, answer) in [(&[][..], "cdefg"), (&["--generate", "3"], "cde")] {
+        let output = example(&[&args[..], generate].concat());
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "{err}");
+        for mode in ["star", "dense"] {
+            assert!(out.lines().any(|line| line == format!("{mode}: {answer}")), "{mode}: {out}");
+        }
+    }
+}
+
 #[test]
 fn logits_are_saved_for_every_query_and_generated_token() {
     let directory = Directory::new("logits");
@@ -144,6 +200,8 @@ fn bad_input_gives_one_line_and_exit_code_2() {
     let negative = directory.file("negative.json", b"[-1]");
     let words = directory.file("words.json", b"{\"ids\": 3}");
     let empty = directory.file("empty.json", b"[]");
+    let prose = directory.file("prose.txt", b"sun moon");
+    let binary = directory.file("binary", b"\xff\xfe");
     let logits = directory.path("logits.safetensors");
     let nowhere = directory.path("no/where");
 
@@ -197,6 +255,14 @@ fn bad_input_gives_one_line_and_exit_code_2() {
         (&["--context-ids", &ids], "--query-ids"),
         (&["--query-ids", &ids], "--context-ids"),
         (&["--save-logits", &logits], "--context-ids"),
+        (&["--context", &prose], "--query"),
+        (&["--query", "sun"], "--context"),
+        (&["--context", &prose, "--query", ""], "--query"),
+        (&["--context", &nowhere, "--query", "sun"], "--context"),
+        (&["--context", &binary, "--query", "sun"], "--context"),
+        (&["--context", &prose, "--query", "sun", "--seed", "3"], "--seed"),
+        (&["--context", &prose, "--query", "sun", "--context-ids", &ids], "--context-ids"),
+        (&["--context", &prose, "--query", "sun", "--model", &wordless], "--model"),
         (&["--context-ids", &ids, "--query-ids", &ids, "--needles", "3"], "--needles"),
         (&["--context-ids", &nowhere, "--query-ids", &ids], "--context-ids"),
         (&["--context-ids", &outside, "--query-ids", &ids], "--context-ids"),

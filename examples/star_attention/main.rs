@@ -1,19 +1,21 @@
 //! Answers from a long context with Star Attention, and with dense attention beside it.
 //!
-//! Loads a Hugging Face Llama checkpoint, encodes a context over several hosts (threads of this process, or processes that `mpirun` started), and asks for
-//! facts that stand in it. Without options: the retrieval Llama of this repository, 8,192 tokens, 4 hosts.
+//! Loads a Hugging Face Llama checkpoint (or one of its shape), encodes a context over several hosts (threads of this process, or processes that `mpirun` started), and asks
+//! about it: a text, ids, or facts in a haystack. Without options: the retrieval Llama of this repository, 8,192 tokens, 4 hosts.
 
 mod advice;
+mod args;
 mod engine;
 mod haystack;
 #[path = "../llama/mod.rs"]
 mod llama;
 mod report;
+mod task;
 
+use args::{Anchor, Args, Generated, Modes, Precision};
 use candle_core::{DType, Tensor};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use engine::Engine;
-use haystack::{ANSWER_LEN, Haystack, NEEDLE, QUERY};
 use indicatif::{ProgressBar, ProgressStyle};
 use llama::error::{Error, Result};
 use llama::host::fold;
@@ -21,104 +23,14 @@ use llama::model::Llama;
 use llama::run::{Job, Mode, Run, Scheme, run, ticks};
 use llama::threads::tame_candle;
 use llama::tokenizer::Tokenizer;
-use report::{Task, Total, answers, costs, headline, reading};
+use report::{Total, answers, costs, headline, reading, texts};
 use star_attention::comm::{AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic};
 use star_attention::{GeneratedKv, StarLayout};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
-
-/// Answers from a long context with Star Attention, and with dense attention beside it.
-#[derive(Parser)]
-struct Args {
-    /// Directory of a Hugging Face Llama checkpoint [default: the retrieval Llama of this repository]
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
-    /// Tokens of the haystack
-    #[arg(long, default_value_t = 8192, value_name = "L", conflicts_with = "context_ids")]
-    context_len: usize,
-    /// Tokens of a block [default: context / hosts]
-    #[arg(long, value_name = "B")]
-    block_len: Option<usize>,
-    /// Tokens of the anchor, at most a block [default: a block]
-    #[arg(long, value_name = "A")]
-    anchor_len: Option<usize>,
-    /// Hosts over which the context is spread [default: 4 threads, or all processes]
-    #[arg(long, value_name = "N")]
-    hosts: Option<usize>,
-    /// What carries messages between hosts
-    #[arg(long, value_enum, default_value_t = Engine::Threads)]
-    engine: Engine,
-    /// Seconds that a process waits for another: longer than dense attention takes, if that is run as well
-    #[arg(long, default_value_t = 600.0, value_name = "S")]
-    timeout: f64,
-    /// How hosts come by the anchor's keys and values
-    #[arg(long, value_enum, default_value_t = Anchor::Encoded)]
-    anchor: Anchor,
-    /// Where keys and values of query and generated tokens are kept
-    #[arg(long, value_enum, default_value_t = Generated::QueryHost)]
-    generated: Generated,
-    /// Facts in the haystack
-    #[arg(long, default_value_t = 8, value_name = "N", conflicts_with = "context_ids")]
-    needles: usize,
-    /// Questions, over as many haystacks as it takes [default: one for each needle]
-    #[arg(long, value_name = "N", conflicts_with = "context_ids")]
-    queries: Option<usize>,
-    /// Seed of the haystack
-    #[arg(long, default_value_t = 0, value_name = "S", conflicts_with = "context_ids")]
-    seed: u64,
-    /// Attention over the context
-    #[arg(long, value_enum, default_value_t = Modes::Both)]
-    mode: Modes,
-    /// Type of weights, queries, keys and values [default: the checkpoint's]
-    #[arg(long, value_enum)]
-    dtype: Option<Precision>,
-    /// Tokens to generate for each query
-    #[arg(long, default_value_t = ANSWER_LEN, value_name = "N")]
-    generate: usize,
-    /// Context as a JSON array of token ids, instead of a haystack
-    #[arg(long, value_name = "FILE", requires = "query_ids")]
-    context_ids: Option<PathBuf>,
-    /// Query as a JSON array of token ids
-    #[arg(long, value_name = "FILE", requires = "context_ids")]
-    query_ids: Option<PathBuf>,
-    /// Writes the logits of all query and generated tokens, f32 [tokens, vocab], as tensors `star` and `dense`
-    #[arg(long, value_name = "FILE", requires = "context_ids")]
-    save_logits: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum Modes {
-    Star,
-    Dense,
-    Both,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Anchor {
-    /// Every host encodes the anchor's tokens
-    Encoded,
-    /// Host 0 sends them, layer by layer
-    Received,
-    /// What is faster by the cost model
-    Cheapest,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Generated {
-    /// All on the last host
-    QueryHost,
-    /// Dealt to the hosts in turn
-    RoundRobin,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Precision {
-    F32,
-    F16,
-    Bf16,
-}
+use task::{Task, tasks};
 
 /// Each host is a thread, with threads of its own.
 const MOST_HOSTS: usize = 1024;
@@ -154,7 +66,7 @@ fn main() -> ExitCode {
 }
 
 fn answer(args: &Args) -> Result<()> {
-    within("--generate", args.generate, MOST_GENERATED)?;
+    within("--generate", args.generate(), MOST_GENERATED)?;
     let timeout = Duration::try_from_secs_f64(args.timeout).map_err(|error| {
         Error::input("--timeout", format!("expected seconds, got {}: {error}", args.timeout))
     })?;
@@ -189,7 +101,7 @@ fn answer(args: &Args) -> Result<()> {
         Precision::Bf16 => DType::BF16,
     });
     let model = Llama::load(&directory, dtype)?;
-    let tasks = tasks(args, &model, tokenizer.as_ref())?;
+    let tasks = tasks(args, &directory, &model, tokenizer.as_ref())?;
     let group = args.engine.group(&GroupConfig { timeout, ..GroupConfig::default() })?;
     let group = group.as_deref();
     let speaks = group.is_none_or(|group| group.rank() == 0);
@@ -209,11 +121,11 @@ fn answer(args: &Args) -> Result<()> {
         .map(|&(name, mode)| Ok((name, total(args, &model, group, name, mode, &tasks)?)))
         .collect::<Result<Vec<_>>>()?;
     if speaks {
-        print!(
-            "\n{}\n{}",
-            answers(tokenizer.as_ref(), &tasks, &results)?,
-            costs(&model, args.generate, &tasks, &results)
-        );
+        let answers = match &tokenizer {
+            Some(tokenizer) if args.context.is_some() => texts(tokenizer, &results)?,
+            tokenizer => answers(tokenizer.as_ref(), &tasks, &results)?,
+        };
+        print!("\n{answers}\n{}", costs(&model, &tasks, &results));
         println!("\n{}", reading(scheme.layout.hosts(), args.engine));
     }
     if let Some(path) = &args.save_logits {
@@ -243,7 +155,7 @@ fn scheme(args: &Args, model: &Llama, group: Option<&dyn Collective>, context: &
         Generated::QueryHost => GeneratedKv::QueryHost,
         Generated::RoundRobin => GeneratedKv::RoundRobin,
     };
-    Ok(Scheme { layout, anchor, generated })
+    Ok(Scheme { anchor, generated, ..layout.into() })
 }
 
 /// What host 0 finds cheaper: all must do the same.
@@ -270,46 +182,6 @@ fn within(argument: &str, number: usize, most: usize) -> Result<()> {
     Err(Error::input(argument, format!("expected 1 to {most}, got {number}")))
 }
 
-/// The haystacks, or the ids of the files.
-fn tasks(args: &Args, model: &Llama, tokenizer: Option<&Tokenizer>) -> Result<Vec<Task>> {
-    if let (Some(context), Some(query)) = (&args.context_ids, &args.query_ids) {
-        let (context, query) =
-            (read_ids(model, "--context-ids", context)?, read_ids(model, "--query-ids", query)?);
-        if query.is_empty() {
-            return Err(Error::input("--query-ids", "expected at least 1 id, got none"));
-        }
-        return Ok(vec![Task { context, queries: vec![query], expected: vec![None] }]);
-    }
-    let word = |id| tokenizer.and_then(|tokenizer| tokenizer.word(id));
-    if word(NEEDLE).as_deref() != Some("<needle>") || word(QUERY).as_deref() != Some("<query>") {
-        let reason =
-            "a haystack is written in the retrieval Llama's words; give --context-ids and --query-ids";
-        return Err(Error::input("--model", reason));
-    }
-    let mut left = args.queries.unwrap_or(args.needles);
-    let mut tasks = Vec::new();
-    while tasks.is_empty() || left > 0 {
-        let seed = args.seed.wrapping_add(tasks.len() as u64);
-        let haystack = Haystack::new(args.context_len, args.needles, seed)?;
-        let asked = &haystack.needles[..left.min(args.needles)];
-        left -= asked.len();
-        tasks.push(Task {
-            queries: asked.iter().map(|needle| needle.query()).collect(),
-            expected: asked.iter().map(|needle| Some(needle.values)).collect(),
-            context: haystack.context,
-        });
-    }
-    Ok(tasks)
-}
-
-fn read_ids(model: &Llama, argument: &str, path: &Path) -> Result<Vec<u32>> {
-    let refuse = |reason: String| Error::input(argument, format!("{}: {reason}", path.display()));
-    let text = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
-    let ids: Vec<u32> = serde_json::from_slice(&text).map_err(|error| refuse(error.to_string()))?;
-    model.check_ids(argument, &ids)?;
-    Ok(ids)
-}
-
 fn total(
     args: &Args,
     model: &Llama,
@@ -323,8 +195,8 @@ fn total(
         .map(|task| Job {
             context: &task.context,
             queries: &task.queries,
-            generate: args.generate,
-            stop: &[],
+            generate: args.generate(),
+            stop: &task.stop,
             all_logits: args.save_logits.is_some(),
         })
         .collect();

@@ -1,24 +1,16 @@
 //! What was run, what was answered, and what it cost.
 
 use super::engine::Engine;
-use super::haystack::ANSWER_LEN;
 use super::llama::error::Result;
 use super::llama::model::Llama;
 use super::llama::run::{Answer, Scheme};
 use super::llama::table::{bytes, table, time};
 use super::llama::threads::threads_per_host;
 use super::llama::tokenizer::Tokenizer;
+use super::task::Task;
 use star_attention::GeneratedKv;
 use star_attention::comm::{AnchorKv, Traffic};
 use std::time::Duration;
-
-/// A context and what is asked about it.
-pub struct Task {
-    pub context: Vec<u32>,
-    pub queries: Vec<Vec<u32>>,
-    /// For each query the right answer, where it is known.
-    pub expected: Vec<Option<[u32; ANSWER_LEN]>>,
-}
 
 /// All tasks of one mode together.
 pub struct Total {
@@ -93,6 +85,20 @@ pub fn answers(
     Ok(table(&rows))
 }
 
+/// The answer of each mode to one query, in full.
+///
+/// # Errors
+/// Errors of the tokenizer.
+pub fn texts(tokenizer: &Tokenizer, results: &[(&'static str, Total)]) -> Result<String> {
+    let mut text = String::new();
+    for (name, total) in results {
+        for answer in &total.answers {
+            text += &format!("{name}: {}\n", tokenizer.text(&answer.tokens, true)?.trim());
+        }
+    }
+    Ok(text)
+}
+
 /// The text of `ids` in one line; without a tokenizer the ids themselves.
 fn text(tokenizer: Option<&Tokenizer>, ids: &[u32]) -> Result<String> {
     let Some(tokenizer) = tokenizer else {
@@ -103,7 +109,7 @@ fn text(tokenizer: Option<&Tokenizer>, ids: &[u32]) -> Result<String> {
 }
 
 /// What each mode cost, and how often it was right: a column for each mode.
-pub fn costs(model: &Llama, generate: usize, tasks: &[Task], results: &[(&'static str, Total)]) -> String {
+pub fn costs(model: &Llama, tasks: &[Task], results: &[(&'static str, Total)]) -> String {
     let headings = [
         "",
         "answers right",
@@ -130,7 +136,7 @@ pub fn costs(model: &Llama, generate: usize, tasks: &[Task], results: &[(&'stati
             _ => format!("{part}/{of} ({:.3})", part as f64 / of as f64),
         };
         let encode = total.encode_time.as_secs_f64();
-        let generated = (total.answers.len() * generate) as f64;
+        let generated = total.answers.iter().map(|answer| answer.tokens.len()).sum::<usize>() as f64;
         let layers_tokens = generated * model.config.layers as f64;
         let column = [
             (*name).to_owned(),
