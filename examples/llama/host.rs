@@ -26,6 +26,10 @@ pub struct Host<'a, T, C: ?Sized> {
 
 impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
     /// A host with room for its context tokens and its share of `tokens` of query and generation, in steps of at most `step`.
+    /// The scheme is one that was [`checked`](Scheme::checked).
+    ///
+    /// # Errors
+    /// Those of a rank that the layout has not.
     pub fn new(model: &'a Llama, scheme: Scheme, tokens: usize, step: usize, group: &'a C) -> Result<Self> {
         let layout = scheme.layout.host(group.rank())?;
         let room = scheme.layout.generated_room(scheme.generated, group.rank(), tokens, step);
@@ -49,11 +53,14 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
     pub fn encode(&mut self, context: &[u32], mask: Mask, tick: impl Fn()) -> Result<()> {
         let mut anchor = Anchor::new(self.model, &self.scheme, &self.layout)?;
         let Self { model, scheme, layout, group, shards, workspace, .. } = self;
-        let positions: Vec<usize> = match scheme.anchor {
-            AnchorKv::Encoded => layout.positions().collect(),
-            AnchorKv::Received => layout.own_tokens().collect(),
+        let (mut tokens, mut positions) = match scheme.anchor {
+            AnchorKv::Encoded => {
+                scheme.anchor_block.rows(&scheme.layout, layout, context, model.config.vocab_size)
+            }
+            AnchorKv::Received => (Vec::new(), Vec::new()),
         };
-        let tokens: Vec<u32> = positions.iter().map(|&index| context[index]).collect();
+        tokens.extend(&context[layout.own_tokens()]);
+        positions.extend(layout.own_tokens());
         let shape = shape(model, tokens.len(), layout.local_len());
         let plan = Plan::new(&AttentionConfig::new(mask), &shape)?;
         workspace.resize(plan.workspace_len(), 0.0);

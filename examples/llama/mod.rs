@@ -1,15 +1,17 @@
 //! A Llama on Star Attention, for the examples: a Hugging Face checkpoint is loaded, and a group of hosts answers queries about a context.
 //!
 //! [`Llama`](model::Llama) leaves its attention to the caller; [`Host`](host::Host) is the caller, and does what the crate is for; [`run`](run::run) starts the hosts
-//! and asks. An example includes the directory as a module: `#[path = "../llama/mod.rs"] mod llama;`.
+//! and asks. Text goes through a [`Tokenizer`](tokenizer::Tokenizer). An example includes the directory as a module: `#[path = "../llama/mod.rs"] mod llama;`.
 
 // No example uses all of it.
 #![allow(dead_code)]
 
+pub mod anchor;
 pub mod config;
 pub mod error;
 pub mod host;
 pub mod model;
+pub mod random;
 pub mod run;
 pub mod table;
 pub mod threads;

@@ -1,5 +1,6 @@
 //! A group of hosts that answers queries about a context: threads of this process, or processes of which this is one.
 
+use super::anchor::AnchorBlock;
 use super::error::{Error, Result};
 use super::host::{Host, fold, shape};
 use super::model::Llama;
@@ -37,12 +38,18 @@ pub enum Mode {
 pub struct Scheme {
     pub layout: StarLayout,
     pub anchor: AnchorKv,
+    pub anchor_block: AnchorBlock,
     pub generated: GeneratedKv,
 }
 
 impl From<StarLayout> for Scheme {
     fn from(layout: StarLayout) -> Self {
-        Self { layout, anchor: AnchorKv::default(), generated: GeneratedKv::default() }
+        Self {
+            layout,
+            anchor: AnchorKv::default(),
+            anchor_block: AnchorBlock::default(),
+            generated: GeneratedKv::default(),
+        }
     }
 }
 
@@ -85,7 +92,7 @@ pub fn ticks(model: &Llama, processes: bool, mode: Mode, job: &Job) -> u64 {
 /// Runs a job: as one process of a group, or with threads as hosts.
 ///
 /// # Errors
-/// Those of the model, or of the first host that failed.
+/// Those of the model and of [`Scheme::checked`], or of the first host that failed.
 pub fn run(
     model: &Llama,
     processes: Option<&dyn Collective>,
@@ -115,7 +122,7 @@ fn run_as<T: Element + WithDType>(
         }
     }
     let scheme = match mode {
-        Mode::Star(scheme) => scheme,
+        Mode::Star(scheme) => scheme.checked(model)?,
         Mode::Dense => StarLayout::new(job.context.len(), job.context.len().max(1), 0, 1)?.into(),
     };
     let (layout, start) = (scheme.layout, Instant::now());
@@ -223,6 +230,7 @@ fn answer<T: Element + WithDType, C: Collective + ?Sized>(
 fn agreement(model: &Llama, scheme: Scheme, job: &Job) -> Result<Agreement> {
     let ids = job.queries.iter().flatten().chain(job.context).chain(job.stop).map(|&id| u64::from(id));
     let sizes = [job.generate as u64, job.queries.len() as u64, model.fingerprint()?];
+    let anchor_block = format!("{:?}", scheme.anchor_block);
     Ok(Agreement {
         layout: scheme.layout,
         shape: shape(model, 0, 0),
@@ -234,7 +242,7 @@ fn agreement(model: &Llama, scheme: Scheme, job: &Job) -> Result<Agreement> {
         },
         anchor: scheme.anchor,
         generated: scheme.generated,
-        model: sizes.into_iter().chain(ids).fold(0, fold),
+        model: sizes.into_iter().chain(ids).chain(anchor_block.bytes().map(u64::from)).fold(0, fold),
     })
 }
 

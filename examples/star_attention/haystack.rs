@@ -1,6 +1,7 @@
 //! Prompts of the retrieval Llama: a haystack of repeated noise with facts in it (its README says how it was trained).
 
 use super::llama::error::{Error, Result};
+use super::llama::random::Random;
 use std::ops::Range;
 
 pub const BOS: u32 = 0;
@@ -78,33 +79,5 @@ impl Needle {
     /// The tokens that ask for it.
     pub fn query(&self) -> Vec<u32> {
         vec![QUERY, self.key]
-    }
-}
-
-/// SplitMix64: small, and the same on every machine.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn within(&mut self, range: Range<u32>) -> u32 {
-        range.start + (self.next() % u64::from(range.end - range.start)) as u32
-    }
-
-    /// `count` different numbers of `range`, in random order.
-    fn distinct(&mut self, range: Range<u32>, count: usize) -> Vec<u32> {
-        let mut chosen = Vec::with_capacity(count);
-        while chosen.len() < count {
-            let number = self.within(range.clone());
-            if !chosen.contains(&number) {
-                chosen.push(number);
-            }
-        }
-        chosen
     }
 }

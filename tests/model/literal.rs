@@ -7,6 +7,8 @@ use serde_json::Value;
 use std::collections::HashMap;
 
 type Row = Vec<f64>;
+/// Tokens of an anchor, and their positions.
+pub type Anchor = (Vec<u32>, Vec<usize>);
 
 /// Keys and values of one layer, a row for each token.
 #[derive(Clone, Default)]
@@ -49,13 +51,21 @@ impl Literal {
 
     /// Logits of `inputs` behind a context that is encoded block by block, each with the anchor before it.
     pub fn star(&self, context: &[u32], block: usize, anchor: usize, inputs: &[u32]) -> Vec<Row> {
+        let first = || (context[..anchor].to_vec(), (0..anchor).collect());
+        let anchors: Vec<Anchor> = (1..context.len().div_ceil(block)).map(|_| first()).collect();
+        self.star_with(context, block, &anchors, inputs)
+    }
+
+    /// The same with an anchor of its own before each block after the first.
+    pub fn star_with(&self, context: &[u32], block: usize, anchors: &[Anchor], inputs: &[u32]) -> Vec<Row> {
         let mut kept = vec![Cache::default(); self.layers];
-        for start in (0..context.len()).step_by(block) {
-            let end = (start + block).min(context.len());
-            let anchor = if start == 0 { 0 } else { anchor };
-            let rows: Vec<usize> = (0..anchor).chain(start..end).collect();
-            let tokens: Vec<u32> = rows.iter().map(|&row| context[row]).collect();
-            let (caches, _) = self.run(&tokens, &rows, &vec![Cache::default(); self.layers]);
+        for (index, own) in context.chunks(block).enumerate() {
+            let (mut tokens, mut positions) =
+                if index == 0 { Anchor::default() } else { anchors[index - 1].clone() };
+            let anchor = tokens.len();
+            tokens.extend(own);
+            positions.extend(index * block..index * block + own.len());
+            let (caches, _) = self.run(&tokens, &positions, &vec![Cache::default(); self.layers]);
             for (kept, cache) in kept.iter_mut().zip(caches) {
                 kept.keys.extend_from_slice(&cache.keys[anchor..]);
                 kept.values.extend_from_slice(&cache.values[anchor..]);

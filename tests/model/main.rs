@@ -12,6 +12,7 @@ mod haystack;
 #[path = "../../examples/llama/mod.rs"]
 mod llama;
 
+mod anchors;
 mod haystacks;
 mod loading;
 mod tokens;
@@ -125,7 +126,7 @@ fn every_scheme_equals_the_literal_per_block_encoding() {
         let layout = StarLayout::new(context_len, block_len, anchor_len, hosts).unwrap();
         for anchor in [AnchorKv::Encoded, AnchorKv::Received] {
             for generated in [GeneratedKv::QueryHost, GeneratedKv::RoundRobin] {
-                let scheme = Scheme { layout, anchor, generated };
+                let scheme = Scheme { anchor, generated, ..layout.into() };
                 let answers = answers(&model, Mode::Star(scheme), &context, &queries, 5).unwrap();
                 for (answer, query) in answers.iter().zip(&queries) {
                     assert_logits(answer, query, 1e-4, |inputs| {

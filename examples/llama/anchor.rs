@@ -1,0 +1,98 @@
+//! What stands before a block while it is encoded: the anchor, and what the paper puts in its place to find out why it works.
+
+use super::error::{Error, Result};
+use super::model::Llama;
+use super::random::Random;
+use super::run::Scheme;
+use star_attention::comm::AnchorKv;
+use star_attention::{HostLayout, StarLayout};
+
+/// Content and positions of the anchor block (paper section 4.1). Block 0 has none in any case, and the length is that of the layout's anchor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AnchorBlock {
+    /// The context's first tokens at their own positions: Star Attention.
+    #[default]
+    First,
+    /// None: each block sees only itself.
+    None,
+    /// The context's first tokens, at the positions of the previous block.
+    FirstAtPrevious,
+    /// The context's first tokens, at random positions before the block, ascending.
+    FirstAtRandom { seed: u64 },
+    /// One token throughout, at the first positions.
+    Constant(u32),
+    /// Random tokens of the vocabulary at the first positions, the same for every block.
+    Random { seed: u64 },
+    /// The context's first tokens in random order, the same for every block, at the first positions.
+    Shuffled { seed: u64 },
+    /// The previous block's first tokens at their own positions.
+    Previous,
+}
+
+impl AnchorBlock {
+    /// The tokens before a host's own, and their positions. `layout` and `host` are of a [`Scheme`] that was [`checked`](Scheme::checked).
+    pub fn rows(
+        self,
+        layout: &StarLayout,
+        host: &HostLayout,
+        context: &[u32],
+        vocab_size: usize,
+    ) -> (Vec<u32>, Vec<usize>) {
+        let (first, block) = (host.anchor_tokens(), host.own_tokens().start);
+        let previous = block.saturating_sub(layout.block_len());
+        let previous = previous..previous + first.len();
+        let positions = match self {
+            Self::FirstAtPrevious | Self::Previous => previous.clone().collect(),
+            Self::FirstAtRandom { seed } => {
+                Random(seed.wrapping_add(block as u64)).ascending(0..block, first.len())
+            }
+            _ => first.clone().collect(),
+        };
+        let mut tokens = context[if self == Self::Previous { previous } else { first }].to_vec();
+        match self {
+            Self::Constant(token) => tokens.fill(token),
+            Self::Random { seed } => {
+                let mut random = Random(seed);
+                tokens.fill_with(|| random.within(0..vocab_size as u32));
+            }
+            Self::Shuffled { seed } => Random(seed).shuffle(&mut tokens),
+            _ => {}
+        }
+        (tokens, positions)
+    }
+
+    /// Whether a host can have several blocks: they share one anchor, and on host 0 that is the head of block 0 itself.
+    fn is_shared(self) -> bool {
+        matches!(self, Self::First | Self::None)
+    }
+}
+
+impl Scheme {
+    /// The scheme, its layout without an anchor where the anchor block is none.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for an anchor block other than the first that is to be received; for content or positions of its own while a host has several
+    /// blocks; for a token outside the vocabulary.
+    pub fn checked(mut self, model: &Llama) -> Result<Self> {
+        let Self { layout, anchor, anchor_block, .. } = self;
+        if anchor_block != AnchorBlock::First && anchor == AnchorKv::Received {
+            let reason = format!("expected the first block where hosts receive it, got {anchor_block:?}");
+            return Err(Error::input("anchor block", reason));
+        }
+        if !anchor_block.is_shared() && layout.blocks() > layout.hosts() {
+            let (blocks, hosts) = (layout.blocks(), layout.hosts());
+            let reason = format!(
+                "expected at most 1 block for each of {hosts} hosts under {anchor_block:?}, got {blocks} blocks"
+            );
+            return Err(Error::input("anchor block", reason));
+        }
+        match anchor_block {
+            AnchorBlock::Constant(token) => model.check_ids("anchor block", &[token])?,
+            AnchorBlock::None => {
+                self.layout = StarLayout::new(layout.context_len(), layout.block_len(), 0, layout.hosts())?;
+            }
+            _ => {}
+        }
+        Ok(self)
+    }
+}
