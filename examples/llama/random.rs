@@ -1,12 +1,14 @@
 //! Random numbers that a seed determines.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// SplitMix64: small, and the same on every machine.
 pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    /// 64 random bits.
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -32,14 +34,38 @@ impl Random {
 
     /// `count` different numbers of `range`, ascending; all of them if there are not as many.
     pub fn ascending(&mut self, range: Range<usize>, count: usize) -> Vec<usize> {
-        let mut missing = count as u64;
-        let end = range.end;
-        let chosen = |&number: &usize| {
-            let chosen = self.next() % ((end - number) as u64) < missing;
-            missing -= u64::from(chosen);
-            chosen
-        };
-        range.filter(chosen).collect()
+        let count = count.min(range.len());
+        let mut chosen = BTreeSet::new();
+        // Floyd's way: after each step every number up to `last` is as likely as any other.
+        for last in range.end - count..range.end {
+            let number = self.between(range.start..last + 1);
+            chosen.insert(if chosen.contains(&number) { last } else { number });
+        }
+        chosen.into_iter().collect()
+    }
+
+    /// A number of `range`, which is not empty.
+    pub fn between(&mut self, range: Range<usize>) -> usize {
+        range.start + (self.next() % (range.end - range.start) as u64) as usize
+    }
+
+    /// One of `items`, of which there is at least one.
+    pub fn choose<'a, T>(&mut self, items: &'a [T]) -> &'a T {
+        &items[self.between(0..items.len())]
+    }
+
+    /// `count` of `items` in random order, none of them twice; all if there are not as many.
+    pub fn sample<T: Clone>(&mut self, count: usize, items: &[T]) -> Vec<T> {
+        let chosen = self.ascending(0..items.len(), count);
+        let mut chosen: Vec<T> = chosen.into_iter().map(|index| items[index].clone()).collect();
+        self.shuffle(&mut chosen);
+        chosen
+    }
+
+    /// A stream of its own for each name, which is the same however much is drawn from it.
+    pub fn stream(&self, name: u64) -> Self {
+        let mut stream = Self(self.0 ^ name.wrapping_mul(0xd134_2543_de82_ef95));
+        Self(stream.next())
     }
 
     /// Puts `items` in random order.

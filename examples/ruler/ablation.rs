@@ -1,0 +1,64 @@
+//! What the anchor is made of: the paper's nine settings (section 4, on RULER's needles at 64K tokens).
+
+use super::llama::anchor::AnchorBlock;
+use super::llama::table::table;
+use super::report::{Row, percent};
+use super::setting::{Extent, Setting, Star};
+
+/// One of the nine.
+pub struct Ablation {
+    pub name: &'static str,
+    pub setting: Setting,
+    /// The paper's accuracy in percent, where it is known here.
+    pub paper: Option<f64>,
+}
+
+/// Of what is drawn.
+const SEED: u64 = 0;
+
+/// The nine settings, blocks of a quarter of the context, each on a host of its own; `constant` is the token of the constant anchor.
+pub fn settings(constant: u32) -> Vec<Ablation> {
+    let star =
+        |anchor, anchor_block| Setting::Star(Star { block: Extent::Part(4), anchor, hosts: 4, anchor_block });
+    let with =
+        |name, anchor_block, paper| Ablation { name, setting: star(Extent::Part(1), anchor_block), paper };
+    vec![
+        Ablation { name: "global attention", setting: Setting::Dense, paper: Some(99.5) },
+        Ablation {
+            name: "no anchor",
+            setting: star(Extent::Tokens(0), AnchorBlock::None),
+            paper: Some(60.1),
+        },
+        with("first block, at its positions", AnchorBlock::First, Some(97.6)),
+        with("first block, at the previous block's positions", AnchorBlock::FirstAtPrevious, None),
+        with("first block, at random positions", AnchorBlock::FirstAtRandom { seed: SEED }, None),
+        with("a constant token, at the first block's positions", AnchorBlock::Constant(constant), Some(0.0)),
+        with("random tokens, at the first block's positions", AnchorBlock::Random { seed: SEED }, Some(90.6)),
+        with(
+            "first block's tokens shuffled, at its positions",
+            AnchorBlock::Shuffled { seed: SEED },
+            Some(93.0),
+        ),
+        with("previous block, at its positions", AnchorBlock::Previous, Some(94.2)),
+    ]
+}
+
+/// A row for each of the nine beside the paper's.
+pub fn text(rows: &[Row], constant: u32) -> String {
+    let heading = ["anchor", "paper, %", "here, %", "to dense, points", "of dense, %", "samples"];
+    let mut cells = vec![heading.map(str::to_owned).to_vec()];
+    for Ablation { name, setting, paper } in settings(constant) {
+        // All tasks together, or the one that there is.
+        let Some(row) = rows.iter().rev().find(|row| row.setting == setting.to_string()) else { continue };
+        let optional = |estimate: &Option<_>| estimate.as_ref().map_or_else(|| "-".to_owned(), percent);
+        cells.push(vec![
+            name.to_owned(),
+            paper.map_or_else(|| "-".to_owned(), |paper| format!("{paper:.1}")),
+            percent(&row.accuracy),
+            optional(&row.difference),
+            optional(&row.share),
+            row.samples.to_string(),
+        ]);
+    }
+    table(&cells)
+}
