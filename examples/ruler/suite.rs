@@ -83,11 +83,12 @@ impl Subject {
     /// # Errors
     /// [`Error::Input`] if the task does not fit.
     pub fn sample(&self, task: Task, len: usize, seed: u64) -> Result<Sample> {
-        let fit = Fit { task, len, answer_len: self.answer_len(task), questions: 1, seed };
-        fit.sample(self.language.as_ref(), &|text| {
-            self.tokenizer.query(text).map_or(usize::MAX / 4, |ids| ids.len())
-        })
-        .ok_or_else(|| Error::input("--len", format!("{} has no sample of {len} tokens", task.name())))
+        // The special tokens before the context take room as well.
+        let room = len.saturating_sub(self.tokenizer.context("")?.len());
+        let fit = Fit { task, len: room, answer_len: self.answer_len(task), questions: 1, seed };
+        let tokens = |text: &str| self.tokenizer.query(text).map_or(usize::MAX / 4, |ids| ids.len());
+        fit.sample(self.language.as_ref(), &tokens)
+            .ok_or_else(|| Error::input("--len", format!("{} has no sample of {len} tokens", task.name())))
     }
 }
 

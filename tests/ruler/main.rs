@@ -2,6 +2,8 @@
 #![cfg(feature = "candle")]
 
 // The example's own modules; what its command line uses is not all used here.
+#[path = "../model/byte_level.rs"]
+mod byte_level;
 #[allow(dead_code)]
 #[path = "../../examples/ruler/chart.rs"]
 mod chart;

@@ -1,5 +1,6 @@
 //! Runs of the suite: on random weights, that they go on after an interruption; on the trained ones, how many answers are right.
 
+use super::byte_level;
 use super::checkpoint::{Directory, config_with, tensors, write};
 use super::llama::anchor::AnchorBlock;
 use super::llama::error::Error;
@@ -95,6 +96,40 @@ fn an_interrupted_run_goes_on() {
     assert_eq!(suite.records(&subject, &grown).len(), 24);
 }
 
+/// A checkpoint with another tokenizer is asked in English.
+#[test]
+fn any_checkpoint_is_asked_in_english() {
+    let vocab_size = byte_level::EOS as usize + 1;
+    let config = config_with(json!({
+        "vocab_size": vocab_size, "bos_token_id": byte_level::BOS, "eos_token_id": byte_level::EOS
+    }));
+    let checkpoint = write(&config, &tensors(&config, DType::F32));
+    std::fs::write(checkpoint.path().join("tokenizer.json"), byte_level::tokenizer().to_string()).unwrap();
+    let subject = Subject::load(checkpoint.path(), DType::F32).unwrap();
+    assert_eq!(subject.stop, [byte_level::EOS]);
+    assert_eq!(subject.answer_len(Task::NiahMultiquery), 128);
+    let settings = [Setting::Dense, star(Extent::Part(1))];
+    let suite = Suite {
+        tasks: &[Task::NiahMultiquery, Task::Fwe],
+        lens: &[4096],
+        settings: &settings,
+        samples: 1,
+        seed: 1,
+    };
+    let mut log = Log::open(&log(&checkpoint)).unwrap();
+    suite.run(&subject, &mut log).unwrap();
+    assert_eq!(log.records.len(), 4);
+    for record in &log.records {
+        let sample = subject.sample(record.key.task, 4096, 1).unwrap();
+        let context = subject.tokenizer.context(&sample.text()).unwrap();
+        assert_eq!((context[0], context.len()), (byte_level::BOS, record.context_len));
+        let query = subject.tokenizer.query(&sample.questions[0].query).unwrap();
+        // Nearly all of the length is used, and room is left for the answer.
+        let used = context.len() + query.len() + subject.answer_len(record.key.task);
+        assert!((3700..=4096).contains(&used), "{used}");
+    }
+}
+
 #[test]
 fn another_model_s_records_do_not_count() {
     let (one, other) = (random_checkpoint(), Directory::new());
@@ -157,5 +192,26 @@ fn masses_of_all_keys_are_one() {
     let without = StarLayout::new(64, 16, 0, 4).unwrap();
     for mass in mass::masses(&subject.model, &without, &context, 4).unwrap() {
         assert!(mass.anchor == 0.0 && mass.block > 0.0 && mass.block < 1.0, "{mass:?}");
+    }
+}
+
+/// The trained checkpoint, on tasks that it knows well: every answer is right, dense and with star.
+#[test]
+fn the_small_llama_finds_its_needles() {
+    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/ruler-llama");
+    let subject = Subject::load(&checkpoint, DType::F32).unwrap();
+    let directory = Directory::new();
+    let suite = Suite {
+        tasks: &[Task::NiahSingle1, Task::NiahSingle2, Task::NiahMultikey2],
+        lens: &[512],
+        settings: &[Setting::Dense, star(Extent::Part(1))],
+        samples: 6,
+        seed: 1_000_000,
+    };
+    let mut log = Log::open(&log(&directory)).unwrap();
+    suite.run(&subject, &mut log).unwrap();
+    assert_eq!(log.records.len(), 3 * 6 * 2);
+    for record in &log.records {
+        assert_eq!(record.score, 1.0, "{record:?}");
     }
 }
