@@ -28,7 +28,8 @@ pub struct Measured {
     pub score: f64,
 }
 
-/// Star at each of `lens`, the longest first; dense from the shortest on until it takes as long as star took for the longest.
+/// Star at each of `lens`, the shortest first, for what a longer one leaves behind is not given back; then dense, until it takes as long as star took
+/// for the longest.
 ///
 /// # Errors
 /// Those of the samples and the model.
@@ -42,10 +43,10 @@ pub fn measure(
     let mut lens = lens.to_vec();
     lens.sort_unstable();
     let mut measured = Vec::new();
-    for &len in lens.iter().rev() {
+    for &len in &lens {
         measured.push(once(subject, star, len, task, seed)?);
     }
-    let most = measured.first().map_or(0.0, |longest| longest.encode);
+    let most = measured.last().map_or(0.0, |longest| longest.encode);
     for &len in &lens {
         let dense = once(subject, &Setting::Dense, len, task, seed)?;
         let enough = dense.encode >= most;
