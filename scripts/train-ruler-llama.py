@@ -4,7 +4,7 @@
     cargo build --release --features candle --example ruler
     scripts/train-ruler-llama.py
 
-Needs torch, numpy and safetensors; takes about 40 minutes on two cores. An interrupted training goes on from --state."""
+Needs torch, numpy and safetensors; takes about 30 minutes on two cores. An interrupted training goes on from --state."""
 import argparse
 import json
 import math

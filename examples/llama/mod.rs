@@ -7,6 +7,7 @@
 #![allow(dead_code)]
 
 pub mod anchor;
+pub mod cli;
 pub mod config;
 pub mod error;
 pub mod host;

@@ -193,23 +193,12 @@ struct Long {
 }
 
 fn main() -> ExitCode {
-    // SAFETY: no other thread has been started.
-    unsafe { llama::threads::tame_candle() };
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(error) if !error.use_stderr() => {
-            print!("{error}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            // The first paragraph says what is wrong; usage follows.
-            let text = error.to_string();
-            let first = text.split("\n\n").next().unwrap_or_default();
-            eprintln!("{}", first.split_whitespace().collect::<Vec<_>>().join(" "));
-            return ExitCode::from(2);
-        }
-    };
-    let done = match &args.command {
+    // SAFETY: nothing has started a thread yet.
+    unsafe { llama::cli::main(work) }
+}
+
+fn work(args: &Args) -> Result<()> {
+    match &args.command {
         Command::Run(args) => run(args),
         Command::Ablation(args) => ablate(args),
         Command::Mass(args) => mass(args),
@@ -219,13 +208,6 @@ fn main() -> ExitCode {
         Command::Words => {
             println!("{}", serde_json::json!(small::Small::vocabulary()));
             Ok(())
-        }
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
-            ExitCode::from(2)
         }
     }
 }
@@ -284,6 +266,10 @@ fn mass(args: &Mass) -> Result<()> {
     let subject = args.checkpoint.load()?;
     let mut sums: [Vec<mass::Mass>; 2] = Default::default();
     let block = args.len.div_ceil(4);
+    if !(1..block).contains(&args.width) {
+        let reason = format!("expected less than the block's {block} tokens, got {}", args.width);
+        return Err(Error::input("--width", reason));
+    }
     for seed in 0..args.samples as u64 {
         let context = subject.tokenizer.context(&subject.sample(args.task, args.len, seed)?.text())?;
         for (sum, anchor) in sums.iter_mut().zip([0, block]) {

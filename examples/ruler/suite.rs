@@ -139,7 +139,7 @@ impl Suite<'_> {
 
     /// All that is to be run, the settings of a sample one after another.
     fn keys<'s>(&'s self, subject: &'s Subject) -> impl Iterator<Item = Key> + 's {
-        let seeds = self.seed..self.seed + self.samples as u64;
+        let seeds = (0..self.samples as u64).map(|index| self.seed.wrapping_add(index));
         self.lens.iter().flat_map(move |&len| {
             seeds.clone().flat_map(move |seed| {
                 self.tasks.iter().flat_map(move |&task| {

@@ -14,14 +14,12 @@ mod task;
 
 use args::{Anchor, Args, Generated, Modes, Precision};
 use candle_core::{DType, Tensor};
-use clap::Parser;
 use engine::Engine;
 use indicatif::{ProgressBar, ProgressStyle};
 use llama::error::{Error, Result};
 use llama::host::fold;
 use llama::model::Llama;
 use llama::run::{Job, Mode, Run, Scheme, run, ticks};
-use llama::threads::tame_candle;
 use llama::tokenizer::Tokenizer;
 use report::{Total, answers, costs, headline, reading, texts};
 use star_attention::comm::{AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic};
@@ -41,28 +39,7 @@ const MOST_QUERIES: usize = 1 << 16;
 
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
-    unsafe { tame_candle() };
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(error) if !error.use_stderr() => {
-            print!("{error}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            // The first paragraph says what is wrong; usage follows.
-            let text = error.to_string();
-            let first = text.split("\n\n").next().unwrap_or_default();
-            eprintln!("{}", first.split_whitespace().collect::<Vec<_>>().join(" "));
-            return ExitCode::from(2);
-        }
-    };
-    match answer(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
-            ExitCode::from(2)
-        }
-    }
+    unsafe { llama::cli::main(answer) }
 }
 
 fn answer(args: &Args) -> Result<()> {

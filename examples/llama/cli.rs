@@ -1,0 +1,39 @@
+//! What every command line of these examples does with options and errors.
+
+use super::error::Result;
+use super::threads::tame_candle;
+use clap::Parser;
+use std::process::ExitCode;
+
+/// The program: parses options and does the work with them. What went wrong is told in one line, with exit code 2.
+///
+/// # Safety
+/// Called first in `main`: the caller is the only thread.
+pub unsafe fn main<A: Parser>(work: impl FnOnce(&A) -> Result<()>) -> ExitCode {
+    // SAFETY: there is no other thread, as the caller promises.
+    unsafe { tame_candle() };
+    let args = match A::try_parse() {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => {
+            print!("{error}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            // The first paragraph says what is wrong; usage follows.
+            let text = error.to_string();
+            eprintln!("{}", line(text.split("\n\n").next().unwrap_or_default()));
+            return ExitCode::from(2);
+        }
+    };
+    match work(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", line(&error.to_string()));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
