@@ -25,11 +25,11 @@ for part in "${parts[@]}"; do
     # 8 tasks, 63 samples each: 504.
     blocks)
         "$ruler" run --tasks "$needles" --len 2048 --samples 63 --block /2,/4,/8,/16,/32 --out "$records/blocks.jsonl" \
-            --csv "$tables/blocks.csv" >"$tables/blocks.txt"
+            --csv "$tables/blocks.csv" --plot "$tables/blocks.svg" >"$tables/blocks.txt"
         ;;
     anchors)
         "$ruler" run --tasks "$needles" --len 2048 --samples 63 --anchor 0,1,/64,/16,/4,/1 --out "$records/anchors.jsonl" \
-            --csv "$tables/anchors.csv" >"$tables/anchors.txt"
+            --csv "$tables/anchors.csv" --plot "$tables/anchors.svg" >"$tables/anchors.txt"
         ;;
     ablation)
         "$ruler" ablation --len 2048 --samples 63 --out "$records/ablation.jsonl" --csv "$tables/ablation.csv" \

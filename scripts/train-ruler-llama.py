@@ -4,7 +4,7 @@
     cargo build --release --features candle --example ruler
     scripts/train-ruler-llama.py
 
-Needs torch, numpy and safetensors; takes about 30 minutes on two cores. An interrupted training goes on from --state."""
+Needs torch, numpy and safetensors; takes about 40 minutes on two cores. An interrupted training goes on from --state."""
 import argparse
 import json
 import math
@@ -27,29 +27,38 @@ def mix(**shares):
     return {**dict.fromkeys(TASKS, 1.0), **shares}
 
 
-# What is slow to learn.
-HARD = dict(cwe=4.0, fwe=3.0, qa2=2.0, qa3=3.0, niah_multivalue=2.0)
+# What is slow to learn; lists come first, before what the starting weights know of them is lost.
+LISTS_FIRST = mix(cwe=6.0, fwe=6.0, niah_multivalue=4.0, niah_multiquery=2.0, qa1=2.0, qa2=2.0, qa3=2.0)
+HARD = mix(cwe=5.0, fwe=5.0, niah_multivalue=3.0, niah_multikey_2=2.0, niah_multikey_3=2.0, qa1=2.0, qa2=3.0, qa3=4.0)
+QUERIES = mix(niah_multiquery=9.0, niah_multivalue=3.0, cwe=2.0, fwe=2.0, qa1=2.0, qa2=3.0, qa3=4.0)
 # Batches of about `tokens` tokens, all samples of a batch of one length; the rate goes from the first to the second. `answer`: weight of the
 # answers' tokens in the loss. `jumps`: share of sequences whose positions jump between facts, up to `reach`: what carries the model beyond the
 # lengths it has seen. `dilute`: share of batches in which each token of hay weighs as up to `copies` in the softmax, as in a longer haystack.
 STAGES = [
-    dict(steps=500, lengths=[128, 192], tokens=4096, rate=(2e-3, 2e-3), mix=mix(cwe=2.0, fwe=2.0), answer=4.0,
+    dict(steps=600, lengths=[128, 192], tokens=4096, rate=(1e-3, 1e-3), mix=LISTS_FIRST, answer=8.0,
          jumps=0.0, reach=0, dilute=0.0, copies=1),
-    dict(steps=500, lengths=[256], tokens=8192, rate=(2e-3, 2e-3), mix=mix(**HARD), answer=8.0,
+    dict(steps=500, lengths=[256], tokens=8192, rate=(1e-3, 1e-3), mix=HARD, answer=8.0,
          jumps=0.3, reach=1e4, dilute=0.0, copies=1),
-    dict(steps=300, lengths=[256, 512], tokens=8192, rate=(2e-3, 1.7857e-3), mix=mix(**HARD), answer=8.0,
+    dict(steps=400, lengths=[256, 512], tokens=8192, rate=(1e-3, 9e-4), mix=HARD, answer=8.0,
          jumps=0.4, reach=3e5, dilute=0.2, copies=30),
-    dict(steps=400, lengths=[512, 1024, 2048], tokens=8192, rate=(1.8e-3, 0), mix=mix(**HARD), answer=8.0,
+    dict(steps=500, lengths=[512, 1024, 2048], tokens=8192, rate=(9e-4, 0), mix=HARD, answer=8.0,
          jumps=0.5, reach=1e6, dilute=0.3, copies=300),
+    dict(steps=350, lengths=[128, 256, 512, 2048], tokens=8192, rate=(6e-4, 0), mix=QUERIES, answer=8.0,
+         jumps=0.4, reach=1e6, dilute=0.2, copies=300),
 ]
-# Questions on one context: more than are asked at a test, for more to learn from.
-QUESTIONS = 8
+# Tokens of context for each question: more questions than are asked at a test, for more to learn from.
+APART = 32
 # Steps whose samples are made at once, and steps between two states kept.
 CHUNK, KEEP = 25, 100
 
 # The base makes the slowest pairs stand still over a million positions: content is found by them.
-SHAPE = dict(hidden=128, layers=5, heads=4, kv_heads=2, head_dim=32, inner=256, theta=1e8, eps=1e-5)
+SHAPE = dict(hidden=128, layers=4, heads=4, kv_heads=2, head_dim=64, inner=256, theta=1e8, eps=1e-5)
 BOS, EOS = 0, 1
+# Ids of the words that lists and coded texts are made of, and the markers behind which a list is said (examples/ruler/small.rs).
+COUNTED = [12, *range(18, 66)]
+LISTS = ["<answer>", "<common>", "<frequent>"]
+# Of the starting weights: scores of a match and of nearness, and what counting and crossing out write.
+MATCH, RECENT, COPY, COUNT, CROSS, SINK = 1.7, 2.4, 0.06, 0.25, 1.5, 3.8
 
 
 class Generator:
@@ -126,87 +135,109 @@ class Llama(torch.nn.Module):
 
 
 @torch.no_grad()
-def plant(model):
-    """Starting weights that already copy, where random ones take millions of tokens to begin to: layer 0 has heads that see the token 1, 2 and 3
-    back, layer 1 heads that find what followed the same one or two tokens before, and layer 2 heads that see all tokens alike, for counting.
-    Everything stays free to change."""
+def plant(model, words):
+    """Starting weights that already copy, count and cross out, where random ones take millions of tokens to begin to. Layer 0 has heads that see
+    the token 1, 2 and 3 back, and one that tells what was said in answer to a list. Layer 1 has heads that find what followed the same token before,
+    anywhere or lately, one that sees all tokens alike, for counting, and one that takes back what was said. Layer 2 has heads that find what followed
+    the same two tokens. Everything stays free to change."""
     s = model.s
-    dim, half, hidden = s["head_dim"], s["head_dim"] // 2, s["hidden"]
-    group, rates = s["heads"] // s["kv_heads"], model.rates()
-    # The residual stream: a constant, what a token is, and what stood one and two tokens before it.
-    token, before = slice(1, hidden // 2), [slice(hidden // 2, hidden // 2 + dim), slice(hidden // 2 + dim, hidden)]
-    width = hidden // 2 - 1
+    dim, half, hidden, heads = s["head_dim"], s["head_dim"] // 2, s["hidden"], s["heads"]
+    group, rates = heads // s["kv_heads"], model.rates()
+    rows = lambda head: slice(head * dim, (head + 1) * dim)
+    # The residual stream: a constant, what a token is, whether it was said, and what stood one and two tokens before it, in short.
+    short = hidden // 4
+    token, said = slice(1, hidden // 2 - 1), hidden // 2 - 1
+    before = [slice(hidden // 2, hidden // 2 + short), slice(hidden // 2 + short, hidden)]
+    width = hidden // 2 - 2
+
+    # What is counted is told apart exactly; markers of lists have a direction in common.
+    axes = torch.nn.init.orthogonal_(torch.empty(width, width))
+    list_marker, bos, free = axes[-1], axes[-2], axes[len(COUNTED):-2]
+    what = F.normalize(torch.randn(len(words), width), dim=1)
+    what[COUNTED], what[BOS] = axes[:len(COUNTED)], bos
+    for word in LISTS:
+        what[words.index(word)] = 0.8 * list_marker + 0.6 * F.normalize(torch.randn(len(free)) @ free, dim=0)
     model.embed.zero_()
-    model.embed[:, token] = F.normalize(torch.randn(model.embed.shape[0], width), dim=1) * 0.24
+    model.embed[:, token] = what * 0.24
     model.embed[:, 0] = 0.1
     model.head.copy_(torch.randn_like(model.head) * 0.02)
     model.head[:, token] += model.embed[:, token] * 2
-    constant = 0.1 / model.embed.pow(2).mean(1).sqrt().mean()
+    # The constant, and the length of what a token is, behind the first norm.
+    scale = 1 / model.embed.pow(2).mean(1).sqrt().mean()
+    constant, length = 0.1 * scale, 0.24 * scale
 
     # A score that depends on the distance alone: the fast pairs agree at one distance and at no other.
-    score = torch.full((half,), 6.0, dtype=torch.float64)
+    score = torch.full((half,), 6.0 * 16 / half, dtype=torch.float64)
     score[0] = 14.0
     score[rates < 2 * math.pi / 600] = 0
     size = (score * math.sqrt(dim)).sqrt() / constant
 
-    def see(weight, row, distance):
-        weight[row:row + dim] = 0
-        weight[row:row + half, 0] = (size * (-rates * distance).cos()).float()
-        weight[row + half:row + dim, 0] = (size * (-rates * distance).sin()).float()
+    def see(weight, head, distance):
+        weight[rows(head)] = 0
+        weight[head * dim:head * dim + half, 0] = (size * (-rates * distance).cos()).float()
+        weight[head * dim + half:(head + 1) * dim, 0] = (size * (-rates * distance).sin()).float()
 
     layer = model.layers[0]
-    identity = torch.nn.init.orthogonal_(torch.empty(dim, width))
+    code = torch.nn.init.orthogonal_(torch.empty(short, width))
     for kv in range(s["kv_heads"]):
-        see(layer.k, kv * dim, 0)
-        layer.v[kv * dim:(kv + 1) * dim] = 0
-        layer.v[kv * dim:(kv + 1) * dim, token] = identity
+        see(layer.k, kv, 0)
+        layer.v[rows(kv)] = 0
+        layer.v[kv * dim:kv * dim + short, token] = code
     for head in range(3):
-        see(layer.q, head * dim, head + 1)
+        see(layer.q, head, head + 1)
+    # The slowest pair's second element stands still.
+    still, last = dim - 1, heads - 1
+    gain = math.sqrt(14 * math.sqrt(dim) / (constant * 0.8 * length))
+    layer.k[(last // group) * dim + still, token] = list_marker * gain
+    layer.q[rows(last)] = 0
+    layer.q[last * dim + still, 0] = gain
     layer.o.mul_(0.1)
-    for quiet in model.layers[:2]:
-        quiet.down.mul_(0.1)
+    for quiet in model.layers:
+        quiet.down.mul_(0.2)
     layer.o[:, :2 * dim] = 0
     for head in range(2):
-        layer.o[before[head], head * dim:(head + 1) * dim] = torch.eye(dim) * 0.05
+        layer.o[before[head], head * dim:head * dim + short] = torch.eye(short) * 0.05
+    seen = code @ list_marker
+    layer.o[:, rows(last)] = 0
+    layer.o[said, last * dim:last * dim + short] = seen / seen.pow(2).sum() * 0.03
 
-    # Matches of content, on pairs too slow for the distance to matter.
-    layer = model.layers[1]
-    layer.o.mul_(0.1)
-    slow = list(range(half * 3 // 8, half))
+    # Matches of content, on pairs too slow for the distance to matter, and for the second head a little more for near ones.
+    slow, medium = list(range(half * 3 // 8, half)), list(range(half // 4, half * 3 // 8))
     both = lambda pairs: pairs + [half + pair for pair in pairs]
-    single = torch.nn.init.orthogonal_(torch.empty(2 * len(slow), dim))
+    copy, columns = torch.eye(dim, width), torch.arange(hidden)
 
-    def match(kv, heads, terms):
-        layer.k[kv * dim:(kv + 1) * dim] = 0
-        for head in heads:
-            layer.q[head * dim:(head + 1) * dim] = 0
-        columns = torch.arange(hidden)
-        for rows, project, of_query, read, of_key in terms:
-            rows = torch.tensor(rows)[:, None]
-            layer.k[kv * dim + rows, columns[of_key][None]] = project * 1.6
-            for head in heads:
-                layer.q[head * dim + rows, columns[of_query][None]] = (project @ read) * 1.6
-        layer.v[kv * dim:(kv + 1) * dim] = 0
-        layer.v[kv * dim:(kv + 1) * dim, token] = identity
-        for head in heads:
-            layer.o[:, head * dim:(head + 1) * dim] = 0
-            layer.o[token, head * dim:(head + 1) * dim] = identity.T * 0.08
+    def match(layer, *terms):
+        near = math.sqrt(RECENT * math.sqrt(dim) / len(medium)) / 2
+        layer.k[torch.tensor(medium), 0] = near
+        layer.q[dim + torch.tensor(medium), 0] = near
+        for places, project, of_query, read, of_key in terms:
+            places = torch.tensor(places)[:, None]
+            layer.k[places, columns[of_key][None]] = project * MATCH
+            for head in range(group):
+                layer.q[head * dim + places, columns[of_query][None]] = (project @ read) * MATCH
+        layer.v[rows(0), token] = copy
+        for head in range(group):
+            layer.o[token, rows(head)] = copy.T * COPY
 
-    match(0, [0], [(both(slow), single, token, identity, before[0])])
+    for layer in model.layers[1:]:
+        layer.o.mul_(0.3)
+    for layer, kv_heads in ((model.layers[1], s["kv_heads"]), (model.layers[2], 1)):
+        for weight in (layer.q[:kv_heads * group * dim], layer.k[:kv_heads * dim], layer.v[:kv_heads * dim], layer.o[:, :kv_heads * group * dim]):
+            weight.zero_()
+    single = torch.nn.init.orthogonal_(torch.empty(2 * len(slow), short))
+    match(model.layers[1], (both(slow), single, token, code, before[0]))
     first, second = both(slow[0::2]), both(slow[1::2])
-    one, two = (torch.nn.init.orthogonal_(torch.empty(len(rows), dim)) for rows in (first, second))
-    match(1, [2, 3], [(first, one, token, identity, before[0]), (second, two, before[0], torch.eye(dim), before[1])])
+    one, two = (torch.nn.init.orthogonal_(torch.empty(len(places), short)) for places in (first, second))
+    match(model.layers[2], (first, one, token, code, before[0]), (second, two, before[0], torch.eye(short), before[1]))
 
-    layer = model.layers[2]
-    layer.o.mul_(0.1)
-    layer.down.mul_(0.3)
-    for kv in range(s["kv_heads"]):
-        part, head = torch.nn.init.orthogonal_(torch.empty(dim, width)), kv * group
-        layer.q[head * dim:(head + 1) * dim] = 0
-        layer.v[kv * dim:(kv + 1) * dim] = 0
-        layer.v[kv * dim:(kv + 1) * dim, token] = part
-        layer.o[:, head * dim:(head + 1) * dim] = 0
-        layer.o[token, head * dim:(head + 1) * dim] = part.T * 0.3
+    # A head that sees all alike, and one that sees what was said and says it less.
+    layer, kv = model.layers[1], 1
+    layer.k[kv * dim + still, said] = 3.0
+    layer.k[kv * dim + still, token] = bos * SINK
+    layer.q[last * dim + still, 0] = 3.0
+    layer.v[rows(kv), token] = copy - copy @ (torch.outer(bos, bos) + torch.outer(list_marker, list_marker))
+    for head, amount in zip(range(kv * group, (kv + 1) * group), (COUNT, -CROSS)):
+        layer.o[token, rows(head)] = copy.T * amount
 
 
 def sequence(sample, stage, rng):
@@ -223,7 +254,8 @@ def sequence(sample, stage, rng):
         weights += [1.0] * len(question["query"]) + [stage["answer"]] * len(question["answer"])
     hay += [0] * (len(tokens) - len(hay))
     steps = [1] * len(tokens)
-    if rng.random() < stage["jumps"]:
+    # Of a story's facts the latest counts: the distance between them tells.
+    if rng.random() < stage["jumps"] and not sample["task"].startswith("qa"):
         reach = math.exp(rng.uniform(math.log(1000), math.log(stage["reach"])))
         places = rng.sample(free, min(len(free), rng.randint(1, 24)))
         cuts = sorted(rng.uniform(0, reach) for _ in places)
@@ -250,7 +282,7 @@ def batches(generator, seed, index, begin):
     for number, ((task, length), count) in enumerate(sorted(pools.items())):
         first = seed * 10**8 + index * 10**7 + begin * 100 + number
         # Questions behind the first have no room reserved: few on a short context.
-        pools[task, length] = generator.samples(task, length, count, first, min(QUESTIONS, max(1, length // 32)))
+        pools[task, length] = generator.samples(task, length, count, first, max(1, length // APART))
     for length, tasks in plan:
         rows = [sequence(pools[task, length].pop(), stage, rng) for task in tasks]
         longest = max(len(row[0]) for row in rows)
@@ -375,7 +407,7 @@ def main():
     generator = Generator(arguments.generator)
     words = generator.words()
     model = Llama(len(words), SHAPE)
-    plant(model)
+    plant(model, words)
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     train(model, generator, arguments.seed, arguments.state)
     export(model, words, arguments.out)

@@ -76,6 +76,6 @@ pub trait Language {
     fn ask_object(&self, object: &str) -> String;
     /// Asks where an object was before it came to a place.
     fn ask_before(&self, object: &str, place: &str) -> String;
-    /// The answer, if `person` is the one by whom the object came to where it is.
+    /// The answer; `person` is who took the object last, or who brought it to the place asked about.
     fn place_answer(&self, person: Option<&str>, place: &str) -> String;
 }

@@ -11,6 +11,7 @@ mod language;
 mod llama;
 mod long;
 mod mass;
+mod plot;
 mod record;
 mod report;
 mod sample;
@@ -23,7 +24,6 @@ mod task;
 mod tasks;
 
 use candle_core::DType;
-use chart::{Chart, Point, Series};
 use clap::{Parser, Subcommand, ValueEnum};
 use llama::anchor::AnchorBlock;
 use llama::error::{Error, Result};
@@ -114,7 +114,7 @@ struct Files {
     /// Writes the table as CSV
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
-    /// Draws the accuracy of all tasks together, over lengths, as SVG
+    /// Draws the accuracy of all tasks together, over lengths or what else differs, as SVG
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
 }
@@ -238,7 +238,7 @@ fn run(args: &Run) -> Result<()> {
     let suite = Suite { tasks, lens: &args.len, settings: &settings, samples: args.samples, seed: args.seed };
     let rows = rows(&suite, &subject, &args.out)?;
     print!("{}", report::text(&rows));
-    args.files.write(&rows)
+    args.files.write(&rows, &settings)
 }
 
 fn ablate(args: &Ablation) -> Result<()> {
@@ -252,7 +252,7 @@ fn ablate(args: &Ablation) -> Result<()> {
         Suite { tasks, lens: &[args.len], settings: &settings, samples: args.samples, seed: args.seed };
     let rows = rows(&suite, &subject, &args.out)?;
     print!("{}", ablation::text(&rows, constant));
-    args.files.write(&rows)
+    args.files.write(&rows, &settings)
 }
 
 /// Runs what the file does not hold yet, and reports what the suite asks for.
@@ -304,37 +304,15 @@ fn long(args: &Long) -> Result<()> {
 }
 
 impl Files {
-    fn write(&self, rows: &[Row]) -> Result<()> {
+    fn write(&self, rows: &[Row], settings: &[Setting]) -> Result<()> {
         if let Some(path) = &self.csv {
             write("--csv", path, &report::csv(rows))?;
         }
-        if let (Some(path), Some(svg)) = (&self.plot, accuracy_chart(rows)) {
+        if let (Some(path), Some(svg)) = (&self.plot, plot::accuracy(rows, settings)) {
             write("--plot", path, &svg)?;
         }
         Ok(())
     }
-}
-
-/// Accuracy of all tasks together over the length, a line for each setting.
-fn accuracy_chart(rows: &[Row]) -> Option<String> {
-    let one = rows.iter().all(|row| row.task.is_some());
-    let mut series: Vec<Series> = Vec::new();
-    for row in rows.iter().filter(|row| one || row.task.is_none()) {
-        let [y, low, high] =
-            [row.accuracy.value, row.accuracy.low, row.accuracy.high].map(|share| 100.0 * share);
-        let point = Point { x: row.len as f64, y, low, high };
-        match series.iter_mut().find(|series| series.name == row.setting) {
-            Some(series) => series.points.push(point),
-            None => {
-                series.push(Series {
-                    name: row.setting.clone(),
-                    points: vec![point],
-                    dashed: row.setting == "dense",
-                });
-            }
-        }
-    }
-    Chart { title: "Accuracy, all tasks", x: "tokens", y: "%", log_y: false, series }.svg()
 }
 
 fn write(argument: &str, path: &Path, text: &str) -> Result<()> {

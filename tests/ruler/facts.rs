@@ -171,7 +171,8 @@ proptest! {
         let mut visits: HashMap<&str, Vec<&str>> = HashMap::new();
         for piece in sample.context.iter().filter(|piece| piece.fact) {
             let parts: Vec<&str> = piece.text.split_whitespace().collect();
-            let &[verb, person, what] = &parts[..] else { panic!("{}", piece.text) };
+            let &[verb, first, second] = &parts[..] else { panic!("{}", piece.text) };
+            let (person, what) = if verb == "<went>" { (first, second) } else { (second, first) };
             match verb {
                 "<went>" => {
                     place.insert(person, what);

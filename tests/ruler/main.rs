@@ -24,6 +24,8 @@ mod llama;
 #[allow(dead_code)]
 #[path = "../../examples/ruler/mass.rs"]
 mod mass;
+#[path = "../../examples/ruler/plot.rs"]
+mod plot;
 #[allow(dead_code)]
 #[path = "../../examples/ruler/record.rs"]
 mod record;

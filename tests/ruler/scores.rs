@@ -1,9 +1,12 @@
 //! Scores, intervals and tables.
 
 use super::chart::{Chart, Point, Series};
+use super::llama::anchor::AnchorBlock;
+use super::plot;
 use super::record::{Key, Record};
 use super::report;
 use super::sample::Question;
+use super::setting::{Extent, Setting, Star};
 use super::statistics::{accuracy, difference, share};
 use super::task::Task;
 use proptest::prelude::*;
@@ -119,4 +122,38 @@ fn a_chart_has_all_points() {
         assert!(svg.contains(">1M<") && svg.contains(">512<") && !svg.contains("NaN"));
     }
     assert!(Chart { title: "t", x: "x", y: "y", log_y: false, series: Vec::new() }.svg().is_none());
+}
+
+/// Over lengths every setting is a line; of one length, what differs is the axis, and settings without a place on it are lines across.
+#[test]
+fn accuracy_is_drawn_over_what_differs() {
+    let star =
+        |block, anchor| Setting::Star(Star { block, anchor, hosts: 2, anchor_block: AnchorBlock::First });
+    let quarter = Extent::Part(4);
+    let drawn = |settings: &[Setting], lens: &[usize]| {
+        let at = |len: usize| {
+            settings.iter().map(move |setting| {
+                let mut record = record(&setting.to_string(), Task::Qa1, 0, 1.0, 1.0);
+                record.key.len = len;
+                record
+            })
+        };
+        let records: Vec<Record> = lens.iter().flat_map(|&len| at(len)).collect();
+        let svg = plot::accuracy(&report::rows(&records), settings).unwrap();
+        let axis = ["tokens of the anchor", "tokens of a block", "tokens"];
+        let axis = axis.into_iter().find(|axis| svg.contains(&format!(">{axis}<"))).unwrap();
+        (axis, svg.matches("stroke-dasharray").count() / 2, svg.matches("<circle").count())
+    };
+    let anchors = [
+        Setting::Dense,
+        star(quarter, Extent::Tokens(0)),
+        star(quarter, quarter),
+        star(quarter, Extent::Part(1)),
+    ];
+    assert_eq!(drawn(&anchors, &[64]), ("tokens of the anchor", 2, 6));
+    assert_eq!(drawn(&anchors, &[64, 128]), ("tokens", 1, 8));
+    let blocks = [Setting::Dense, star(quarter, Extent::Part(1)), star(Extent::Part(8), Extent::Part(1))];
+    assert_eq!(drawn(&blocks, &[64]), ("tokens of a block", 1, 4));
+    let both = [star(quarter, Extent::Part(1)), star(Extent::Part(8), quarter)];
+    assert_eq!(drawn(&both, &[64]), ("tokens", 0, 2));
 }

@@ -60,6 +60,8 @@ struct Object {
     name: &'static str,
     /// Who holds it.
     holder: Option<usize>,
+    /// Who took it last.
+    last: Option<usize>,
     /// The places it has been at, and by whom it came there; known from when it was first taken.
     visits: Vec<(usize, &'static str)>,
 }
@@ -74,7 +76,7 @@ impl Story {
             persons: persons.into_iter().map(|name| Person { name, place: None }).collect(),
             objects: objects
                 .into_iter()
-                .map(|name| Object { name, holder: None, visits: Vec::new() })
+                .map(|name| Object { name, holder: None, last: None, visits: Vec::new() })
                 .collect(),
             told: Vec::new(),
         };
@@ -111,7 +113,7 @@ impl Story {
             object.holder = None;
             self.told.push(language.left(name, object.name, random));
         } else if object.holder.is_none() && object.visits.last().is_none_or(|visit| visit.1 == place) {
-            object.holder = Some(person);
+            (object.holder, object.last) = (Some(person), Some(person));
             if object.visits.is_empty() {
                 object.visits.push((person, place));
             }
@@ -135,10 +137,12 @@ impl Story {
                 .collect(),
             2 => {
                 let known = |object: &Object| {
-                    let &(person, place) = object.visits.last()?;
-                    // Who took it last, who may not be who brought it there.
-                    let person = object.holder.unwrap_or(person);
-                    Some(question(language.ask_object(object.name), name(person), place))
+                    // Who took it last may not be who brought it there.
+                    Some(question(
+                        language.ask_object(object.name),
+                        name(object.last?),
+                        object.visits.last()?.1,
+                    ))
                 };
                 self.objects.iter().filter_map(known).collect()
             }
