@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every number, table and plot of docs/accuracy.md. Records are kept in target/ruler: what was interrupted goes on where it stopped.
 #   scripts/accuracy.sh [PART...]      parts: tasks blocks anchors ablation mass long; all by default
-# Tables go to docs/accuracy/*.txt, the same rows to *.csv, plots to *.svg. On two cores it takes some hours.
+# Tables go to docs/accuracy/*.txt, the same rows to *.csv, plots to *.svg. On two cores it takes about an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ for part in "${parts[@]}"; do
     case $part in
     # All tasks, blocks and anchor of a quarter of the context.
     tasks)
-        "$ruler" run --len 512,1024,2048,4096 --samples 100 --out "$records/tasks.jsonl" \
+        "$ruler" run --len 512,1024,2048,4096 --samples 50 --out "$records/tasks.jsonl" \
             --csv "$tables/tasks.csv" --plot "$tables/tasks.svg" >"$tables/tasks.txt"
         ;;
     # 8 tasks, 63 samples each: 504.
