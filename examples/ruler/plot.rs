@@ -33,14 +33,16 @@ fn swept(settings: &[Setting], len: usize) -> Option<(&'static str, Vec<(String,
     {
         return None;
     }
-    let block = |star: &Star| star.block.of(len);
-    let (name, tokens): (_, Box<dyn Fn(&Star) -> usize>) = match (
-        same(|star, first| star.block == first.block),
-        same(|star, first| star.anchor == first.anchor),
-    ) {
-        (true, false) => ("tokens of the anchor", Box::new(|star| star.anchor.of(block(star)))),
-        (false, true) => ("tokens of a block", Box::new(block)),
+    let same_block = same(|star, first| star.block == first.block);
+    let same_anchor = same(|star, first| star.anchor == first.anchor);
+    let name = match (same_block, same_anchor) {
+        (true, false) => "tokens of the anchor",
+        (false, true) => "tokens of a block",
         _ => return None,
+    };
+    let tokens = |star: &Star| {
+        let block = star.block.of(len);
+        if same_block { star.anchor.of(block) } else { block }
     };
     Some((name, stars.iter().map(|(name, star)| (name.clone(), tokens(star))).collect()))
 }
