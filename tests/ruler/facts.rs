@@ -169,6 +169,7 @@ proptest! {
         let mut place: HashMap<&str, &str> = HashMap::new();
         let mut holder: HashMap<&str, &str> = HashMap::new();
         let mut visits: HashMap<&str, Vec<&str>> = HashMap::new();
+        let mut taker: HashMap<&str, &str> = HashMap::new();
         for piece in sample.context.iter().filter(|piece| piece.fact) {
             let parts: Vec<&str> = piece.text.split_whitespace().collect();
             let &[verb, first, second] = &parts[..] else { panic!("{}", piece.text) };
@@ -185,6 +186,7 @@ proptest! {
                     prop_assert!(visits.get(what).is_none_or(|visits| visits.last() == Some(&here)));
                     visits.entry(what).or_insert_with(|| vec![here]);
                     holder.insert(what, person);
+                    taker.insert(what, person);
                 }
                 _ => {
                     prop_assert_eq!(verb, "<left>");
@@ -206,6 +208,9 @@ proptest! {
             };
             prop_assert_eq!(&question.expected, &[answer.to_owned()]);
             prop_assert_eq!(question.answer.split_whitespace().last(), Some(answer));
+            if task == Task::Qa2 {
+                prop_assert_eq!(question.answer.split_whitespace().next(), Some(taker[parts[1]]));
+            }
         }
     }
 }

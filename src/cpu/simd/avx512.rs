@@ -20,8 +20,6 @@ impl Avx512 {
     }
 }
 
-// SAFETY (of every block in this impl that gives no other): `self` proves that the CPU has these instructions.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
@@ -29,21 +27,25 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_set1_ps(x) }
     }
 
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
         unsafe { _mm512_loadu_ps(from) }
     }
 
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
         unsafe {
             let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
@@ -52,62 +54,74 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn store(self, x: __m512, to: *mut f32) {
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
         unsafe { _mm512_storeu_ps(to, x) }
     }
 
     #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_add_ps(a, b) }
     }
 
     #[inline(always)]
     fn sub(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_sub_ps(a, b) }
     }
 
     #[inline(always)]
     fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_mul_ps(a, b) }
     }
 
     #[inline(always)]
     fn div(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_div_ps(a, b) }
     }
 
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
 
     #[inline(always)]
     fn max(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_max_ps(a, b) }
     }
 
     #[inline(always)]
     fn if_greater(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instructions.
         unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x) }
     }
 
     #[inline(always)]
     fn split_exponent(self, x: __m512) -> (__m512, __m512) {
+        // SAFETY: `self` proves that the CPU has the instruction.
         let whole = unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) };
         (self.sub(x, whole), whole)
     }
 
     #[inline(always)]
     fn scale_exponent(self, y: __m512, r: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_scalef_ps(y, r) }
     }
 
     #[inline(always)]
     fn sum_lanes(self, x: __m512) -> f32 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_reduce_add_ps(x) }
     }
 
     #[inline(always)]
     fn sum_lanes_of(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        // SAFETY: `self` proves that the CPU has the instructions; the transmute renames four f32.
         unsafe {
             // Each 128-bit part holds a b c d after two rounds of interleaving and adding; then the parts are added.
             let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -124,6 +138,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn max_lanes(self, x: __m512) -> f32 {
+        // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { _mm512_reduce_max_ps(x) }
     }
 
@@ -133,6 +148,7 @@ impl Simd for Avx512 {
         fn enter<T: Task>(simd: Avx512, task: T) -> T::Output {
             task.run(simd, F32Product(simd))
         }
+        // SAFETY: `self` proves that the CPU has the features that `enter` is compiled with.
         unsafe { enter(self, task) }
     }
 }
