@@ -27,10 +27,9 @@ def mix(**shares):
     return {**dict.fromkeys(TASKS, 1.0), **shares}
 
 
-# What is slow to learn. Lists come first, before what the starting weights know of them is lost; several keys in one question last.
+# What is slow to learn; lists come first, before what the starting weights know of them is lost.
 LISTS_FIRST = mix(cwe=6.0, fwe=6.0, niah_multivalue=4.0, niah_multiquery=2.0, qa1=2.0, qa2=2.0, qa3=2.0)
 HARD = mix(cwe=5.0, fwe=5.0, niah_multivalue=3.0, niah_multikey_2=2.0, niah_multikey_3=2.0, qa1=2.0, qa2=3.0, qa3=4.0)
-QUERIES = mix(niah_multiquery=9.0, niah_multivalue=3.0, cwe=2.0, fwe=2.0, qa1=2.0, qa2=3.0, qa3=4.0)
 # Batches of about `tokens` tokens, all samples of a batch of one length; the rate goes from the first to the second. `answer`: weight of the
 # answers' tokens in the loss. `jumps`: share of sequences whose positions jump between facts, up to `reach`: what carries the model beyond the
 # lengths it has seen. `dilute`: share of batches in which each token of hay weighs as up to `copies` in the softmax, as in a longer haystack.
@@ -43,8 +42,8 @@ STAGES = [
          jumps=0.4, reach=3e5, dilute=0.2, copies=30),
     dict(steps=500, lengths=[512, 1024, 2048], tokens=8192, rate=(9e-4, 0), mix=HARD, answer=8.0,
          jumps=0.5, reach=1e6, dilute=0.3, copies=300),
-    dict(steps=350, lengths=[128, 256, 512, 2048], tokens=8192, rate=(6e-4, 0), mix=QUERIES, answer=8.0,
-         jumps=0.4, reach=1e6, dilute=0.2, copies=300),
+    dict(steps=350, lengths=[128, 256, 512, 2048], tokens=8192, rate=(6e-4, 0), mix=HARD, answer=8.0,
+         jumps=0.4, reach=1e6, dilute=0.5, copies=8000),
 ]
 # Tokens of context for each question: more questions than are asked at a test, for more to learn from.
 APART = 32
@@ -52,7 +51,7 @@ APART = 32
 CHUNK, KEEP = 25, 100
 
 # The base makes the slowest pairs stand still over a million positions: content is found by them.
-SHAPE = dict(hidden=128, layers=4, heads=4, kv_heads=2, head_dim=64, inner=256, theta=1e8, eps=1e-5)
+SHAPE = dict(hidden=128, layers=3, heads=6, kv_heads=2, head_dim=64, inner=256, theta=1e8, eps=1e-5)
 BOS, EOS = 0, 1
 # Ids of the words that lists and coded texts are made of, and the markers behind which a list is said (examples/ruler/small.rs).
 COUNTED = [12, *range(18, 66)]
@@ -139,8 +138,8 @@ class Llama(torch.nn.Module):
 def plant(model, words):
     """Starting weights that already copy, count and cross out, where random ones take millions of tokens to begin to. Layer 0 has heads that see
     the token 1, 2 and 3 back, and one that tells what was said in answer to a list. Layer 1 has heads that find what followed the same token before,
-    anywhere or lately, one that sees all tokens alike, for counting, and one that takes back what was said. Layer 2 has heads that find what followed
-    the same two tokens. Everything stays free to change."""
+    anywhere or lately, one that finds what followed the token two back (the next key of a question), one that sees all tokens alike, for counting, and
+    one that takes back what was said. Layer 2 has heads that find what followed the same two tokens. Everything stays free to change."""
     s = model.s
     dim, half, hidden, heads = s["head_dim"], s["head_dim"] // 2, s["hidden"], s["heads"]
     group, rates = heads // s["kv_heads"], model.rates()
@@ -202,22 +201,23 @@ def plant(model, words):
     layer.o[:, rows(last)] = 0
     layer.o[said, last * dim:last * dim + short] = seen / seen.pow(2).sum() * 0.03
 
-    # Matches of content, on pairs too slow for the distance to matter, and for the second head a little more for near ones.
+    # Matches of content, on pairs too slow for the distance to matter, and for some heads a little more for near ones.
     slow, medium = list(range(half * 3 // 8, half)), list(range(half // 4, half * 3 // 8))
     both = lambda pairs: pairs + [half + pair for pair in pairs]
     copy, columns = torch.eye(dim, width), torch.arange(hidden)
 
-    def match(layer, *terms):
+    def match(layer, keys, queries):
+        """One head of keys, and the heads of queries that read it; terms are of places in a head, a projection, and the part of the stream projected."""
         near = math.sqrt(RECENT * math.sqrt(dim) / len(medium)) / 2
         layer.k[torch.tensor(medium), 0] = near
-        layer.q[dim + torch.tensor(medium), 0] = near
-        for places, project, of_query, read, of_key in terms:
-            places = torch.tensor(places)[:, None]
-            layer.k[places, columns[of_key][None]] = project * MATCH
-            for head in range(group):
-                layer.q[head * dim + places, columns[of_query][None]] = (project @ read) * MATCH
+        for places, project, part in keys:
+            layer.k[torch.tensor(places)[:, None], columns[part][None]] = project * MATCH
         layer.v[rows(0), token] = copy
-        for head in range(group):
+        for head, (recent, terms) in enumerate(queries):
+            if recent:
+                layer.q[head * dim + torch.tensor(medium), 0] = near
+            for places, project, part in terms:
+                layer.q[head * dim + torch.tensor(places)[:, None], columns[part][None]] = project * MATCH
             layer.o[token, rows(head)] = copy.T * COPY
 
     for layer in model.layers[1:]:
@@ -226,10 +226,12 @@ def plant(model, words):
         for weight in (layer.q[:kv_heads * group * dim], layer.k[:kv_heads * dim], layer.v[:kv_heads * dim], layer.o[:, :kv_heads * group * dim]):
             weight.zero_()
     single = torch.nn.init.orthogonal_(torch.empty(2 * len(slow), short))
-    match(model.layers[1], (both(slow), single, token, code, before[0]))
+    same, skip = [(both(slow), single @ code, token)], [(both(slow), single, before[1])]
+    match(model.layers[1], [(both(slow), single, before[0])], [(False, same), (True, same), (True, skip)])
     first, second = both(slow[0::2]), both(slow[1::2])
     one, two = (torch.nn.init.orthogonal_(torch.empty(len(places), short)) for places in (first, second))
-    match(model.layers[2], (first, one, token, code, before[0]), (second, two, before[0], torch.eye(short), before[1]))
+    pair = [(first, one @ code, token), (second, two, before[0])]
+    match(model.layers[2], [(first, one, before[0]), (second, two, before[1])], [(head == 1, pair) for head in range(group)])
 
     # A head that sees all alike, and one that sees what was said and says it less.
     layer, kv = model.layers[1], 1
@@ -237,7 +239,7 @@ def plant(model, words):
     layer.k[kv * dim + still, token] = bos * SINK
     layer.q[last * dim + still, 0] = 3.0
     layer.v[rows(kv), token] = copy - copy @ (torch.outer(bos, bos) + torch.outer(list_marker, list_marker))
-    for head, amount in zip(range(kv * group, (kv + 1) * group), (COUNT, -CROSS)):
+    for head, amount in ((kv * group, COUNT), (last, -CROSS)):
         layer.o[token, rows(head)] = copy.T * amount
 
 
