@@ -21,8 +21,8 @@ pub enum AnchorBlock {
     FirstAtRandom { seed: u64 },
     /// One token throughout, at the first positions.
     Constant(u32),
-    /// Random tokens of the vocabulary at the first positions, the same for every block.
-    Random { seed: u64 },
+    /// Random tokens at the first positions, the same for every block: ids from `from` to the vocabulary's last.
+    Random { seed: u64, from: u32 },
     /// The context's first tokens in random order, the same for every block, at the first positions.
     Shuffled { seed: u64 },
     /// The previous block's first tokens at their own positions.
@@ -51,9 +51,9 @@ impl AnchorBlock {
         let mut tokens = context[if self == Self::Previous { previous } else { first }].to_vec();
         match self {
             Self::Constant(token) => tokens.fill(token),
-            Self::Random { seed } => {
+            Self::Random { seed, from } => {
                 let mut random = Random(seed);
-                tokens.fill_with(|| random.within(0..vocab_size as u32));
+                tokens.fill_with(|| random.within(from..vocab_size as u32));
             }
             Self::Shuffled { seed } => Random(seed).shuffle(&mut tokens),
             _ => {}
@@ -87,7 +87,9 @@ impl Scheme {
             return Err(Error::input("anchor block", reason));
         }
         match anchor_block {
-            AnchorBlock::Constant(token) => model.check_ids("anchor block", &[token])?,
+            AnchorBlock::Constant(token) | AnchorBlock::Random { from: token, .. } => {
+                model.check_ids("anchor block", &[token])?
+            }
             AnchorBlock::None => {
                 self.layout = StarLayout::new(layout.context_len(), layout.block_len(), 0, layout.hosts())?;
             }

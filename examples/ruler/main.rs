@@ -243,15 +243,14 @@ fn run(args: &Run) -> Result<()> {
 
 fn ablate(args: &Ablation) -> Result<()> {
     let subject = args.checkpoint.load()?;
-    let constant = subject.constant()?;
-    let settings: Vec<Setting> =
-        ablation::settings(constant).into_iter().map(|ablation| ablation.setting).collect();
+    let ablations = ablation::settings(subject.constant()?, subject.words());
+    let settings: Vec<Setting> = ablations.iter().map(|ablation| ablation.setting).collect();
     let needles: Vec<Task> = Task::ALL.into_iter().filter(|task| task.niah().is_some()).collect();
     let tasks = if args.tasks.is_empty() { &needles } else { &args.tasks };
     let suite =
         Suite { tasks, lens: &[args.len], settings: &settings, samples: args.samples, seed: args.seed };
     let rows = rows(&suite, &subject, &args.out)?;
-    print!("{}", ablation::text(&rows, constant));
+    print!("{}", ablation::text(&rows, &ablations));
     args.files.write(&rows, &settings)
 }
 

@@ -80,6 +80,11 @@ impl Small {
         words.map(str::to_owned).chain(numbers).collect()
     }
 
+    /// The id behind those of the markers.
+    pub fn first_word() -> u32 {
+        MARKERS.len() as u32
+    }
+
     fn sentence(random: &mut Random, len: usize) -> String {
         let words: Vec<&str> = WORDS.split_whitespace().collect();
         (0..len).map(|_| *random.choose(&words)).collect::<Vec<_>>().join(" ")

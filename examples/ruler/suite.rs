@@ -73,6 +73,11 @@ impl Subject {
             .ok_or_else(|| Error::input("--model", format!("its tokenizer has no token for {hay:?}")))
     }
 
+    /// The first id of a word where markers come before all words, as in the small model's vocabulary.
+    pub fn words(&self) -> Option<u32> {
+        self.small.then(Small::first_word)
+    }
+
     /// Tokens that an answer may have.
     pub fn answer_len(&self, task: Task) -> usize {
         if self.small { small_answer_len(task) } else { task.answer_len() }

@@ -48,7 +48,7 @@ fn settings(context: &[u32], b: usize, a: usize) -> Vec<(AnchorBlock, Vec<Anchor
             }),
         ),
         made(AnchorBlock::FirstAtRandom { seed: 5 }),
-        made(AnchorBlock::Random { seed: 5 }),
+        made(AnchorBlock::Random { seed: 5, from: 0 }),
         made(AnchorBlock::Shuffled { seed: 5 }),
     ]
 }
@@ -91,7 +91,7 @@ fn a_seed_gives_one_anchor() {
     let with = |seed: u64| {
         let kinds = [
             AnchorBlock::FirstAtRandom { seed },
-            AnchorBlock::Random { seed },
+            AnchorBlock::Random { seed, from: 3 },
             AnchorBlock::Shuffled { seed },
         ];
         kinds.map(|kind| rows(kind, &context, 16, 9))
@@ -110,7 +110,7 @@ fn a_seed_gives_one_anchor() {
             assert!(anchors.iter().all(|anchor| *anchor == anchors[0]), "the same before every block");
             assert!(anchors[0].1.iter().copied().eq(0..9));
         }
-        assert!(random_tokens[0].0.iter().all(|&token| token < VOCAB));
+        assert!(random_tokens[0].0.iter().all(|token| (3..VOCAB).contains(token)));
         let sorted = |tokens: &[u32]| {
             let mut tokens = tokens.to_vec();
             tokens.sort_unstable();
@@ -138,7 +138,8 @@ fn anchor_blocks_that_cannot_be_are_refused() {
         (3, encoded, AnchorBlock::FirstAtPrevious),
         (1, encoded, AnchorBlock::FirstAtRandom { seed: 0 }),
         (3, encoded, AnchorBlock::Constant(7)),
-        (3, encoded, AnchorBlock::Random { seed: 0 }),
+        (4, encoded, AnchorBlock::Random { seed: 0, from: VOCAB }),
+        (3, encoded, AnchorBlock::Random { seed: 0, from: 0 }),
         (3, encoded, AnchorBlock::Shuffled { seed: 0 }),
     ] {
         let error = star(hosts, anchor, anchor_block).unwrap_err();
