@@ -113,6 +113,8 @@ pub fn text(rows: &[Row]) -> String {
 
 /// The same rows for a spreadsheet, as fractions.
 pub fn csv(rows: &[Row]) -> String {
+    // A setting can have commas, but no quotes.
+    let quoted = |text: &str| if text.contains(',') { format!("\"{text}\"") } else { text.to_owned() };
     let estimate = |estimate: &Option<Estimate>| {
         estimate.map_or_else(
             || ",,".to_owned(),
@@ -123,7 +125,7 @@ pub fn csv(rows: &[Row]) -> String {
         format!(
             "{},{},{},{},{},{},{},{}\n",
             row.len,
-            row.setting,
+            quoted(&row.setting),
             row.task.map_or("all", Task::name),
             row.samples,
             estimate(&Some(row.accuracy)),

@@ -112,6 +112,13 @@ fn rows_compare_the_same_samples() {
 }
 
 #[test]
+fn a_setting_with_a_comma_is_one_field() {
+    let rows = report::rows(&[record("star, of one", Task::Qa1, 0, 1.0, 1.0)]);
+    let csv = report::csv(&rows);
+    assert!(csv.lines().skip(1).all(|line| line.starts_with("64,\"star, of one\",")), "{csv}");
+}
+
+#[test]
 fn a_chart_has_all_points() {
     let point = |x: f64, y: f64| Point { x, y, low: y, high: y };
     let points = vec![point(512.0, 1.0), point(1048576.0, 100.0)];
