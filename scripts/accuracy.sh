@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every number, table and plot of docs/accuracy.md. Records are kept in target/ruler: what was interrupted goes on where it stopped.
 #   scripts/accuracy.sh [PART...]      parts: tasks blocks anchors ablation mass long; all by default
-# Tables go to docs/accuracy/*.txt, the same rows to *.csv, plots to *.svg. On two cores it takes about an hour.
+# Tables go to docs/accuracy/*.txt, the same rows to *.csv, plots to *.svg. On two cores it takes about 45 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
