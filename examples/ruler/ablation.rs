@@ -16,9 +16,9 @@ pub struct Ablation {
 /// Of what is drawn.
 const SEED: u64 = 0;
 
-/// The nine settings, blocks of a quarter of the context, each on a host of its own; `constant` is the token of the constant anchor. Where all ids
-/// from `words` on are words, and none a marker that means something to the model, random words are the control of random tokens.
-pub fn settings(constant: u32, words: Option<u32>) -> Vec<Ablation> {
+/// The nine settings, blocks of a quarter of the context, each on a host of its own; `constant` is the token of the constant anchor. Where no id
+/// from `first_word` on is a marker that means something to the model, random words are the control of random tokens.
+pub fn settings(constant: u32, first_word: Option<u32>) -> Vec<Ablation> {
     let star =
         |anchor, anchor_block| Setting::Star(Star { block: Extent::Part(4), anchor, hosts: 4, anchor_block });
     let with = |name, anchor_block, paper| Ablation {
@@ -45,7 +45,7 @@ pub fn settings(constant: u32, words: Option<u32>) -> Vec<Ablation> {
         with("first block's tokens shuffled, at its positions", AnchorBlock::Shuffled { seed: SEED }, 92.96),
         with("previous block, at its positions", AnchorBlock::Previous, 94.20),
     ];
-    if let Some(from) = words {
+    if let Some(from) = first_word {
         let control = star(Extent::Part(1), AnchorBlock::Random { seed: SEED, from });
         let name = "control: random words, at the first block's positions";
         settings.push(Ablation { name, setting: control, paper: None });

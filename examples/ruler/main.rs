@@ -243,7 +243,7 @@ fn run(args: &Run) -> Result<()> {
 
 fn ablate(args: &Ablation) -> Result<()> {
     let subject = args.checkpoint.load()?;
-    let ablations = ablation::settings(subject.constant()?, subject.words());
+    let ablations = ablation::settings(subject.constant()?, subject.first_word());
     let settings: Vec<Setting> = ablations.iter().map(|ablation| ablation.setting).collect();
     let needles: Vec<Task> = Task::ALL.into_iter().filter(|task| task.niah().is_some()).collect();
     let tasks = if args.tasks.is_empty() { &needles } else { &args.tasks };

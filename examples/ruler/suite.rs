@@ -74,7 +74,7 @@ impl Subject {
     }
 
     /// The first id of a word where markers come before all words, as in the small model's vocabulary.
-    pub fn words(&self) -> Option<u32> {
+    pub fn first_word(&self) -> Option<u32> {
         self.small.then(Small::first_word)
     }
 
