@@ -3,6 +3,7 @@
 use super::error::Result;
 use super::threads::tame_candle;
 use clap::Parser;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// The program: parses options and does the work with them. What went wrong is told in one line, with exit code 2.
@@ -21,19 +22,18 @@ pub unsafe fn main<A: Parser>(work: impl FnOnce(&A) -> Result<()>) -> ExitCode {
         Err(error) => {
             // The first paragraph says what is wrong; usage follows.
             let text = error.to_string();
-            eprintln!("{}", line(text.split("\n\n").next().unwrap_or_default()));
-            return ExitCode::from(2);
+            return fail(text.split("\n\n").next().unwrap_or_default());
         }
     };
     match work(&args) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", line(&error.to_string()));
-            ExitCode::from(2)
-        }
+        Err(error) => fail(&format!("error: {error}")),
     }
 }
 
-fn line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+fn fail(text: &str) -> ExitCode {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ") + "\n";
+    // In one piece, so that the lines of processes do not mix. With standard error closed, the exit code tells.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    ExitCode::from(2)
 }

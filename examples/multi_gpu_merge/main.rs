@@ -23,6 +23,7 @@ mod timed;
 use clap::{Parser, ValueEnum};
 use star_attention::comm::MergeWay;
 use star_attention::{bf16, f16};
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -182,7 +183,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn fail(line: &str) -> ExitCode {
-    eprintln!("{}", line.split_whitespace().collect::<Vec<_>>().join(" "));
+fn fail(text: &str) -> ExitCode {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ") + "\n";
+    // In one piece, so that the lines of processes do not mix. With standard error closed, the exit code tells.
+    let _ = std::io::stderr().write_all(line.as_bytes());
     ExitCode::from(2)
 }
