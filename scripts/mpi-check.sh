@@ -54,8 +54,8 @@ check 4 multi_gpu_merge "--shards 200 --query-len 33 --layers 2 --way by-rows" "
 
 if [ -n "$machines" ]; then
     # The first rank to end with an error must not take the others with it.
-    OMPI_MCA_orte_abort_on_non_zero_status=0 CUT=3 timeout 60 scripts/mpi-namespaces.sh 2 4 "$examples/star_attention" --engine mpi --mode star --context-len 2048 --queries 60000 \
-        --timeout 3 >"$log" 2>&1 </dev/null || true
+    OMPI_MCA_orte_abort_on_non_zero_status=0 CUT=3 timeout 60 scripts/mpi-namespaces.sh 2 4 \
+        "$examples/star_attention" --engine mpi --mode star --context-len 2048 --queries 60000 --timeout 3 >"$log" 2>&1 </dev/null || true
     errors=$( (grep -oE 'collective: rank [0-3] (did not arrive within 3 s|left the group)' "$log" || true) | wc -l)
     if [ "$errors" != 4 ]; then
         echo "mpi-check.sh: a machine was cut off, and $errors of 4 ranks ended with an error:" >&2

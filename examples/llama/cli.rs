@@ -1,9 +1,9 @@
 //! What every command line of these examples does with options and errors.
 
 use super::error::Result;
+use super::fail::fail;
 use super::threads::tame_candle;
 use clap::Parser;
-use std::io::Write;
 use std::process::ExitCode;
 
 /// The program: parses options and does the work with them. What went wrong is told in one line, with exit code 2.
@@ -29,11 +29,4 @@ pub unsafe fn main<A: Parser>(work: impl FnOnce(&A) -> Result<()>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&format!("error: {error}")),
     }
-}
-
-fn fail(text: &str) -> ExitCode {
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ") + "\n";
-    // In one piece, so that the lines of processes do not mix. With standard error closed, the exit code tells.
-    let _ = std::io::stderr().write_all(line.as_bytes());
-    ExitCode::from(2)
 }

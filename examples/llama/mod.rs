@@ -10,6 +10,7 @@ pub mod anchor;
 pub mod cli;
 pub mod config;
 pub mod error;
+pub mod fail;
 pub mod host;
 pub mod model;
 pub mod random;

@@ -12,6 +12,8 @@ mod backend;
 #[allow(dead_code, reason = "shared with another example")]
 mod check;
 mod engines;
+#[path = "../llama/fail.rs"]
+mod fail;
 mod inputs;
 mod rank;
 mod report;
@@ -21,9 +23,9 @@ mod table;
 mod timed;
 
 use clap::{Parser, ValueEnum};
+use fail::fail;
 use star_attention::comm::MergeWay;
 use star_attention::{bf16, f16};
-use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -181,11 +183,4 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => fail(&format!("error: {error}")),
     }
-}
-
-fn fail(text: &str) -> ExitCode {
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ") + "\n";
-    // In one piece, so that the lines of processes do not mix. With standard error closed, the exit code tells.
-    let _ = std::io::stderr().write_all(line.as_bytes());
-    ExitCode::from(2)
 }

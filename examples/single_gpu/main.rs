@@ -7,12 +7,15 @@
 #[allow(dead_code, reason = "shared with the tests")]
 mod backend;
 mod check;
+#[path = "../llama/fail.rs"]
+mod fail;
 mod phases;
 #[path = "../llama/table.rs"]
 #[allow(dead_code, reason = "shared with the other example")]
 mod table;
 
 use clap::{Parser, ValueEnum};
+use fail::fail;
 use star_attention::cuda::HalfElement;
 use star_attention::cuda::simt::Simt;
 use star_attention::{bf16, f16};
@@ -124,11 +127,6 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => fail(&format!("error: {error}")),
     }
-}
-
-fn fail(line: &str) -> ExitCode {
-    eprintln!("{}", line.replace('\n', " "));
-    ExitCode::from(2)
 }
 
 /// Whether all errors were within the bound.
