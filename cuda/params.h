@@ -61,7 +61,7 @@ typedef struct {
     uint32_t out_f32;
     /* Scores are multiplied by this... */
     float scale_log2;
-    /* ...after tanh(score · this), where not 0. */
+    /* ...after tanh(ln 2 / 2 · score · this), where not 0. */
     float cap_scale;
     /* How far a score may pass the base of its row before the base follows, as a score. */
     float slack;

@@ -68,23 +68,31 @@ def resident(arch, registers, threads, shared):
 
 
 def main_loop(sass):
-    """Of each function the usual way through the shortest loop that holds the most products."""
+    """Of each function the usual way through its main loop: of the innermost loops with products, the one with the most."""
     loops = {}
     for text in re.split(r"Function : ", sass)[1:]:
         name = text.split()[0]
         code = [(int(a, 16), predicate, op, rest) for a, predicate, op, rest in re.findall(
             r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", text)]
-        best = None
+        bodies = []
         for address, _, op, rest in code:
             target = re.search(r"0x([0-9a-f]+)", rest)
             if op.startswith("BRA") and target and int(target.group(1), 16) < address:
                 body = [line for line in code if int(target.group(1), 16) <= line[0] <= address]
-                key = (-sum(line[2].startswith("HMMA") for line in body), len(body))
-                if best is None or key < best[0]:
-                    best = (key, body)
-        if best and best[0][0]:
-            loops[name] = usual_path(best[1])
+                if products(body):
+                    bodies.append(body)
+        # A loop around one that was found is longer: sorted by length, it comes later and is left out.
+        inner = []
+        for body in sorted(bodies, key=len):
+            if not any(body[0][0] <= found[0][0] and found[-1][0] <= body[-1][0] for found in inner):
+                inner.append(body)
+        if inner:
+            loops[name] = usual_path(max(inner, key=products))
     return loops
+
+
+def products(body):
+    return sum(line[2].startswith("HMMA") for line in body)
 
 
 def usual_path(body):

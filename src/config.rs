@@ -51,6 +51,13 @@ impl AttentionConfig {
         self.scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt())
     }
 
+    /// The softcap, or `None` where it is so large that `score / cap` leaves f32's normal range:
+    /// tanh of that is the number itself, and the score stays what it was.
+    pub(crate) fn softcap_for(&self, head_dim: usize) -> Option<f32> {
+        let per_score = |cap: f32| self.scale_for(head_dim) / cap;
+        self.softcap.filter(|&cap| per_score(cap).is_normal() && (cap * std::f32::consts::LOG2_E).is_finite())
+    }
+
     /// # Errors
     /// [`Error::Value`] for a scale, softcap or star mask outside its range.
     pub fn validate(&self) -> Result<()> {

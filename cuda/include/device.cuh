@@ -22,6 +22,8 @@
 using Shared = uint32_t;
 
 DEVICE uint32_t thread_index() { return threadIdx.x; }
+// The same in all lanes, as the compiler can tell.
+DEVICE uint32_t warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 DEVICE uint32_t block_index() { return blockIdx.x; }
 
 // Where the launch's dynamic shared memory starts.
@@ -32,6 +34,8 @@ DEVICE Shared shared_memory() {
 
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
+// A barrier of the block; whether it holds for any thread.
+DEVICE bool sync_block_any(bool x) { return __syncthreads_or(x); }
 
 // Whether it holds for any lane of the warp.
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
@@ -50,11 +54,17 @@ DEVICE float reciprocal_approx(float x) {
 DEVICE float exp_accurate(float x) { return expf(x); }
 DEVICE float log_accurate(float x) { return logf(x); }
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
+DEVICE float absolute(float x) { return fabsf(x); }
 DEVICE float max_ignoring_nan(float a, float b) { return fmaxf(a, b); }
 
 template <class T>
 DEVICE T load(const T* from) {
     return *from;
+}
+// Of what is not read again: it is the first to leave the caches.
+template <class T>
+DEVICE T load_once(const T* from) {
+    return __ldcs(from);
 }
 template <class T>
 DEVICE void store(T* to, T x) {
@@ -148,8 +158,14 @@ DEVICE void load_matrices_transposed(uint32_t (&to)[4], Shared row) {
                  : "memory");
 }
 
+// All bits of each half whose exponent is all ones: NaN or infinity. One more in the exponent's last place carries into the sign's.
+DEVICE uint32_t not_finite_halves(uint32_t x, uint32_t exponents, uint32_t ones) {
+    return (((x & exponents) + ones) >> 15 & 0x00010001u) * 0xffffu;
+}
+
 // 16-bit elements: two to a word, the lower half first; c (16×8) += a (16×16) b (16×8).
 struct F16 {
+    static DEVICE uint32_t not_finite(uint32_t x) { return not_finite_halves(x, 0x7c007c00u, 0x04000400u); }
     static DEVICE uint32_t pack(float low, float high) {
         uint32_t x;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
@@ -172,6 +188,7 @@ struct F16 {
 };
 
 struct BF16 {
+    static DEVICE uint32_t not_finite(uint32_t x) { return not_finite_halves(x, 0x7f807f80u, 0x00800080u); }
     static DEVICE uint32_t pack(float low, float high) {
         uint32_t x;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));

@@ -1,4 +1,4 @@
-// Eight 16-bit elements, as they are moved: 16 bytes.
+// Eight elements, as they are moved: 16 bytes of 16-bit ones, or 32 bytes of f32.
 #pragma once
 
 #include "device.cuh"
@@ -19,3 +19,21 @@ DEVICE uint4 pack8(const float (&x)[8]) {
     return uint4{Element::pack(x[0], x[1]), Element::pack(x[2], x[3]), Element::pack(x[4], x[5]),
                  Element::pack(x[6], x[7])};
 }
+
+// Eight f32, 32 bytes.
+DEVICE void unpack8(const float4& low, const float4& high, float (&to)[8]) {
+    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+}
+DEVICE void write8(float* to, const float (&x)[8]) {
+    store(reinterpret_cast<float4*>(to), float4{x[0], x[1], x[2], x[3]});
+    store(reinterpret_cast<float4*>(to) + 1, float4{x[4], x[5], x[6], x[7]});
+}
+
+// All bits of each element that is NaN or infinite.
+template <class Element>
+DEVICE uint4 not_finite8(const uint4& x) {
+    return uint4{Element::not_finite(x.x), Element::not_finite(x.y), Element::not_finite(x.z),
+                 Element::not_finite(x.w)};
+}
+DEVICE bool any_bit(const uint4& x) { return (x.x | x.y | x.z | x.w) != 0; }

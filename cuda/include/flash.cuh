@@ -5,6 +5,10 @@
 // A block has `rows` query rows in shared memory and walks its keys in tiles of `keys`, K and V in turn through a ring that asynchronous
 // copies fill ahead. Its warps divide the rows (row_warps), or the keys (key_warps: each has a ring of its own, and their results
 // are merged at the end). S = QKᵀ stays in registers and, as probabilities, is the left operand of PV.
+//
+// First come the tiles of keys that every row sees whole, then the border: the tiles that the mask or the end of the keys crosses.
+// A hidden key has the weight 0, but 0 · NaN is NaN. So in the border values that are not finite enter the product as zeros, and
+// are added at the end to the rows that see them.
 #pragma once
 
 #include "eight.cuh"
@@ -26,8 +30,8 @@ struct Policy {
     static constexpr int threads = team * KeyWarps;
     static constexpr int query_bytes = rows * HeadDim * 2;
     static constexpr int slot_bytes = Keys * HeadDim * 2;
-    // What is kept of the list of keys: its ends, and two addresses for each thread.
-    static constexpr int list_bytes = 128 + 16 * threads;
+    // What is kept of the list of keys: its ends, each row's limit, and for each thread two addresses and whether it zeroed a value.
+    static constexpr int list_bytes = (16 + 4 * rows + (16 + 4) * threads + 127) / 128 * 128;
     static constexpr int shared_bytes = list_bytes + query_bytes + KeyWarps * Slots * slot_bytes;
     static_assert(KeyWarps == 1 || RowWarps == 1, "warps divide the rows or the keys");
     // Of f32 outputs in shared memory: eight more than a row has, so that the rows of a store begin at other banks.
@@ -62,13 +66,29 @@ struct QueryRows {
     DEVICE void store_out(uint32_t row, uint32_t column, const float (&x)[8]) const {
         const uint64_t at = out_offset(row) + column;
         if (p.out_f32) {
-            float4* to = reinterpret_cast<float4*>(reinterpret_cast<float*>(p.out.data) + at);
-            store(to, float4{x[0], x[1], x[2], x[3]});
-            store(to + 1, float4{x[4], x[5], x[6], x[7]});
+            write8(reinterpret_cast<float*>(p.out.data) + at, x);
         } else {
             uint4* to = reinterpret_cast<uint4*>(reinterpret_cast<uint16_t*>(p.out.data) + at);
             store(to, pack8<Element>(x));
         }
+    }
+    // Adds to what `store_out` stored.
+    template <class Element>
+    DEVICE void add_out(uint32_t row, uint32_t column, const uint4& more) const {
+        const uint64_t at = out_offset(row) + column;
+        float x[8], y[8];
+        if (p.out_f32) {
+            const float4* from = reinterpret_cast<const float4*>(reinterpret_cast<const float*>(p.out.data) + at);
+            unpack8(load(from), load(from + 1), x);
+        } else {
+            unpack8<Element>(load(reinterpret_cast<const uint4*>(reinterpret_cast<const uint16_t*>(p.out.data) + at)), x);
+        }
+        unpack8<Element>(more, y);
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            x[c] += y[c];
+        }
+        store_out<Element>(row, column, x);
     }
 };
 
@@ -166,9 +186,10 @@ struct Flash {
         const uint32_t head = block_index() % heads;
         const QueryRows rows{p, tile, head};
         const KeyList list{p, tile, head * p.pack / p.group};
-        const Shared query = shared_memory() + P::list_bytes;
+        const Shared memory = shared_memory();
+        const Shared query = memory + P::list_bytes;
         const uint32_t key_warp = thread_index() / P::team;
-        const uint32_t first_row = thread_index() / 32 % P::row_warps * 16 * P::row_tiles;
+        const uint32_t first_row = warp_index() % P::row_warps * 16 * P::row_tiles;
 
         load_query<P>(rows, query);
         if (P::key_warps > 1) {
@@ -176,9 +197,11 @@ struct Flash {
             copy_commit();
             copy_wait<0>();
         }
-        Ring<P> ring(list, shared_memory(), query + P::query_bytes + key_warp * P::slots * P::slot_bytes);
-        // Every row of the warp sees the entries before this one.
-        ring.store_list(rows.limit(first_row));
+        Ring<P> ring(list, memory, query + P::query_bytes + key_warp * P::slots * P::slot_bytes);
+        ring.store_list();
+        for (uint32_t row = thread_index(); row < P::rows; row += P::threads) {
+            shared_store(ring.limit_at(row), rows.limit(row));
+        }
         sync_block();
         uint32_t entry = tile.begin + key_warp * P::keys;
         ring.start(entry);
@@ -186,14 +209,15 @@ struct Flash {
         float out[P::row_tiles][outputs][4] = {};
         Softmax<P::row_tiles> softmax(p.scale_log2, p.slack);
         const Walk queries(query, first_row, false);
-        for (; entry < ring.end(); entry += Ring<P>::entry_step) {
+        for (; entry < ring.limit(first_row + 16 * P::row_tiles - 1); entry += Ring<P>::entry_step) {
             float scores[P::row_tiles][columns][4] = {};
             multiply_keys<Element, P>(scores, queries, Walk(ring.template next<false>(entry), 0, true));
             if (p.cap_scale != 0) {
                 cap(scores, p.cap_scale);
             }
-            if (entry + P::keys > ring.open()) {
-                mask(scores, entry, rows);
+            if (entry + P::keys > ring.limit(0)) {
+                mask(scores, entry, ring);
+                ring.template clear_values<Element>();
             }
             softmax.rebase(scores, out);
             softmax.exponentiate(scores);
@@ -201,43 +225,52 @@ struct Flash {
             pack<Element>(probabilities, scores);
             multiply_values<Element, P>(out, probabilities, Walk(ring.template next<true>(entry), 0, false));
         }
+        // None of the warp's rows sees more: it only helps the others to copy.
+        for (; P::row_warps > 1 && entry < ring.end(); entry += Ring<P>::entry_step) {
+            ring.template next<false>(entry);
+            ring.template clear_values<Element>();
+            ring.template next<true>(entry);
+        }
         softmax.finish();
         copy_wait<0>();
         // All are done with the rings, or, without any key, with the copy of the queries: their memory is used again.
-        sync_block();
+        const bool cleared = sync_block_any(ring.cleared());
         if (P::key_warps == 1) {
             write(rows, query, out, softmax);
         } else {
             write_merged(rows, query, out, softmax);
         }
+        if (cleared) {
+            sync_block();
+            add_cleared(rows, list);
+        }
     }
 
-    // tanh(x) = 1 - 2 / (1 + e^2x), to f32's absolute accuracy.
     static DEVICE void cap(float (&scores)[P::row_tiles][columns][4], float cap_scale) {
-        constexpr float two_log2_e = 2.8853900817779268f;
 #pragma unroll
         for (int i = 0; i < P::row_tiles; i++) {
 #pragma unroll
             for (int j = 0; j < columns; j++) {
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
-                    scores[i][j][c] = 1 - 2 * reciprocal_approx(1 + exp2_approx(scores[i][j][c] * cap_scale * two_log2_e));
+                    scores[i][j][c] = tanh_log2(scores[i][j][c] * cap_scale);
                 }
             }
         }
     }
 
-    static DEVICE void mask(float (&scores)[P::row_tiles][columns][4], uint32_t entry, const QueryRows& rows) {
+    static DEVICE void mask(float (&scores)[P::row_tiles][columns][4], uint32_t entry, const Ring<P>& ring) {
 #pragma unroll
         for (int i = 0; i < P::row_tiles; i++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const uint32_t limit = rows.limit(lane_row() + 16 * i + 8 * half);
+                // Of the lane's columns.
+                const int limit = static_cast<int>(ring.limit(lane_row() + 16 * i + 8 * half) - entry - lane_column());
 #pragma unroll
                 for (int j = 0; j < columns; j++) {
 #pragma unroll
                     for (int c = 0; c < 2; c++) {
-                        if (entry + 8 * j + lane_column() + c >= limit) {
+                        if (8 * j + c >= limit) {
                             scores[i][j][2 * half + c] = -infinity();
                         }
                     }
@@ -349,6 +382,28 @@ struct Flash {
             rows.template store_out<Element>(row, column, total);
             if (column == 0 && rows.p.lse != 0) {
                 rows.store_lse(row, log_sum_exp(base, sum, softmax.scale_log2));
+            }
+        }
+    }
+
+    // Adds the values that were zeroed to the outputs of the rows that see them: the weight of such a key is above 0, and the sum
+    // is what the value makes it, NaN or infinite.
+    static DEVICE void add_cleared(const QueryRows& rows, const KeyList& list) {
+        const uint32_t begin = rows.tile.begin, open = rows.limit(0);
+        const uint32_t border = open < begin ? begin : begin + (open - begin) / P::keys * P::keys;
+#pragma unroll 1
+        for (uint32_t i = thread_index(); i < rows.tile.rows * outputs; i += P::threads) {
+            const uint32_t row = i / outputs, column = i % outputs * 8;
+            const uint32_t limit = rows.limit(row);
+#pragma unroll 1
+            for (uint32_t entry = border; entry < limit; entry++) {
+                const uint4 value = load(reinterpret_cast<const uint4*>(list.row(rows.p.value, entry) + column));
+                const uint4 special = not_finite8<Element>(value);
+                if (any_bit(special)) {
+                    rows.template add_out<Element>(
+                        row, column,
+                        uint4{value.x & special.x, value.y & special.y, value.z & special.z, value.w & special.w});
+                }
             }
         }
     }

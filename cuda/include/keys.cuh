@@ -1,6 +1,7 @@
 // From the entries of a tile's list to rows of keys and values, and from there through a ring of slots in shared memory.
 #pragma once
 
+#include "eight.cuh"
 #include "shared_tile.cuh"
 
 // The keys and values of a tile's list, contiguous or in pages.
@@ -34,9 +35,10 @@ struct Ring {
     static_assert(P::keys % row_step == 0 && P::slots >= 2, "");
 
     static constexpr uint32_t entry_step = P::keys * P::key_warps;
-    static constexpr Shared sources_at = 128;
-    static_assert(16 + P::threads / 32 * 4 <= sources_at, "");
-    static_assert(P::list_bytes == sources_at + 2 * 8 * P::threads, "");
+    static constexpr Shared limits_at = 16;
+    static constexpr Shared sources_at = limits_at + 4 * P::rows;
+    static constexpr Shared cleared_from = sources_at + 2 * 8 * P::threads;
+    static_assert(cleared_from + 4 * P::threads <= P::list_bytes, "");
 
     const KeyList& list;
     Shared shared_list;
@@ -58,17 +60,14 @@ struct Ring {
         return shared_list + sources_at + Values * 8 * P::threads + thread_index() * 8;
     }
 
-    // Stores the list's ends and shift, where the warp's rows begin to be masked, and where this thread's part of entry `row` is; for all to use after a
-    // barrier.
-    DEVICE void store_list(uint32_t open) const {
+    // Stores the list's ends and shift, for all to use after a barrier, and where this thread's part of entry `row` is.
+    DEVICE void store_list() const {
         const StarTile& tile = list.tile;
         if (thread_index() == 0) {
             const uint32_t contiguous_end = list.p.page_table == 0 ? tile.end : 0;
             shared_store(shared_list, uint4{tile.end, contiguous_end, tile.prefix, tile.start - tile.prefix});
         }
-        if (thread_index() % 32 == 0) {
-            shared_store(open_at(), open);
-        }
+        shared_store(cleared_at(), 0u);
         if (list.p.page_table == 0) {
             shared_store(source_at<false>(), first_source(list.p.key));
             shared_store(source_at<true>(), first_source(list.p.value));
@@ -79,10 +78,13 @@ struct Ring {
         return from.data + 2 * (list.tile.batch * from.batch + key * from.seq + list.kv_head * from.head + lane() * 8);
     }
 
-    // Where the list ends, and up to where all rows of the warp see it.
     DEVICE uint32_t end() const { return shared_load4(shared_list); }
-    DEVICE uint32_t open() const { return shared_load4(open_at()); }
-    DEVICE Shared open_at() const { return shared_list + 16 + thread_index() / 32 * 4; }
+    // The block's row sees the entries before this one.
+    DEVICE uint32_t limit(uint32_t row) const { return shared_load4(limit_at(row)); }
+    DEVICE Shared limit_at(uint32_t row) const { return shared_list + limits_at + row * 4; }
+    // Whether this thread has zeroed a value.
+    DEVICE bool cleared() const { return shared_load4(cleared_at()) != 0; }
+    DEVICE Shared cleared_at() const { return shared_list + cleared_from + thread_index() * 4; }
 
     // The first slots - 1 tiles, from those at `entry` on.
     DEVICE void start(uint32_t entry) {
@@ -101,6 +103,31 @@ struct Ring {
         // Everyone is done with the tile before: its slot is free.
         load_tile<ahead % 2 == 1>(entry + ahead / 2 * entry_step);
         return take<Values>(read_slot);
+    }
+
+    // Before `next` gives values of the border: those that are not finite become zeros. Each thread looks at what it copied itself,
+    // which it sees before the others do.
+    template <class Element>
+    DEVICE void clear_values() {
+        copy_wait<P::slots - 2>();
+        // Where the mask hides nothing, the end of the keys alone makes the border, and every row sees all of them.
+        if (limit(0) == end()) {
+            return;
+        }
+        const Shared slot = slots + (P::slots == 2 ? 1 : read_slot) * P::slot_bytes;
+#pragma unroll 1
+        for (uint32_t r = row(); r < P::keys; r += row_step) {
+#pragma unroll 1
+            for (int c = 0; c < Tile::chunks / lanes; c++) {
+                const Shared at = Tile::at(slot, r, lane() + c * lanes);
+                const uint4 x = shared_load16(at);
+                const uint4 special = not_finite8<Element>(x);
+                if (any_bit(special)) {
+                    shared_store(at, uint4{x.x & ~special.x, x.y & ~special.y, x.z & ~special.z, x.w & ~special.w});
+                    shared_store(cleared_at(), 1u);
+                }
+            }
+        }
     }
 
     // A slot, and on to the one after it.

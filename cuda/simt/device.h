@@ -29,6 +29,7 @@ extern "C" {
 uint32_t simt_thread_index();
 uint32_t simt_block_index();
 void simt_sync_block();
+bool simt_sync_block_any(bool x);
 void simt_sync_warp();
 bool simt_any_lane(bool x);
 float simt_shuffle_xor(float x, uint32_t lanes);
@@ -45,10 +46,12 @@ float simt_unpack(uint16_t x, bool bf16);
 }
 
 DEVICE uint32_t thread_index() { return simt_thread_index(); }
+DEVICE uint32_t warp_index() { return simt_thread_index() / 32; }
 DEVICE uint32_t block_index() { return simt_block_index(); }
 DEVICE Shared shared_memory() { return 0; }
 DEVICE void sync_block() { simt_sync_block(); }
 DEVICE void sync_warp() { simt_sync_warp(); }
+DEVICE bool sync_block_any(bool x) { return simt_sync_block_any(x); }
 DEVICE bool any_lane(bool x) { return simt_any_lane(x); }
 DEVICE float shuffle_xor(float x, int lanes) { return simt_shuffle_xor(x, static_cast<uint32_t>(lanes)); }
 
@@ -57,12 +60,17 @@ DEVICE float reciprocal_approx(float x) { return 1 / x; }
 DEVICE float exp_accurate(float x) { return expf(x); }
 DEVICE float log_accurate(float x) { return logf(x); }
 DEVICE float infinity() { return INFINITY; }
+DEVICE float absolute(float x) { return fabsf(x); }
 DEVICE float max_ignoring_nan(float a, float b) { return fmaxf(a, b); }
 
 template <class T>
 DEVICE T load(const T* from) {
     simt_check_global(from, sizeof(T), false);
     return *from;
+}
+template <class T>
+DEVICE T load_once(const T* from) {
+    return load(from);
 }
 template <class T>
 DEVICE void store(T* to, T x) {
@@ -121,6 +129,13 @@ DEVICE void load_matrices_transposed(uint32_t (&to)[4], Shared row) { simt_load_
 
 template <bool Bf16>
 struct Element16 {
+    // All bits of each half whose exponent is all ones: NaN or infinity.
+    static uint32_t not_finite(uint32_t x) {
+        const uint32_t exponent = Bf16 ? 0x7f80 : 0x7c00;
+        const uint32_t low = (x & exponent) == exponent ? 0xffff : 0;
+        const uint32_t high = (x >> 16 & exponent) == exponent ? 0xffff0000 : 0;
+        return low | high;
+    }
     static uint32_t pack(float low, float high) { return simt_pack(low, high, Bf16); }
     static float2 unpack(uint32_t x) {
         return {simt_unpack(static_cast<uint16_t>(x), Bf16), simt_unpack(static_cast<uint16_t>(x >> 16), Bf16)};

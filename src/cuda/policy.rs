@@ -60,7 +60,7 @@ impl Policy {
 
     /// What is kept of the list of keys; the queries and each ring's slots in 16 bits.
     pub const fn shared_bytes(&self) -> usize {
-        let list_bytes = 128 + 16 * self.threads();
+        let list_bytes = (16 + 4 * self.rows() + (16 + 4) * self.threads()).next_multiple_of(128);
         list_bytes + 2 * self.head_dim * (self.rows() + self.key_warps * self.slots * self.keys)
     }
 }

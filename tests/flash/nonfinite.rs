@@ -1,73 +1,44 @@
-//! NaN and infinities in the data: they stay in the rows that see them.
+//! NaN and infinities in the data, and softcaps of any size, on the CPU.
 
-use crate::properties::cases::{Case, Inputs, Spot, Values, cases, spots};
+use crate::phases::Flash;
+use crate::properties::cases::cases;
+use crate::properties::nonfinite::{
+    spots_stay_in_their_rows, spotted, the_last_value_reaches_the_last_row_alone,
+};
+use crate::properties::softcap::large_caps_change_nothing;
 use proptest::prelude::*;
-use star_attention::cpu::reference::sees;
-use star_attention::{Element, bf16, f16};
-
-fn normal_cases() -> impl Strategy<Value = Case> {
-    cases().prop_map(|mut case| {
-        case.values = Values::Normal;
-        case
-    })
-}
-
-fn spot_stays_in_its_rows<T: Element>(case: &Case, spot: Spot) -> Result<(), TestCaseError> {
-    let shape = case.shape;
-    let extents = if spot.tensor == 0 { shape.query_shape() } else { shape.key_shape() };
-    if extents.contains(&0) {
-        return Ok(());
-    }
-    let mut inputs = case.inputs::<T>();
-    let (clean_out, clean_lse) = case.run::<T, f32>(&inputs);
-    let mut axis = 0;
-    let index = extents.map(|extent| {
-        axis += 1;
-        spot.index[axis - 1].index(extent)
-    });
-    let Inputs { query, key, value } = &mut inputs;
-    [query, key, value][spot.tensor].set(index, T::from_f32(spot.value));
-
-    // Where the definition is not finite, neither is the result, in the same way; elsewhere it is right.
-    let expected = case.expected(&inputs);
-    let (out, lse) = case.run::<T, f32>(&inputs);
-    expected.check_lse(&lse)?;
-    expected.check_out(out.values())?;
-
-    // Rows that do not see it keep their bits.
-    let [batch, seq, head, _] = index;
-    for b in 0..shape.batch {
-        for row in 0..shape.query_len {
-            for h in 0..shape.query_heads {
-                let touched = b == batch
-                    && if spot.tensor == 0 {
-                        (row, h) == (seq, head)
-                    } else {
-                        h / shape.group() == head
-                            && sees(case.config.mask, shape.query_len, shape.key_len, row, seq)
-                    };
-                if touched {
-                    continue;
-                }
-                let at = (b * shape.query_heads + h) * shape.query_len + row;
-                prop_assert_eq!(clean_lse[at].to_bits(), lse[at].to_bits(), "lse[{}, {}, {}]", b, h, row);
-                for d in 0..shape.head_dim {
-                    let bits = [&clean_out, &out].map(|out| out.get([b, row, h, d]).to_bits());
-                    prop_assert_eq!(bits[0], bits[1], "out[{}, {}, {}, {}]", b, row, h, d);
-                }
-            }
-        }
-    }
-    Ok(())
-}
+use star_attention::cpu::InstructionSet;
+use star_attention::{bf16, f16};
 
 proptest! {
     #[test]
-    fn what_is_not_finite_stays_in_its_rows(case in normal_cases(), spot in spots(), dtype in 0..4) {
+    fn what_is_not_finite_stays_in_its_rows((case, spots) in spotted(cases()), dtype in 0..4) {
+        let by = Flash(case.instructions);
         match dtype {
-            0 | 1 => spot_stays_in_its_rows::<f32>(&case, spot)?,
-            2 => spot_stays_in_its_rows::<f16>(&case, spot)?,
-            _ => spot_stays_in_its_rows::<bf16>(&case, spot)?,
+            0 | 1 => spots_stay_in_their_rows::<f32>(&by, &case, &spots, true)?,
+            2 => spots_stay_in_their_rows::<f16>(&by, &case, &spots, true)?,
+            _ => spots_stay_in_their_rows::<bf16>(&by, &case, &spots, true)?,
+        }
+    }
+}
+
+#[test]
+fn a_value_behind_the_mask_reaches_no_row() {
+    for by in InstructionSet::available().into_iter().map(Flash) {
+        for rows in [2, 16, 64, 200] {
+            the_last_value_reaches_the_last_row_alone::<f32>(&by, 64, rows);
+            the_last_value_reaches_the_last_row_alone::<bf16>(&by, 40, rows);
+        }
+    }
+}
+
+#[test]
+fn large_softcaps_change_nothing() {
+    for by in InstructionSet::available().into_iter().map(Flash) {
+        for rows in [1, 130] {
+            large_caps_change_nothing::<f32>(&by, 24, rows);
+            large_caps_change_nothing::<f16>(&by, 64, rows);
+            large_caps_change_nothing::<bf16>(&by, 128, rows);
         }
     }
 }

@@ -14,7 +14,7 @@ use star_attention::{AttentionConfig, AttentionShape, Element, KvShard, bf16, f1
 
 /// The default backend on given instructions.
 #[derive(Debug)]
-struct Flash(InstructionSet);
+pub struct Flash(pub InstructionSet);
 
 impl<T: Element> Attend<T> for Flash {
     fn attend<O: Element>(

@@ -1,64 +1,44 @@
-//! NaN and infinities in the data. In queries and keys they stay in the rows that see them; in values, in the tiles of rows that do.
+//! NaN and infinities in the data, and softcaps of any size, on the kernels.
 
 use crate::backend::Backend;
-use crate::call::{kernel_cases, on_each_device, run_plan};
-use crate::properties::cases::{Case, Inputs, Spot, Values, spots};
+use crate::call::{Kernels, kernel_cases, on_each_device};
+use crate::properties::nonfinite::{
+    spots_stay_in_their_rows, spotted, the_last_value_reaches_the_last_row_alone,
+};
+use crate::properties::softcap::large_caps_change_nothing;
 use proptest::prelude::*;
-use star_attention::cpu::reference::sees;
-use star_attention::cuda::HalfElement;
-use star_attention::{Mask, bf16, f16};
+use star_attention::cuda::HEAD_DIMS;
+use star_attention::{bf16, f16};
 
-/// Where the definition is not finite, neither is the result, in the same way; elsewhere it is right. A value that is not finite may spread to
-/// rows of its head that do not see it: those are compared by their log-sum-exp.
-fn spot_stays<B: Backend, T: HalfElement>(case: &Case, spot: Spot) -> Result<(), TestCaseError> {
-    let shape = case.shape;
-    let extents = if spot.tensor == 0 { shape.query_shape() } else { shape.key_shape() };
-    if extents.contains(&0) {
-        return Ok(());
+on_each_device! {
+    fn what_is_not_finite_stays_in_its_rows(spotted in spotted(kernel_cases()), bf in any::<bool>()) {
+        let (mut case, spots) = spotted;
+        // The kernels take the smallest positive number for a scale of 0: it times infinity is no NaN.
+        case.config.scale = case.config.scale.filter(|&scale| scale > 0.0);
+        let by = Kernels(B::open(case.seed));
+        if bf {
+            spots_stay_in_their_rows::<bf16>(&by, &case, &spots, false)?;
+        } else {
+            spots_stay_in_their_rows::<f16>(&by, &case, &spots, false)?;
+        }
     }
-    let mut inputs = case.inputs::<T>();
-    let index: [usize; 4] = std::array::from_fn(|axis| spot.index[axis].index(extents[axis]));
-    let Inputs { query, key, value } = &mut inputs;
-    [query, key, value][spot.tensor].set(index, T::from_f32(spot.value));
 
-    let backend = B::open(case.seed);
-    let mut out = case.output::<f32>();
-    let mut lse = vec![f32::NAN; shape.lse_len()];
-    run_plan(&backend, &case.device_plan(&backend), &inputs, &mut out, Some(&mut lse)).unwrap();
-    let mut expected = case.expected(&inputs);
-    expected.check_lse(&lse)?;
-    let [batch, key, kv_head, d] = index;
-    if spot.tensor == 2 && case.config.mask != Mask::Full {
-        for row in 0..shape.query_len {
-            if sees(case.config.mask, shape.query_len, shape.key_len, row, key) {
-                continue;
-            }
-            for head in kv_head * shape.group()..(kv_head + 1) * shape.group() {
-                let at = ((batch * shape.query_len + row) * shape.query_heads + head) * shape.head_dim + d;
-                if out.get([batch, row, head, d]).is_nan() {
-                    expected.out[at] = f64::NAN;
-                }
+    fn a_value_behind_the_mask_reaches_no_row() {
+        let by = Kernels(B::open(1));
+        for dim in HEAD_DIMS {
+            // Few rows and many, and more than a block of rows has.
+            for rows in [2, 16, 64, 200] {
+                the_last_value_reaches_the_last_row_alone::<bf16>(&by, dim, rows);
+                the_last_value_reaches_the_last_row_alone::<f16>(&by, dim, rows);
             }
         }
     }
-    expected.check_out(out.values())
-}
 
-fn normal_cases() -> impl Strategy<Value = Case> {
-    kernel_cases().prop_map(|mut case| {
-        case.values = Values::Normal;
-        // The kernels take the smallest positive number for a scale of 0: it times infinity is no NaN.
-        case.config.scale = case.config.scale.filter(|&scale| scale > 0.0);
-        case
-    })
-}
-
-on_each_device! {
-    fn what_is_not_finite_stays_where_it_is_seen(case in normal_cases(), spot in spots(), bf in any::<bool>()) {
-        if bf {
-            spot_stays::<B, bf16>(&case, spot)?;
-        } else {
-            spot_stays::<B, f16>(&case, spot)?;
+    fn large_softcaps_change_nothing() {
+        let by = Kernels(B::open(2));
+        for rows in [1, 130] {
+            large_caps_change_nothing::<f16>(&by, 64, rows);
+            large_caps_change_nothing::<bf16>(&by, 128, rows);
         }
     }
 }

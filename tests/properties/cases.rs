@@ -127,7 +127,12 @@ pub fn masks() -> impl Strategy<Value = Mask> {
 
 pub fn configs() -> impl Strategy<Value = AttentionConfig> {
     let scale = prop_oneof![6 => Just(None), 2 => (0f32..1.0).prop_map(Some), 1 => Just(Some(0.0))];
-    let softcap = prop_oneof![3 => Just(None), 1 => (0.5f32..60.0).prop_map(Some)];
+    // Those of real models, and any other.
+    let softcap = prop_oneof![
+        6 => Just(None),
+        1 => (0.5f32..60.0).prop_map(Some),
+        1 => (-3f32..30.0).prop_map(|exponent| Some(10f32.powf(exponent))),
+    ];
     (masks(), scale, softcap).prop_map(|(mask, scale, softcap)| AttentionConfig { mask, scale, softcap })
 }
 

@@ -5,7 +5,7 @@
 //!
 //! - the dot product of `d` terms: `growth(d) u |q||k|` times the scale;
 //! - scaling, the shift by the maximum `m` and the argument of exp: a few `u (|s_j| + |m|)`; exp itself a few `u`;
-//! - tanh of a softcap `c`: a few `u c`;
+//! - the softcap: 16 `u |s_j|`, as tanh is right to a few units of its own magnitude, whatever the cap;
 //! - the sums over `n` keys, rescaled now and then: `growth(n) u Σ w_j |v_j|`, and rounding the output.
 //!
 //! `growth(n)` is n where the terms repeat and their errors add up (the worst case), and `3 √n` where they are random: a walk of n
@@ -140,7 +140,7 @@ impl Expected {
                 let mut magnitude = vec![0.0; dim];
                 let mut squares = vec![0.0; dim];
                 let mut lowp = vec![0.0; dim];
-                let mut score_error = 0.0;
+                let (mut score_error, mut largest_error) = (0.0, 0f64);
                 for (&j, &score) in visible.iter().zip(&scores) {
                     let product = scale * q_norm * key_norms[(b * kv_heads + kv_head) * key_len + j];
                     let weight = (score - lse).exp();
@@ -152,18 +152,22 @@ impl Expected {
                     let error = U
                         * ((growth(dim) + 2.0) * product
                             + 4.0 * (score.abs() + max.abs() + 2.0)
-                            + 8.0 * cap.unwrap_or(0.0));
+                            + cap.map_or(0.0, |_| 16.0 * score.abs()));
                     let moved = weight * error.exp_m1();
                     let low_weight = round(weight);
                     score_error += moved;
+                    largest_error = largest_error.max(error);
                     for (d, &v) in v.row(b, kv_head, j).iter().enumerate() {
-                        through[d] += moved * (v - out[d]).abs();
+                        // Where all visible values are the same, no error moves their mean.
+                        through[d] += if v == out[d] { 0.0 } else { moved * (v - out[d]).abs() };
                         magnitude[d] += weight * v.abs();
                         squares[d] += weight * v * weight * v;
                         lowp[d] += low_weight * v;
                     }
                 }
-                lse_tolerance[lse_at] = score_error + U * (growth(n) + 4.0 * lse.abs() + 8.0);
+                // No log-sum-exp moves further than the score that moves most.
+                lse_tolerance[lse_at] =
+                    score_error.min(largest_error) + U * (growth(n) + 4.0 * lse.abs() + 8.0);
                 for d in 0..dim {
                     if !out[d].is_finite() {
                         continue;

@@ -5,8 +5,10 @@
 pub mod cases;
 pub mod expected;
 pub mod merge;
+pub mod nonfinite;
 pub mod packed;
 pub mod query;
+pub mod softcap;
 pub mod star;
 
 use crate::common::Tensor;

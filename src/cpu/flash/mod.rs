@@ -236,7 +236,7 @@ impl Plan {
             value: Rows::new(value),
             head_dim,
             scale: self.config.scale_for(head_dim),
-            softcap: self.config.softcap,
+            softcap: self.config.softcap_for(self.shape.head_dim),
         };
 
         let aligned = workspace.as_ptr().align_offset(ALIGNMENT * size_of::<f32>()).min(ALIGNMENT);

@@ -26,8 +26,6 @@ impl<D: Device> Prepared<'_, D> {
     /// (`[pages, page_len, kv_heads, head_dim]` under a page table) into `out` as `query`, of its type or f32, and, if given, `lse`
     /// `[batch, query_heads, query_len]`: natural logarithm, -inf where a row sees no key.
     ///
-    /// A NaN or infinity among the values spreads to other rows of the tile of rows that sees it.
-    ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes contiguous, the others at multiples of 16 bytes),
     /// [`Error::Value`] for addresses that are not or memory borrowed for another stream, [`Error::DType`] for an output of another type; errors of the driver. Nothing was written then.
@@ -111,8 +109,9 @@ impl<D: Device> Prepared<'_, D> {
         // A scale of 0 would make NaN of the -inf of hidden keys; this one makes 0 of every score.
         let scale = config.scale_for(shape.head_dim).max(f32::MIN_POSITIVE);
         let log2_e = std::f32::consts::LOG2_E;
-        let (cap_scale, scale_log2) = match config.softcap {
-            Some(cap) => (scale / cap, cap * log2_e),
+        let (cap_scale, scale_log2) = match config.softcap_for(shape.head_dim) {
+            // The kernels compute tanh(ln 2 / 2 · x).
+            Some(cap) => (scale / cap * (2.0 * log2_e), cap * log2_e),
             None => (0.0, scale * log2_e),
         };
         let mut params = StarFlashParams {

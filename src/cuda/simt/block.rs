@@ -22,7 +22,7 @@ pub type Kernel = unsafe extern "C" fn(*const u8);
 /// Where a thread stopped. The pointers go to its stack, which stays while it is stopped.
 #[derive(Clone, Copy, Debug)]
 pub enum Stop {
-    BlockBarrier,
+    BlockBarrier(bool),
     WarpBarrier,
     AnyLane(bool),
     Shuffle {
@@ -198,6 +198,8 @@ fn run_warps(
             for time in &mut cell.borrow_mut().times {
                 *time = Time { block: time.block + 1, warp: 0 };
             }
+            let any = replies.iter().any(|reply| reply.flag);
+            replies.iter_mut().for_each(|reply| reply.flag = any);
             warps.fill(Warp::Running);
         } else if warps.iter().all(|&warp| warp == Warp::Finished) {
             return Ok(());
@@ -245,7 +247,11 @@ fn run_warp(
         }
         let stops = stops.map(|stop| stop.unwrap_or(Stop::Never));
         match stops[0] {
-            Stop::BlockBarrier => return Ok(Warp::AtBarrier),
+            Stop::BlockBarrier(_) => {
+                let any = stops.iter().any(|stop| matches!(stop, Stop::BlockBarrier(true)));
+                replies.iter_mut().for_each(|reply| reply.flag = any);
+                return Ok(Warp::AtBarrier);
+            }
             Stop::WarpBarrier => cell.borrow_mut().times[warp].warp += 1,
             Stop::AnyLane(_) => {
                 let any = stops.iter().any(|stop| matches!(stop, Stop::AnyLane(true)));

@@ -22,6 +22,11 @@ extern "C" fn simt_block_index() -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn simt_sync_block() {
+    simt_sync_block_any(false);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn simt_sync_block_any(x: bool) -> bool {
     let fault = with_block(|block| {
         let thread = block.thread;
         let barrier = block.barriers[thread];
@@ -33,9 +38,9 @@ extern "C" fn simt_sync_block() {
         })
     });
     match fault {
-        Some(Fault::SkipBarrier(_)) => {}
-        Some(_) => drop(stop(Stop::Never)),
-        None => drop(stop(Stop::BlockBarrier)),
+        Some(Fault::SkipBarrier(_)) => x,
+        Some(_) => stop(Stop::Never).flag,
+        None => stop(Stop::BlockBarrier(x)).flag,
     }
 }
 
