@@ -9,11 +9,21 @@ use std::marker::PhantomData;
 
 /// What a plan must know of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Properties {
     /// Blocks of threads that run at the same time, if each fills one.
     pub multiprocessors: usize,
     /// Shared memory of a multiprocessor, in bytes.
     pub shared_bytes: usize,
+    /// The L2 cache, which all multiprocessors share, in bytes.
+    pub l2_bytes: usize,
+}
+
+impl Properties {
+    /// Properties of a device, be it one of this machine or another.
+    pub const fn new(multiprocessors: usize, shared_bytes: usize, l2_bytes: usize) -> Self {
+        Self { multiprocessors, shared_bytes, l2_bytes }
+    }
 }
 
 /// A kernel, and all that it is told.

@@ -12,7 +12,7 @@ use star_attention::cuda::{
 };
 use star_attention::{AttentionConfig, AttentionShape, Element, Error, Mask, Result};
 
-const PROPERTIES: Properties = Properties { multiprocessors: 132, shared_bytes: 228 * 1024 };
+const PROPERTIES: Properties = Properties::new(132, 228 * 1024, 50 << 20);
 const SHAPE: AttentionShape =
     AttentionShape { batch: 2, query_len: 3, key_len: 5, query_heads: 4, kv_heads: 2, head_dim: 64 };
 const QUERY: [usize; 4] = [2, 3, 4, 64];

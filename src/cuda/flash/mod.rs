@@ -341,7 +341,7 @@ mod tests {
             kv_heads: 2,
             head_dim: 64,
         };
-        let properties = Properties { multiprocessors: 132, shared_bytes: 228 * 1024 };
+        let properties = Properties::new(132, 228 * 1024, 50 << 20);
         let plan = Plan::new(&properties, &AttentionConfig::new(mask), &shape).unwrap();
         for batch in 0..2 {
             let mut rows: Vec<_> = plan.tiles.iter().filter(|t| t.batch == batch && t.split == 0).collect();

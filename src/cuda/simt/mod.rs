@@ -135,7 +135,7 @@ impl Device for Simt {
 
     /// Of a device so small that plans split keys already for small shapes.
     fn properties(&self) -> Properties {
-        Properties { multiprocessors: 8, shared_bytes: 100 * 1024 }
+        Properties::new(8, 100 * 1024, 1024 * 1024)
     }
 
     fn stream_id((): &()) -> [u64; 2] {
