@@ -30,14 +30,14 @@
 //! ```
 
 use super::device::{Device, Launch, Properties, Span, SpanMut};
+use super::functions::Functions;
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop, result,
 };
 use cudarc::nvrtc::Ptx;
-use std::collections::HashMap;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, LazyLock};
 
 include!(concat!(env!("OUT_DIR"), "/cuda_modules.rs"));
 
@@ -49,14 +49,19 @@ pub fn kernels() -> impl Iterator<Item = &'static str> {
 /// The lowest compute capability that the kernels' instructions have.
 const CAPABILITY: (i32, i32) = (8, 0);
 
-/// A GPU. Kernels are loaded when they are first launched, and kept.
+/// The kernels of this process. Handles keep their contexts alive, so that no other context takes the address of one.
+static FUNCTIONS: LazyLock<Functions<CudaFunction>> = LazyLock::new(Functions::default);
+
+/// A GPU.
+///
+/// Kernels are loaded when they are first launched in a context, once for all threads and all `Driver`s of that context. They and
+/// the context then stay until the process ends: a graph that captured a launch may be replayed after its `Driver` was dropped.
 #[derive(Debug)]
 pub struct Driver {
     context: Arc<CudaContext>,
     properties: Properties,
     /// Of one block.
     most_shared_bytes: i32,
-    functions: RwLock<HashMap<String, CudaFunction>>,
 }
 
 pub(crate) fn driver(operation: &'static str) -> impl Fn(DriverError) -> Error {
@@ -139,7 +144,6 @@ impl Driver {
             context,
             properties,
             most_shared_bytes: i32::try_from(most_shared_bytes).unwrap_or(i32::MAX),
-            functions: RwLock::default(),
         })
     }
 
@@ -165,19 +169,17 @@ impl Driver {
     }
 
     fn function(&self, kernel: &str) -> Result<CudaFunction> {
-        let functions = self.functions.read().unwrap_or_else(|e| e.into_inner());
-        if let Some(function) = functions.get(kernel) {
-            return Ok(function.clone());
-        }
-        drop(functions);
+        FUNCTIONS.get(self.context.cu_ctx().addr(), kernel, || self.load_module_of(kernel))
+    }
+
+    /// All kernels of the module that has `kernel`, or none if no module has it.
+    fn load_module_of(&self, kernel: &str) -> Result<Vec<(&'static str, CudaFunction)>> {
         let Some((names, image)) = MODULES.iter().find(|(names, _)| names.contains(&kernel)) else {
-            let expected = "one that was built (see STAR_ATTENTION_HEAD_DIMS)";
-            return Err(Error::value("kernel", expected, kernel));
+            return Ok(Vec::new());
         };
         let image = Ptx::from_binary(image.to_vec());
         let module = self.context.load_module(image).map_err(driver("load kernels"))?;
-        let mut functions = self.functions.write().unwrap_or_else(|e| e.into_inner());
-        for &name in *names {
+        let function = |&name: &&'static str| {
             let function = module.load_function(name).map_err(driver("find a kernel"))?;
             // Launches of more than 48 KB must be allowed beforehand.
             function
@@ -186,9 +188,9 @@ impl Driver {
                     self.most_shared_bytes,
                 )
                 .map_err(driver("allow shared memory"))?;
-            functions.insert(name.into(), function);
-        }
-        Ok(functions[kernel].clone())
+            Ok((name, function))
+        };
+        names.iter().map(function).collect()
     }
 }
 

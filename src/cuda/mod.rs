@@ -14,6 +14,8 @@ mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub mod flash;
+#[cfg(any(test, feature = "cuda"))]
+mod functions;
 mod hosts;
 mod merge;
 #[allow(missing_docs, clippy::all)]
