@@ -52,6 +52,16 @@ pub fn append<D: Device, T: HalfElement>(
     if dim == 0 || !dim.is_multiple_of(8) {
         return Err(Error::shape("key", "head_dim a multiple of 8", format!("{shape:?}")));
     }
+    // What the kernel counts in 32 bits. Their products, two at a time, fit 64.
+    let narrow = |argument, extents: [usize; 4]| -> Result<[u32; 4]> {
+        let narrow = extents.map(|extent| u32::try_from(extent).unwrap_or(u32::MAX));
+        if narrow.map(|extent| extent as usize) == extents {
+            return Ok(narrow);
+        }
+        Err(Error::shape(argument, "extents below 2³²", format!("{extents:?}")))
+    };
+    let extents = narrow("key", shape)?;
+    let stored_extents = narrow("shard", stored)?;
     key.check_rows("key", shape)?;
     value.check_rows("value", shape)?;
     shard.key.check_rows("shard", [pages, page_len, kv_heads, dim])?;
@@ -70,9 +80,13 @@ pub fn append<D: Device, T: HalfElement>(
     };
     check_len("places", tokens, places.len)?;
     let threads = tokens.saturating_mul(kv_heads * dim / 8);
-    let stored_rows = pages.saturating_mul(page_len);
-    if i32::try_from(threads / APPEND_THREADS).is_err() || u32::try_from(stored_rows).is_err() {
-        return Err(Error::shape("shard", "fewer than 2³² rows", format!("{stored:?} and keys {shape:?}")));
+    let blocks = threads.div_ceil(APPEND_THREADS);
+    if i32::try_from(blocks).is_err() {
+        return Err(Error::shape("key", "fewer than 2³⁹ times 8 elements", format!("{shape:?}")));
+    }
+    let stored_rows = pages * page_len;
+    if u32::try_from(stored_rows).is_err() {
+        return Err(Error::shape("shard", "fewer than 2³² rows", format!("{stored:?}")));
     }
     let mut params = StarAppendParams {
         key: key.params(),
@@ -80,12 +94,12 @@ pub fn append<D: Device, T: HalfElement>(
         shard_key: shard.key.params(),
         shard_value: shard.value.params(),
         places: places.address,
-        batch: batch as u32,
-        seq: seq as u32,
-        kv_heads: kv_heads as u32,
-        dim: dim as u32,
-        pages: pages as u32,
-        page_len: page_len as u32,
+        batch: extents[0],
+        seq: extents[1],
+        kv_heads: extents[2],
+        dim: extents[3],
+        pages: stored_extents[0],
+        page_len: stored_extents[1],
         ..Default::default()
     };
     if let Some(rotation) = rotation {
@@ -114,7 +128,7 @@ pub fn append<D: Device, T: HalfElement>(
     let kernel = format!("append_{}", T::DTYPE);
     let launch = Launch {
         kernel: &kernel,
-        blocks: threads.div_ceil(APPEND_THREADS) as u32,
+        blocks: blocks as u32,
         threads: APPEND_THREADS as u32,
         shared_bytes: 0,
         params: bytes_of(std::slice::from_ref(&params)),

@@ -41,7 +41,7 @@ pub fn merge<D: Device, T: Element, O: Element>(
         return Err(Error::DType { argument: "out", expected: T::DTYPE, got: O::DTYPE });
     }
     check_rows("out", shape, shape, out.strides())?;
-    let rows = batch * seq * heads;
+    let rows = rows_of(shape);
     let stacked = partials.out.shape()[0];
     let n = stacked.checked_div(batch).unwrap_or(0);
     check_rows("partials", [n * batch, seq, heads, dim], partials.out.shape(), partials.out.strides())?;
@@ -77,6 +77,11 @@ pub fn merge<D: Device, T: Element, O: Element>(
     unsafe { launch_merge(device, stream, &launch) }
 }
 
+/// Rows of a tensor. Beside an axis without elements the others may have any extents, whose product may be out of range.
+fn rows_of(shape: [usize; 4]) -> usize {
+    if shape.contains(&0) { 0 } else { shape[..3].iter().product() }
+}
+
 /// A merge of which all is known.
 pub(super) struct MergeLaunch {
     pub partials: StarTensor,
@@ -98,7 +103,7 @@ pub(super) unsafe fn launch_merge<D: Device>(
     merge: &MergeLaunch,
 ) -> Result<()> {
     let [batch, seq, heads, dim] = merge.shape;
-    let rows = batch * seq * heads;
+    let rows = rows_of(merge.shape);
     if rows == 0 {
         return Ok(());
     }
@@ -112,7 +117,7 @@ pub(super) unsafe fn launch_merge<D: Device>(
     let lanes = dim.div_ceil(if fast { 8 } else { 1 }).next_power_of_two().min(32);
     let blocks = (rows * lanes).div_ceil(MERGE_THREADS);
     let too_large = || Error::shape("out", "fewer than 2³¹ rows", rows.to_string());
-    let narrow = |extent: usize| u32::try_from(extent).map_err(|_| too_large());
+    let narrow = |extent: usize| i32::try_from(extent).map(|extent| extent as u32).map_err(|_| too_large());
     if i32::try_from(blocks).is_err() {
         return Err(too_large());
     }

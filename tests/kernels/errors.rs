@@ -161,8 +161,12 @@ fn configs_and_extents_out_of_range() {
     assert_eq!(plan(config, SHAPE), ("value", "softcap"));
     let config = AttentionConfig::new(Mask::Star { anchor_len: 9, block_len: 8, first_block_len: 9 });
     assert_eq!(plan(config, SHAPE), ("value", "anchor_len"));
-    for (query_heads, kv_heads, argument) in [(4, 3, "query"), (0, 2, "query"), (4, 0, "key")] {
-        let got = plan(AttentionConfig::default(), AttentionShape { query_heads, kv_heads, ..SHAPE });
+    // The last one has 2³³ heads in few enough blocks.
+    let heads = [(4, 3, "query"), (0, 2, "query"), (4, 0, "key"), (1 << 33, 1 << 28, "query")];
+    for (query_heads, kv_heads, argument) in heads {
+        let shape =
+            AttentionShape { batch: 1, query_len: 1, key_len: 1, query_heads, kv_heads, head_dim: 64 };
+        let got = plan(AttentionConfig::default(), shape);
         assert_eq!(got, ("shape", argument));
     }
     const MAX: usize = usize::MAX;
@@ -200,6 +204,7 @@ fn packed_offsets_and_page_tables_that_do_not_fit() {
     };
     assert_eq!(with(|t| t.page_len = 3), ("value", "page_len"));
     assert_eq!(with(|t| t.page_len = 0), ("value", "page_len"));
+    assert_eq!(with(|t| t.page_len = 1 << 32), ("value", "page_len"));
     assert_eq!(with(|t| t.pages = 2), ("value", "sequences"));
     assert_eq!(with(|t| t.sequences[0].1 = vec![0]), ("value", "sequences"));
     assert_eq!(with(|t| t.sequences[0].0 = 4), ("value", "key_offsets"));

@@ -36,7 +36,7 @@ const MAX_SPLITS: usize = 128;
 pub struct PageTable {
     /// Pages of the tensors.
     pub pages: usize,
-    /// Tokens of a page: a power of two.
+    /// Tokens of a page: a power of two below 2³¹.
     pub page_len: usize,
     /// For each sequence its number of keys, and the pages that hold them in order.
     pub sequences: Vec<(usize, Vec<u32>)>,
@@ -111,8 +111,8 @@ impl Plan {
         table: &PageTable,
     ) -> Result<Self> {
         let PageTable { pages, page_len, ref sequences } = *table;
-        if !page_len.is_power_of_two() {
-            return Err(Error::value("page_len", "a power of two", page_len));
+        if !page_len.is_power_of_two() || i32::try_from(page_len).is_err() {
+            return Err(Error::value("page_len", "a power of two below 2³¹", page_len));
         }
         for (keys, list) in sequences {
             if list.len() < keys.div_ceil(page_len) {
@@ -153,10 +153,11 @@ impl Plan {
         let group = shape.group();
         // What the kernels count in 32 bits.
         let largest = (shape.query_len.max(shape.key_len)).max(shape.batch).saturating_mul(group);
+        let largest = largest.max(shape.query_heads);
         if i32::try_from(largest).is_err() {
             return Err(Error::shape(
                 "query",
-                "extents below 2³¹ (tokens times heads of a group)",
+                "extents below 2³¹ (heads; tokens times heads of a group)",
                 largest.to_string(),
             ));
         }
