@@ -1,6 +1,6 @@
 //! Collectives between hosts whose messages lie in device memory.
 
-use super::device::{Device, Span, SpanMut};
+use super::device::{Device, Span, SpanMut, check_not_capturing};
 use crate::comm::{Collective, Link, Traffic};
 use crate::{Error, Result};
 
@@ -40,7 +40,8 @@ pub trait DeviceCollective<D: Device> {
     fn traffic(&self) -> Traffic;
 }
 
-/// Any collective, through the host's memory: for GPUs on machines without NCCL, and for tests. Every call waits for the stream.
+/// Any collective, through the host's memory: for GPUs on machines without NCCL, and for tests. Every call waits for the stream, so
+/// none can be captured in a graph.
 #[derive(Clone, Copy, Debug)]
 pub struct Staged<'a, D, C: ?Sized> {
     /// The device whose memory is sent.
@@ -51,6 +52,7 @@ pub struct Staged<'a, D, C: ?Sized> {
 
 impl<D: Device, C: Collective + ?Sized> Staged<'_, D, C> {
     fn download(&self, stream: &D::Stream, argument: &'static str, span: (u64, usize)) -> Result<Vec<u8>> {
+        check_not_capturing::<D>(stream)?;
         let mut bytes = Vec::new();
         bytes
             .try_reserve_exact(span.1)

@@ -54,6 +54,12 @@ pub trait Device: Send + Sync {
     /// What tells a stream from all others of the process.
     fn stream_id(stream: &Self::Stream) -> [u64; 2];
 
+    /// Whether work that is asked for on a stream is recorded in a graph instead of being done.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    fn is_capturing(stream: &Self::Stream) -> Result<bool>;
+
     /// Starts a kernel after all earlier work of the stream.
     ///
     /// # Errors
@@ -66,7 +72,7 @@ pub trait Device: Send + Sync {
     /// Copies `bytes` to device memory after all earlier work of the stream. They are read before this returns.
     ///
     /// # Errors
-    /// Errors of the driver.
+    /// [`Error::Value`] if the stream is being captured: a graph would read `bytes` whenever it is replayed. Errors of the driver.
     ///
     /// # Safety
     /// `to..to + bytes.len()` is memory of this device, left alone by others until the copy has ended.
@@ -75,11 +81,19 @@ pub trait Device: Send + Sync {
     /// Copies device memory to `bytes` after all earlier work of the stream, and waits until that is done.
     ///
     /// # Errors
-    /// Errors of the driver.
+    /// [`Error::Value`] if the stream is being captured: nothing would be done to wait for. Errors of the driver.
     ///
     /// # Safety
     /// `from..from + bytes.len()` is memory of this device, written by nobody until this returns.
     unsafe fn download(&self, stream: &Self::Stream, from: u64, bytes: &mut [u8]) -> Result<()>;
+}
+
+/// Refuses a stream that is being captured in a graph, for copies from or to the host's memory.
+pub(crate) fn check_not_capturing<D: Device>(stream: &D::Stream) -> Result<()> {
+    if D::is_capturing(stream)? {
+        return Err(Error::value("stream", "one that is not being captured in a graph", "one that is"));
+    }
+    Ok(())
 }
 
 /// The element types that GPU kernels multiply: [`struct@f16`] and [`bf16`].

@@ -29,10 +29,10 @@
 //! # }
 //! ```
 
-use super::device::{Device, Launch, Properties, Span, SpanMut};
+use super::device::{Device, Launch, Properties, Span, SpanMut, check_not_capturing};
 use super::functions::Functions;
 use crate::{Error, Result};
-use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum};
+use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum, CUstreamCaptureStatus};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop, result,
 };
@@ -206,6 +206,11 @@ impl Device for Driver {
         [stream.context().cu_ctx().addr() as u64, stream.cu_stream().addr() as u64]
     }
 
+    fn is_capturing(stream: &Self::Stream) -> Result<bool> {
+        let status = stream.capture_status().map_err(driver("ask whether the stream is captured"))?;
+        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
     unsafe fn launch(&self, stream: &Self::Stream, launch: &Launch<'_>) -> Result<()> {
         check_stream(&self.context, stream)?;
         let function = self.function(launch.kernel)?;
@@ -227,6 +232,7 @@ impl Device for Driver {
 
     unsafe fn upload(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()> {
         check_stream(&self.context, stream)?;
+        check_not_capturing::<Self>(stream)?;
         if bytes.is_empty() {
             return Ok(());
         }
@@ -238,6 +244,7 @@ impl Device for Driver {
 
     unsafe fn download(&self, stream: &Self::Stream, from: u64, bytes: &mut [u8]) -> Result<()> {
         check_stream(&self.context, stream)?;
+        check_not_capturing::<Self>(stream)?;
         if !bytes.is_empty() {
             self.context.bind_to_thread().map_err(driver("bind the context"))?;
             // SAFETY: the caller's promise; the copy has ended before this returns.

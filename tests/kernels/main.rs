@@ -22,3 +22,4 @@ mod nonfinite;
 mod oracle;
 mod paged;
 mod phases;
+mod recorder;

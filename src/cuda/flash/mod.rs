@@ -16,7 +16,7 @@
 mod prepared;
 
 use super::Properties;
-use super::device::{ALIGNMENT, Device, SpanMut, bytes_of};
+use super::device::{ALIGNMENT, Device, SpanMut, bytes_of, check_not_capturing};
 use super::params::StarTile;
 use super::policy::{HEAD_DIMS, Policy};
 use crate::walk::{self, Segment};
@@ -275,8 +275,8 @@ impl Plan {
     /// Copies the plan to a workspace of [`workspace_len`](Self::workspace_len) bytes on a device, for calls on one stream.
     ///
     /// # Errors
-    /// [`Error::Workspace`] if it is too small, [`Error::Value`] if it is not aligned to 16 bytes or was borrowed for another stream; errors of the
-    /// driver.
+    /// [`Error::Workspace`] if it is too small, [`Error::Value`] if it is not aligned to 16 bytes or was borrowed for another stream, or if the
+    /// stream is being captured in a graph; errors of the driver. Nothing was written then.
     pub fn prepare<'a, D: Device>(
         &'a self,
         device: &'a D,
@@ -288,6 +288,7 @@ impl Plan {
         }
         workspace.check("workspace", 0)?;
         workspace.check_stream("workspace", stream)?;
+        check_not_capturing::<D>(stream)?;
         // SAFETY: inside the workspace, as just checked, and that is borrowed to be written.
         unsafe {
             device.upload(stream, workspace.address, bytes_of(&self.tiles))?;

@@ -157,6 +157,10 @@ impl Device for Simt {
         let less = if let Some(Fault::LessShared(bytes)) = self.fault { bytes } else { 0 };
         (0..launch.blocks).into_par_iter().try_for_each(|index| {
             let shared_bytes = launch.shared_bytes.saturating_sub(less) as usize;
+    fn is_capturing((): &()) -> Result<bool> {
+        Ok(false)
+    }
+
             let block = Block::new(index, &regions, shared_bytes, threads, self.fault);
             let mut random = SplitMix64(self.seed ^ u64::from(index) << 32);
             block::run(kernel, launch.params, threads, block, |end| (random.next() % end as u64) as usize)

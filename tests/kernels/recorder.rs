@@ -1,0 +1,186 @@
+//! What is refused before anything is asked of a device: copies while a stream is captured, and extents that kernels cannot count.
+
+use crate::common::named;
+use star_attention::comm::ThreadGroup;
+use star_attention::cuda::flash::Plan;
+use star_attention::cuda::{
+    Device, DeviceCollective, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, ShardMut, Span,
+    SpanMut, Staged, append, merge,
+};
+use star_attention::{AttentionConfig, AttentionShape, Element, Result, f16};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// A device without memory that counts what it is asked for.
+#[derive(Default)]
+struct Recorder {
+    copies: AtomicUsize,
+    launches: AtomicUsize,
+}
+
+impl Recorder {
+    /// Copies and launches so far.
+    fn asked_for(&self) -> [usize; 2] {
+        [&self.copies, &self.launches].map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
+/// A stream of a [`Recorder`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    Plain,
+    Captured,
+}
+
+impl Device for Recorder {
+    type Stream = Stream;
+    type Guard<'a> = ();
+
+    fn properties(&self) -> Properties {
+        Properties::new(8, 100 * 1024, 1024 * 1024)
+    }
+
+    fn stream_id(_: &Stream) -> [u64; 2] {
+        [0; 2]
+    }
+
+    fn is_capturing(stream: &Stream) -> Result<bool> {
+        Ok(*stream == Stream::Captured)
+    }
+
+    unsafe fn launch(&self, _: &Stream, _: &Launch<'_>) -> Result<()> {
+        self.launches.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    unsafe fn upload(&self, _: &Stream, _: u64, _: &[u8]) -> Result<()> {
+        self.copies.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    unsafe fn download(&self, _: &Stream, _: u64, _: &mut [u8]) -> Result<()> {
+        self.copies.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+fn span<'a, T>(len: usize) -> Span<'a, Recorder, T> {
+    // SAFETY: a recorder touches no memory.
+    unsafe { Span::from_raw(256, len) }
+}
+
+fn span_mut<'a, T>(len: usize) -> SpanMut<'a, Recorder, T> {
+    // SAFETY: a recorder touches no memory.
+    unsafe { SpanMut::from_raw(256, len) }
+}
+
+/// Row-major, for extents of any size.
+fn strides([_, seq, heads, dim]: [usize; 4]) -> [usize; 4] {
+    let token = heads.wrapping_mul(dim);
+    [seq.wrapping_mul(token), token, dim, 1]
+}
+
+fn tensor<'a, T: Element>(shape: [usize; 4]) -> DeviceTensor<'a, Recorder, T> {
+    DeviceTensor::new("tensor", span(1 << 60), shape, strides(shape)).unwrap()
+}
+
+fn tensor_mut<'a, T: Element>(shape: [usize; 4]) -> DeviceTensorMut<'a, Recorder, T> {
+    DeviceTensorMut::new("tensor", span_mut(1 << 60), shape, strides(shape)).unwrap()
+}
+
+#[test]
+fn a_plan_is_not_prepared_on_a_captured_stream() {
+    let recorder = Recorder::default();
+    let shape =
+        AttentionShape { batch: 1, query_len: 2, key_len: 3, query_heads: 2, kv_heads: 1, head_dim: 64 };
+    for (query_len, copies) in [(2, 1), (0, 1)] {
+        let shape = AttentionShape { query_len, ..shape };
+        let plan = Plan::new(&recorder.properties(), &AttentionConfig::default(), &shape).unwrap();
+        let prepare = |stream| plan.prepare(&recorder, stream, span_mut(4096)).map(|_| ());
+        let before = recorder.asked_for();
+        assert_eq!(named(prepare(&Stream::Captured).unwrap_err()), ("value", "stream"));
+        assert_eq!(recorder.asked_for(), before);
+        prepare(&Stream::Plain).unwrap();
+        assert_eq!(recorder.asked_for(), [before[0] + copies, 0]);
+    }
+}
+
+/// A prepared call, in contrast, may be captured: it copies nothing.
+#[test]
+fn calls_through_the_hosts_memory_are_not_captured() {
+    let recorder = Recorder::default();
+    let group = ThreadGroup::ranks(1).unwrap().remove(0);
+    let staged = Staged { device: &recorder, group: &group };
+    let calls = |stream| {
+        let parts = || [(span(16), span_mut(16))];
+        [
+            staged.all_gather(stream, &parts()),
+            staged.all_to_all(stream, &parts()),
+            staged.broadcast(stream, 0, &mut span_mut(16)),
+        ]
+    };
+    for refused in calls(&Stream::Captured) {
+        assert_eq!(named(refused.unwrap_err()), ("value", "stream"));
+    }
+    assert_eq!(recorder.asked_for(), [0, 0]);
+    for done in calls(&Stream::Plain) {
+        done.unwrap();
+    }
+    assert_eq!(recorder.asked_for(), [6, 0]);
+}
+
+/// Of new rows and of a shard.
+fn append_rows(recorder: &Recorder, rows: [usize; 4], stored: [usize; 4]) -> Result<()> {
+    let places = span(rows[0].wrapping_mul(rows[1]));
+    let mut shard = ShardMut { key: tensor_mut::<f16>(stored), value: tensor_mut(stored) };
+    append(recorder, &Stream::Plain, &tensor(rows), &tensor(rows), &places, None, &mut shard)
+}
+
+/// Cut to 32 bits, most of them would be no work at all.
+#[test]
+fn appends_of_extents_that_kernels_cannot_count() {
+    let recorder = Recorder::default();
+    let stored = [4, 16, 1, 8];
+    let big = 1 << 33;
+    let rows = [
+        [big, 1, 1, 8],
+        [1, big, 1, 8],
+        [1, 1, big, 8],
+        [1, 1, 1, big],
+        [big, big, 0, 8],
+        [0, 1, big, big],
+        // One block too many.
+        [1, (1 << 31) - 1, 256, 16],
+    ];
+    for rows in rows {
+        let stored = [4, 16, rows[2].min(256), rows[3].min(16)];
+        let error = append_rows(&recorder, rows, stored).unwrap_err();
+        assert_eq!(named(error), ("shape", "key"), "{rows:?}");
+    }
+    for stored in [[big, 1, 1, 8], [1, big, 1, 8], [1 << 16, 1 << 16, 1, 8]] {
+        let error = append_rows(&recorder, [1, 2, 1, 8], stored).unwrap_err();
+        assert_eq!(named(error), ("shape", "shard"), "{stored:?}");
+    }
+    assert_eq!(recorder.asked_for(), [0, 0]);
+    append_rows(&recorder, [1, (1 << 31) - 1, 1, 8], stored).unwrap();
+    assert_eq!(recorder.asked_for(), [0, 1]);
+}
+
+#[test]
+fn merges_of_extents_that_kernels_cannot_count() {
+    let recorder = Recorder::default();
+    let merge_of = |shape: [usize; 4]| {
+        let rows = shape[..3].iter().fold(1usize, |rows, &extent| rows.wrapping_mul(extent));
+        let from = Partials { out: tensor::<f16>(shape), lse: span(rows), lse_stride: rows };
+        merge(&recorder, &Stream::Plain, &from, &mut tensor_mut::<f16>(shape), None)
+    };
+    let big = 1 << 33;
+    for shape in [[big, 1, 1, 1], [1, big, 1, 1], [1, 1, big, 1], [1, 1, 1, big], [1, 1, 1, (1 << 32) - 1]] {
+        assert_eq!(named(merge_of(shape).unwrap_err()), ("shape", "out"), "{shape:?}");
+    }
+    assert_eq!(recorder.asked_for(), [0, 0]);
+    // No rows, be the product of the other extents in range or not.
+    merge_of([big, big, 0, 8]).unwrap();
+    assert_eq!(recorder.asked_for(), [0, 0]);
+    merge_of([1, 1, 1, (1 << 31) - 1]).unwrap();
+    assert_eq!(recorder.asked_for(), [0, 1]);
+}
