@@ -20,6 +20,8 @@ mod merge;
 mod mpi;
 #[cfg(feature = "nccl")]
 mod nccl;
+#[cfg(any(test, feature = "nccl"))]
+mod teardown;
 mod threads;
 
 pub use agree::{Agreement, agree};

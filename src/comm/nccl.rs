@@ -21,38 +21,123 @@
 //! # }
 //! ```
 
+use super::teardown::{Communicator, Guarded};
 use super::{Collective, GroupConfig, Link, Traffic, check_root};
 use crate::cuda::driver::{Driver, check_library, check_stream, driver};
-use crate::cuda::{DeviceCollective, Exchange, Span, SpanMut, check_exchange};
+use crate::cuda::{Device, DeviceCollective, Exchange, Span, SpanMut, check_exchange, check_not_capturing};
 use crate::{Error, Result};
 use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
 use cudarc::nccl::{result, sys};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// GPUs of one machine on NVLink. To be told of a better one.
 const LINK: Link = Link { latency: 10e-6, bandwidth: 200e9 };
 
 /// One rank of a group of GPUs.
 ///
-/// Calls only ask for work; whether it was done is told by [`wait`](Self::wait), which has a deadline. Dropping a group that has failed, or whose thread
-/// panics, aborts its work under way.
+/// Calls only ask for work. [`wait`](Self::wait) tells whether it was done, and has a deadline. A rank leaves the group with its first
+/// error: NCCL then aborts its work under way.
+///
+/// Dropping a group waits for its work, up to the timeout, and aborts what is not done then. Work of graphs is not waited for.
+/// A group whose thread panics aborts at once. NCCL itself may hang as it aborts or frees a group: it does so on a thread of its own,
+/// which is left behind, with what it would have freed, if it takes longer than the timeout. So neither `wait` nor a drop takes longer
+/// than twice the timeout.
+///
+/// What has no deadline: NCCL connects the ranks in [`over`](Self::over) and in the first collective, and waits there for
+/// all of them.
 #[derive(Debug)]
 pub struct Nccl {
-    communicator: sys::ncclComm_t,
+    communicator: Guarded<Handle>,
     context: Arc<CudaContext>,
     rank: usize,
     size: usize,
     link: Link,
-    timeout: Duration,
-    failed: Cell<bool>,
     traffic: Cell<Traffic>,
 }
 
+/// NCCL's communicator.
+#[derive(Debug)]
+struct Handle {
+    raw: sys::ncclComm_t,
+    context: Arc<CudaContext>,
+    /// Streams with work that nobody waited for, and an event after it.
+    started: RefCell<Vec<([u64; 2], CudaEvent)>>,
+}
+
 // SAFETY: a communicator may be used from any thread, by one at a time; the type is not Sync.
-unsafe impl Send for Nccl {}
+unsafe impl Send for Handle {}
+
+impl Handle {
+    /// Calls of one collective, as one piece of work.
+    fn together(
+        &self,
+        stream: &Arc<CudaStream>,
+        calls: impl FnOnce(sys::ncclComm_t) -> Result<()>,
+    ) -> Result<()> {
+        self.context.bind_to_thread().map_err(driver("bind the context"))?;
+        check("start a group of calls", result::group_start())?;
+        let called = calls(self.raw);
+        let ended = check("end a group of calls", result::group_end());
+        called.and(ended)?;
+        // The work of a graph is done whenever that is launched.
+        if Driver::is_capturing(stream)? { Ok(()) } else { self.mark(stream) }
+    }
+
+    /// Remembers all work of a stream so far.
+    fn mark(&self, stream: &Arc<CudaStream>) -> Result<()> {
+        let event = stream
+            .record_event(Some(CUevent_flags::CU_EVENT_DISABLE_TIMING))
+            .map_err(driver("record an event"))?;
+        let mut started = self.started.borrow_mut();
+        started.retain(|(of, _)| *of != Driver::stream_id(stream));
+        started.push((Driver::stream_id(stream), event));
+        Ok(())
+    }
+
+    /// Whether all that was marked on a stream, or on any, has been done.
+    fn is_done_on(&self, stream: Option<&Arc<CudaStream>>) -> Result<bool> {
+        self.context.bind_to_thread().map_err(driver("bind the context"))?;
+        let (mut started, mut asked) = (self.started.borrow_mut(), Ok(()));
+        started.retain(|(_, event)| match event.try_is_complete() {
+            Ok(done) => !done,
+            Err(error) => {
+                asked = Err(error);
+                true
+            }
+        });
+        asked.map_err(driver("ask for an event"))?;
+        Ok(!started.iter().any(|(of, _)| stream.is_none_or(|stream| *of == Driver::stream_id(stream))))
+    }
+}
+
+impl Communicator for Handle {
+    const ENGINE: &'static str = "NCCL";
+
+    fn is_done(&self) -> Result<bool> {
+        self.is_done_on(None)
+    }
+
+    fn check(&self) -> Result<()> {
+        let mut state = sys::ncclResult_t::ncclSuccess;
+        // SAFETY: the communicator lives; the state is written only.
+        check("ask for errors", unsafe { sys::ncclCommGetAsyncError(self.raw, &mut state) }.result())?;
+        check("wait", state.result())
+    }
+
+    fn destroy(self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: the communicator lives, and is not used after this.
+            let _ = unsafe { result::comm_destroy(self.raw) };
+        }
+    }
+
+    fn abort(self) {
+        // SAFETY: the communicator lives, and is not used after this.
+        let _ = unsafe { result::comm_abort(self.raw) };
+    }
+}
 
 /// cudarc looks for `libnccl.so` alone.
 fn check_nccl() -> Result<()> {
@@ -115,14 +200,13 @@ impl Nccl {
         check("join the group", unsafe {
             result::comm_init_rank(&mut communicator, group.size() as i32, id, group.rank() as i32)
         })?;
+        let handle = Handle { raw: communicator, context: context.clone(), started: RefCell::default() };
         Ok(Self {
-            communicator,
+            communicator: Guarded::new(handle, group.rank(), config.timeout),
             context,
             rank: group.rank(),
             size: group.size(),
             link: config.link.unwrap_or(LINK),
-            timeout: config.timeout,
-            failed: Cell::new(false),
             traffic: Cell::default(),
         })
     }
@@ -130,54 +214,24 @@ impl Nccl {
     /// Waits until all that was asked for on a stream has been done, up to the timeout: in place of `stream.synchronize()`.
     ///
     /// # Errors
-    /// [`Error::Transport`] if a peer failed, or the work is not done in time; the group is aborted then. [`Error::Driver`] for what the driver answers.
+    /// [`Error::Value`] for a stream of another device, or one that is being captured in a graph; the group is as it was then.
+    /// [`Error::Transport`] if a peer failed, or the work is not done in time; [`Error::Disconnected`] after an earlier error;
+    /// [`Error::Driver`] for what the driver answers.
     pub fn wait(&self, stream: &Arc<CudaStream>) -> Result<()> {
-        self.check_alive()?;
-        let done = stream
-            .record_event(Some(CUevent_flags::CU_EVENT_DISABLE_TIMING))
-            .map_err(driver("record an event"))?;
-        let start = Instant::now();
-        while !done.is_complete() {
-            let mut state = sys::ncclResult_t::ncclSuccess;
-            // SAFETY: the communicator lives; the state is written only.
-            let asked = unsafe { sys::ncclCommGetAsyncError(self.communicator, &mut state) };
-            check("ask for errors", asked.result())?;
-            if let Err(error) = check("wait", state.result()) {
-                self.fail();
-                return Err(error);
-            }
-            if start.elapsed() >= self.timeout {
-                self.fail();
-                return Err(transport("wait", format!("not done within {} s", self.timeout.as_secs_f64())));
-            }
-            std::thread::yield_now();
-        }
-        Ok(())
-    }
-
-    /// Ends work that waits for ranks that will not come.
-    fn fail(&self) {
-        if !self.failed.replace(true) {
-            // SAFETY: the communicator lives, and is not used after this.
-            let _ = unsafe { result::comm_abort(self.communicator) };
-        }
-    }
-
-    fn check_alive(&self) -> Result<()> {
-        if self.failed.get() { Err(Error::Disconnected { rank: self.rank }) } else { Ok(()) }
+        check_stream(&self.context, stream)?;
+        check_not_capturing::<Driver>(stream)?;
+        self.communicator.call(|handle| handle.mark(stream))?;
+        self.communicator.wait(|handle| handle.is_done_on(Some(stream)))
     }
 
     /// Calls of one collective, as one piece of work.
-    fn together(&self, sent: Traffic, calls: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.check_alive()?;
-        self.context.bind_to_thread().map_err(driver("bind the context"))?;
-        check("start a group of calls", result::group_start())?;
-        let called = calls();
-        let ended = check("end a group of calls", result::group_end());
-        if let Err(error) = called.and(ended) {
-            self.fail();
-            return Err(error);
-        }
+    fn together(
+        &self,
+        stream: &Arc<CudaStream>,
+        sent: Traffic,
+        calls: impl FnOnce(sys::ncclComm_t) -> Result<()>,
+    ) -> Result<()> {
+        self.communicator.call(|handle| handle.together(stream, calls))?;
         self.traffic.set(self.traffic.get() + sent);
         Ok(())
     }
@@ -212,19 +266,12 @@ impl DeviceCollective<Driver> for Nccl {
             check_exchange(part, 1, self.size, stream)?;
         }
         let bytes = parts.iter().map(|(send, _)| send.len()).sum();
-        self.together(Traffic::of(self.size - 1, bytes), || {
+        self.together(stream, Traffic::of(self.size - 1, bytes), |communicator| {
             parts.iter().try_for_each(|(send, receive)| {
                 let (from, to) = (address(send, 0), address_mut(receive, 0));
                 // SAFETY: the spans are of this device, of the lengths that this call needs, and are borrowed for the stream.
                 check("all-gather", unsafe {
-                    result::all_gather(
-                        from,
-                        to,
-                        send.len(),
-                        BYTES,
-                        self.communicator,
-                        stream.cu_stream().cast(),
-                    )
+                    result::all_gather(from, to, send.len(), BYTES, communicator, stream.cu_stream().cast())
                 })
             })
         })
@@ -236,7 +283,7 @@ impl DeviceCollective<Driver> for Nccl {
             check_exchange(part, self.size, self.size, stream)?;
         }
         let bytes = parts.iter().map(|(send, _)| send.len() / self.size).sum();
-        self.together(Traffic::of(self.size - 1, bytes), || {
+        self.together(stream, Traffic::of(self.size - 1, bytes), |communicator| {
             for (send, receive) in parts {
                 let len = send.len() / self.size;
                 for peer in 0..self.size {
@@ -244,14 +291,8 @@ impl DeviceCollective<Driver> for Nccl {
                     // SAFETY: as above; each part is of `len` bytes.
                     unsafe {
                         let stream = stream.cu_stream().cast();
-                        check(
-                            "send",
-                            result::send(from, len, BYTES, peer as i32, self.communicator, stream),
-                        )?;
-                        check(
-                            "receive",
-                            result::recv(to, len, BYTES, peer as i32, self.communicator, stream),
-                        )?;
+                        check("send", result::send(from, len, BYTES, peer as i32, communicator, stream))?;
+                        check("receive", result::recv(to, len, BYTES, peer as i32, communicator, stream))?;
                     }
                 }
             }
@@ -269,28 +310,17 @@ impl DeviceCollective<Driver> for Nccl {
         check_stream(&self.context, stream)?;
         buffer.check_stream("buffer", stream)?;
         let sent = if root == self.rank { self.size - 1 } else { 0 };
-        self.together(Traffic::of(sent, buffer.len()), || {
+        self.together(stream, Traffic::of(sent, buffer.len()), |communicator| {
             let data = address_mut(buffer, 0);
             // SAFETY: the span is of this device, and is borrowed for the stream.
             check("broadcast", unsafe {
                 let stream = stream.cu_stream().cast();
-                result::broadcast(data, data, buffer.len(), BYTES, root as i32, self.communicator, stream)
+                result::broadcast(data, data, buffer.len(), BYTES, root as i32, communicator, stream)
             })
         })
     }
 
     fn traffic(&self) -> Traffic {
         self.traffic.get()
-    }
-}
-
-impl Drop for Nccl {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.fail();
-        } else if !self.failed.get() && self.context.bind_to_thread().is_ok() {
-            // SAFETY: the communicator lives, and is not used after this.
-            let _ = unsafe { result::comm_destroy(self.communicator) };
-        }
     }
 }

@@ -29,6 +29,8 @@ pub use append::{Rotation, ShardMut, append};
 #[cfg(feature = "nccl")]
 pub(crate) use collective::check_exchange;
 pub use collective::{DeviceCollective, Exchange, Staged};
+#[cfg(feature = "nccl")]
+pub(crate) use device::check_not_capturing;
 pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
 pub use hosts::{HostsMerge, PreparedMerge};
 pub use merge::{Partials, merge};
