@@ -1,8 +1,11 @@
 //! Devices that kernels are tested on: the host, and a GPU where there is one.
 
+use half::vec::HalfBitsVecExt;
 use star_attention::cuda::simt::{self, Simt};
 use star_attention::cuda::{Device, Span, SpanMut};
+use star_attention::f16;
 use std::fmt::Debug;
+use std::ops::Range;
 
 /// What goes to a device's memory: numbers, of which any bits are one.
 pub trait Plain: Copy + Default + Send + Sync + Debug + 'static {}
@@ -18,10 +21,20 @@ pub trait Backend {
     fn device(&self) -> &Self::Device;
     fn stream(&self) -> &<Self::Device as Device>::Stream;
     fn memory<T: Plain>(&self, data: &[T]) -> Self::Memory<T>;
+    /// Memory for so many numbers, which nothing is written to; none if there is not so much.
+    #[allow(dead_code)] // by examples
+    fn room(&self, len: usize) -> Option<Self::Memory<f16>>;
     fn span<'a, T: Plain>(&'a self, memory: &'a Self::Memory<T>) -> Span<'a, Self::Device, T>;
     fn span_mut<'a, T: Plain>(&'a self, memory: &'a mut Self::Memory<T>) -> SpanMut<'a, Self::Device, T>;
+    /// Writes `data` to the memory from element `at` on.
+    #[allow(dead_code)] // by examples
+    fn write<T: Plain>(&self, memory: &mut Self::Memory<T>, at: usize, data: &[T]);
+    /// What a part of the memory holds after all work of the stream.
+    fn read_range<T: Plain>(&self, memory: &Self::Memory<T>, range: Range<usize>) -> Vec<T>;
     /// What the memory holds after all work of the stream.
-    fn read<T: Plain>(&self, memory: &Self::Memory<T>) -> Vec<T>;
+    fn read<T: Plain>(&self, memory: &Self::Memory<T>) -> Vec<T> {
+        self.read_range(memory, 0..self.span(memory).len())
+    }
 }
 
 impl Backend for Simt {
@@ -46,8 +59,18 @@ impl Backend for Simt {
     fn span_mut<'a, T: Plain>(&'a self, memory: &'a mut Self::Memory<T>) -> SpanMut<'a, Self, T> {
         memory.span_mut()
     }
-    fn read<T: Plain>(&self, memory: &Self::Memory<T>) -> Vec<T> {
-        memory.as_slice().to_vec()
+    fn room(&self, len: usize) -> Option<Self::Memory<f16>> {
+        // The device may leave some out, for the alignment of the first.
+        let len = len + 128;
+        // A vector of zeros takes pages from the system when they are touched, but ends the process where there are none.
+        Vec::<u16>::new().try_reserve_exact(len).ok()?;
+        Some(self.adopt(vec![0u16; len].reinterpret_into()))
+    }
+    fn write<T: Plain>(&self, memory: &mut Self::Memory<T>, at: usize, data: &[T]) {
+        memory.as_mut_slice()[at..][..data.len()].copy_from_slice(data);
+    }
+    fn read_range<T: Plain>(&self, memory: &Self::Memory<T>, range: Range<usize>) -> Vec<T> {
+        memory.as_slice()[range].to_vec()
     }
 }
 
@@ -57,7 +80,7 @@ pub use gpu::Gpu;
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::*;
-    use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+    use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
     use star_attention::cuda::driver::Driver;
     use std::marker::PhantomData;
     use std::sync::{Arc, OnceLock};
@@ -83,6 +106,15 @@ mod gpu {
                 .map_err(|source| star_attention::Error::Driver { operation: "make a stream", source })?;
             Ok(Self { driver, stream })
         }
+
+        /// Memory of which a sanitizer knows that nothing was written to it.
+        fn uninitialised<T: Plain>(&self, len: usize) -> Result<Memory<T>, DriverError> {
+            // No GPU gives memory of no size.
+            let bytes = (len * size_of::<T>()).max(1);
+            // SAFETY: only read where something was written before.
+            let bytes = unsafe { self.stream.alloc(bytes) }?;
+            Ok(Memory { bytes, len, _elements: PhantomData })
+        }
     }
 
     impl Backend for Gpu {
@@ -102,12 +134,12 @@ mod gpu {
             &self.stream
         }
         fn memory<T: Plain>(&self, data: &[T]) -> Memory<T> {
-            // SAFETY: plain numbers are their bytes.
-            let plain = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<u8>(), size_of_val(data)) };
-            // No GPU gives memory of no size.
-            let mut bytes = self.stream.alloc_zeros(plain.len().max(1)).expect("memory of the GPU");
-            self.stream.memcpy_htod(plain, &mut bytes).expect("a copy to the GPU");
-            Memory { bytes, len: data.len(), _elements: PhantomData }
+            let mut memory = self.uninitialised(data.len()).expect("memory of the GPU");
+            self.write(&mut memory, 0, data);
+            memory
+        }
+        fn room(&self, len: usize) -> Option<Memory<f16>> {
+            self.uninitialised(len).ok()
         }
         fn span<'a, T: Plain>(&'a self, memory: &'a Memory<T>) -> Span<'a, Driver, T> {
             let (address, _guard) = memory.bytes.device_ptr(&self.stream);
@@ -119,10 +151,20 @@ mod gpu {
             // SAFETY: borrowed to be written, and used on this stream only.
             unsafe { SpanMut::from_raw(address, memory.len) }
         }
-        fn read<T: Plain>(&self, memory: &Memory<T>) -> Vec<T> {
-            let bytes = self.stream.clone_dtoh(&memory.bytes).expect("a copy from the GPU");
+        fn write<T: Plain>(&self, memory: &mut Memory<T>, at: usize, data: &[T]) {
+            // SAFETY: plain numbers are their bytes.
+            let plain = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<u8>(), size_of_val(data)) };
+            let mut to = memory.bytes.slice_mut(at * size_of::<T>()..);
+            self.stream.memcpy_htod(plain, &mut to).expect("a copy to the GPU");
+        }
+        fn read_range<T: Plain>(&self, memory: &Memory<T>, range: Range<usize>) -> Vec<T> {
+            let mut data = vec![T::default(); range.len()];
+            if data.is_empty() {
+                return data;
+            }
+            let bytes = range.start * size_of::<T>()..range.end * size_of::<T>();
+            let bytes = self.stream.clone_dtoh(&memory.bytes.slice(bytes)).expect("a copy from the GPU");
             self.stream.synchronize().expect("the GPU's work");
-            let mut data = vec![T::default(); memory.len];
             // SAFETY: plain numbers are their bytes, and there are as many.
             unsafe {
                 bytes.as_ptr().copy_to_nonoverlapping(data.as_mut_ptr().cast(), size_of_val(&data[..]))

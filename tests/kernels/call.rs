@@ -64,9 +64,10 @@ pub fn kernel_cases() -> impl Strategy<Value = Case> {
 /// A tensor's buffer in a device's memory.
 pub struct Memory<B: Backend, T: Plain> {
     pub memory: B::Memory<T>,
-    shape: [usize; 4],
-    strides: [usize; 4],
-    offset: usize,
+    pub shape: [usize; 4],
+    pub strides: [usize; 4],
+    /// Elements before the first one.
+    pub offset: usize,
 }
 
 impl<B: Backend, T: Element> Memory<B, T> {

@@ -19,6 +19,7 @@ mod faults;
 mod hosts;
 mod merge;
 mod nonfinite;
+mod offsets;
 mod oracle;
 mod paged;
 mod phases;

@@ -86,16 +86,31 @@ impl Simt {
     /// Memory that holds `data`.
     pub fn buffer<T: Copy>(&self, data: &[T]) -> Buffer<T> {
         let mut buffer: Vec<T> = Vec::with_capacity(data.len() + ALIGNMENT / size_of::<T>());
-        let past = buffer.as_ptr().addr() % ALIGNMENT;
-        let start = (ALIGNMENT - past) % ALIGNMENT / size_of::<T>();
         if let Some(&first) = data.first() {
-            buffer.resize(start, first);
+            buffer.resize(aligned_start(&buffer), first);
             buffer.extend_from_slice(data);
-            let address = buffer[start..].as_ptr().addr();
-            self.regions.write().unwrap_or_else(|e| e.into_inner()).add(address, size_of_val(data));
         }
-        Buffer { data: buffer, start, len: data.len(), regions: self.regions.clone() }
+        self.adopt(buffer)
     }
+
+    /// Memory that is `data` itself, without a copy, from its first element at a multiple of 256 bytes on.
+    pub fn adopt<T: Copy>(&self, data: Vec<T>) -> Buffer<T> {
+        let start = aligned_start(&data);
+        let len = data.len().saturating_sub(start);
+        let buffer = Buffer { data, start, len, regions: self.regions.clone() };
+        if len > 0 {
+            let slice = buffer.as_slice();
+            let mut regions = self.regions.write().unwrap_or_else(|e| e.into_inner());
+            regions.add(slice.as_ptr().addr(), size_of_val(slice));
+        }
+        buffer
+    }
+}
+
+/// The first element whose address is a multiple of [`ALIGNMENT`].
+fn aligned_start<T>(data: &[T]) -> usize {
+    let past = data.as_ptr().addr() % ALIGNMENT;
+    (ALIGNMENT - past) % ALIGNMENT / size_of::<T>()
 }
 
 impl<T: Copy> Buffer<T> {
@@ -142,6 +157,10 @@ impl Device for Simt {
         [0; 2]
     }
 
+    fn is_capturing((): &()) -> Result<bool> {
+        Ok(false)
+    }
+
     unsafe fn launch(&self, (): &(), launch: &Launch<'_>) -> Result<()> {
         let failed = |reason| Error::Kernel { kernel: launch.kernel.into(), reason };
         let Some(at) = KERNELS.iter().position(|(name, _)| *name == launch.kernel) else {
@@ -157,10 +176,6 @@ impl Device for Simt {
         let less = if let Some(Fault::LessShared(bytes)) = self.fault { bytes } else { 0 };
         (0..launch.blocks).into_par_iter().try_for_each(|index| {
             let shared_bytes = launch.shared_bytes.saturating_sub(less) as usize;
-    fn is_capturing((): &()) -> Result<bool> {
-        Ok(false)
-    }
-
             let block = Block::new(index, &regions, shared_bytes, threads, self.fault);
             let mut random = SplitMix64(self.seed ^ u64::from(index) << 32);
             block::run(kernel, launch.params, threads, block, |end| (random.next() % end as u64) as usize)
