@@ -7,12 +7,24 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use star_attention::cpu::reference;
 use star_attention::cuda::driver::{Driver, kernels};
 use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Span, SpanMut};
+use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Launch, Span, SpanMut};
 use star_attention::{AttentionConfig, AttentionShape, Error, Mask, TensorView, bf16};
-use std::sync::Arc;
+use std::process::Command;
+use std::sync::{Arc, Barrier};
 
 const SHAPE: AttentionShape =
     AttentionShape { batch: 1, query_len: 4, key_len: 3000, query_heads: 8, kv_heads: 2, head_dim: 128 };
+
+/// A merge, launched by name.
+const KERNEL: &str = "merge_f32_f32";
+/// Parameters of a merge of no rows, with one lane for each.
+const NO_ROWS: [u8; 112] = {
+    let mut params = [0; 112];
+    params[108] = 1;
+    params
+};
+/// Of a block, on every GPU.
+const MOST_THREADS: u32 = 1024;
 
 fn values(count: usize, seed: u64) -> Vec<bf16> {
     let mut state = seed;
@@ -128,7 +140,7 @@ fn handles_serve_many_threads() {
     });
 }
 
-/// A captured call runs again on what its buffers then hold.
+/// A captured call runs again on what its buffers then hold, also after the `Driver` that loaded its kernels was dropped.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn calls_can_be_captured_in_a_graph() {
@@ -160,6 +172,7 @@ fn calls_can_be_captured_in_a_graph() {
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         stream.end_capture(flags).unwrap().expect("a graph")
     };
+    drop(driver);
     let zeros = stream.clone_dtoh(&out).unwrap();
     stream.synchronize().unwrap();
     assert!(zeros.iter().all(|&x| x == 0.0), "captured, not run");
@@ -180,10 +193,67 @@ fn calls_can_be_captured_in_a_graph() {
 fn errors_of_the_driver_are_named() {
     let driver = Driver::open(0).unwrap();
     let stream = driver.context().new_stream().unwrap();
-    // SAFETY: no memory at all, and the driver refuses such an address.
-    let result = unsafe { driver.upload(&stream, 16, &[0; 16]) };
-    let error = result.unwrap_err();
-    assert!(matches!(error, Error::Driver { operation: "copy to the device", .. }), "{error}");
+    let launch =
+        Launch { kernel: KERNEL, blocks: 1, threads: MOST_THREADS + 1, shared_bytes: 0, params: &NO_ROWS };
+    // SAFETY: the driver refuses such blocks.
+    let error = unsafe { driver.launch(&stream, &launch) }.unwrap_err();
+    assert!(matches!(error, Error::Driver { operation: "launch a kernel", .. }), "{error}");
+}
+
+/// In a process of its own, where no other test has loaded the kernel.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn many_threads_launch_a_kernel_that_is_not_loaded_yet() {
+    const ALONE: &str = "STAR_ATTENTION_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let mut process = Command::new(std::env::current_exe().unwrap());
+        let this = ["--ignored", "--exact", "many_threads_launch_a_kernel_that_is_not_loaded_yet"];
+        let output = process.args(this).env(ALONE, "1").output().unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && stdout.contains("1 passed"), "{stdout}");
+        return;
+    }
+    let driver = Driver::open(0).unwrap();
+    let start = Barrier::new(16);
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                let stream = driver.context().new_stream().unwrap();
+                let launch =
+                    Launch { kernel: KERNEL, blocks: 1, threads: 256, shared_bytes: 0, params: &NO_ROWS };
+                start.wait();
+                // SAFETY: a merge of no rows reads and writes no memory.
+                unsafe { driver.launch(&stream, &launch) }.unwrap();
+                stream.synchronize().unwrap();
+            });
+        }
+    });
+}
+
+/// Its copy would read the plan's memory whenever the graph is replayed.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_plan_is_not_prepared_on_a_captured_stream() {
+    let driver = Driver::open(0).unwrap();
+    // SAFETY: all work below is on one stream; events cannot be waited for in a capture.
+    unsafe { driver.context().disable_event_tracking() };
+    let stream = driver.context().new_stream().unwrap();
+    let plan = plan(&driver);
+    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_len()).unwrap();
+    stream.synchronize().unwrap();
+    let workspace = SpanMut::of(&mut workspace, &stream);
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let prepared = plan.prepare(&driver, &stream, workspace).map(|_| ());
+    // SAFETY: refused before anything is copied.
+    let uploaded = unsafe { driver.upload(&stream, 256, &[0; 16]) };
+    // SAFETY: as above.
+    let downloaded = unsafe { driver.download(&stream, 256, &mut [0; 16]) };
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    stream.end_capture(flags).unwrap();
+    for refused in [prepared, uploaded, downloaded] {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, Error::Value { argument: "stream", .. }), "{error}");
+    }
 }
 
 /// Memory borrowed for one stream does not go to another: nothing would order the two.
