@@ -22,12 +22,10 @@ pub trait Backend {
     fn stream(&self) -> &<Self::Device as Device>::Stream;
     fn memory<T: Plain>(&self, data: &[T]) -> Self::Memory<T>;
     /// Memory for so many numbers, which nothing is written to; none if there is not so much.
-    #[allow(dead_code)] // by examples
     fn room(&self, len: usize) -> Option<Self::Memory<f16>>;
     fn span<'a, T: Plain>(&'a self, memory: &'a Self::Memory<T>) -> Span<'a, Self::Device, T>;
     fn span_mut<'a, T: Plain>(&'a self, memory: &'a mut Self::Memory<T>) -> SpanMut<'a, Self::Device, T>;
     /// Writes `data` to the memory from element `at` on.
-    #[allow(dead_code)] // by examples
     fn write<T: Plain>(&self, memory: &mut Self::Memory<T>, at: usize, data: &[T]);
     /// What a part of the memory holds after all work of the stream.
     fn read_range<T: Plain>(&self, memory: &Self::Memory<T>, range: Range<usize>) -> Vec<T>;

@@ -32,7 +32,7 @@ fn along_each_axis(mut call: impl FnMut(usize) -> Option<()>) {
 fn room<B: Backend>(backend: &B, shape: [usize; 4], axis: usize) -> Option<Far<B>> {
     let [_, seq, heads, dim] = shape;
     let mut strides = [seq * heads * dim, heads * dim, dim, 1];
-    strides[axis] = ((1usize << 32).div_ceil(shape[axis] - 1)).next_multiple_of(8);
+    strides[axis] = ((1usize << 32).div_ceil(shape[axis].max(2) - 1)).next_multiple_of(8);
     let last: usize = shape.iter().zip(strides).map(|(extent, stride)| (extent - 1) * stride).sum();
     Some(Memory { memory: backend.room(last + 1)?, shape, strides, offset: 0 })
 }
@@ -62,10 +62,10 @@ fn near<B: Backend>(backend: &B, memory: &Far<B>) -> Tensor<f16> {
     tensor
 }
 
-/// Enough keys for whole tiles of them and a rest.
+/// With whole tiles of keys, also beyond 2³² bytes, and a rest.
 fn attention<B: Backend>(query_len: usize, axis: usize) -> Option<()> {
     let shape =
-        AttentionShape { batch: 3, query_len, key_len: 150, query_heads: 6, kv_heads: 3, head_dim: 64 };
+        AttentionShape { batch: 3, query_len, key_len: 400, query_heads: 6, kv_heads: 3, head_dim: 64 };
     let mut rng = Rng::new(1);
     let inputs = Inputs::<f16> {
         query: Tensor::normal("query", shape.query_shape(), &mut rng),
@@ -95,20 +95,22 @@ fn attention<B: Backend>(query_len: usize, axis: usize) -> Option<()> {
     Some(())
 }
 
-/// Of two partials, of which only the second one counts: its rows.
-fn merge_of_two<B: Backend>(axis: usize) -> Option<()> {
-    let shape @ [batch, seq, heads, dim] = [3, 4, 5, 64];
-    let tensor = Tensor::normal("partials", [2 * batch, seq, heads, dim], &mut Rng::new(2));
+/// Of `n` partials, of which only the last one counts: its rows.
+fn merge_of<B: Backend>(n: usize, batch: usize, axis: usize) -> Option<()> {
+    let shape @ [_, seq, heads, dim] = [batch, 4, 5, 64];
+    let rows = batch * seq * heads;
+    let tensor = Tensor::normal("partials", [n * batch, seq, heads, dim], &mut Rng::new(2));
     let backend = B::open(2);
     let partials = far(&backend, &tensor, axis)?;
     let mut out = room(&backend, shape, axis)?;
-    let lse = [vec![f32::NEG_INFINITY; 60], vec![0.5; 60]].concat();
+    let lse = [vec![f32::NEG_INFINITY; (n - 1) * rows], vec![0.5; rows]].concat();
     let lse = backend.memory(&lse);
-    let from = Partials { out: partials.view(&backend, "partials"), lse: backend.span(&lse), lse_stride: 60 };
+    let from =
+        Partials { out: partials.view(&backend, "partials"), lse: backend.span(&lse), lse_stride: rows };
     merge(backend.device(), backend.stream(), &from, &mut out.view_mut(&backend, "out"), None).unwrap();
     let out = near(&backend, &out);
     for [b, s, h, d] in indices(shape) {
-        assert_eq!(out.get([b, s, h, d]), tensor.get([batch + b, s, h, d]));
+        assert_eq!(out.get([b, s, h, d]), tensor.get([(n - 1) * batch + b, s, h, d]));
     }
     Some(())
 }
@@ -161,7 +163,9 @@ on_each_device! {
     }
 
     fn merges() {
-        along_each_axis(merge_of_two::<B>);
+        along_each_axis(|axis| merge_of::<B>(2, 3, axis));
+        // The last partial as a whole is 2³² elements behind the first.
+        along_each_axis(|axis| merge_of::<B>(3, 1, axis));
     }
 
     fn appends() {
