@@ -156,3 +156,18 @@ fn a_rank_that_does_not_come_is_an_error() {
         group.all_gather(&[], &mut []).unwrap();
     });
 }
+
+/// Nobody waits, and the groups are gone before the work is: it is done all the same.
+#[test]
+#[ignore = "needs an NVIDIA GPU and NCCL"]
+fn groups_that_are_dropped_at_once_have_done_their_work() {
+    const BYTES: usize = 64 << 20;
+    on_all_gpus(GroupConfig::default(), |_, nccl, _, stream| {
+        let size = nccl.size();
+        let from = stream.clone_htod(&vec![7u8; BYTES]).unwrap();
+        let mut to = stream.alloc_zeros::<u8>(BYTES * size).unwrap();
+        nccl.all_gather(stream, &[(Span::of(&from, stream), SpanMut::of(&mut to, stream))]).unwrap();
+        drop(nccl);
+        assert!(stream.clone_dtoh(&to).unwrap().iter().all(|&byte| byte == 7));
+    });
+}
