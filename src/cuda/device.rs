@@ -1,7 +1,7 @@
 //! Where kernels run, and the memory they run on.
 //!
-//! Plans need three things of a device: its extents, a copy to its memory, and a launch by name. Whoever has them is a [`Device`]: a GPU through its
-//! driver, or the host itself.
+//! A [`Device`] is what plans need of a GPU: its extents, copies to and from its memory, launches by name, and whether a stream is being
+//! captured. It is a GPU through its driver, or the host itself.
 
 use crate::tensor::Strided;
 use crate::{Element, Error, Result, bf16, f16};

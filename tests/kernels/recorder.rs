@@ -104,7 +104,6 @@ fn a_plan_is_not_prepared_on_a_captured_stream() {
     }
 }
 
-/// A prepared call, in contrast, may be captured: it copies nothing.
 #[test]
 fn calls_through_the_hosts_memory_are_not_captured() {
     let recorder = Recorder::default();
