@@ -17,10 +17,10 @@ const SHAPE: AttentionShape =
 
 /// A merge, launched by name.
 const KERNEL: &str = "merge_f32_f32";
-/// Parameters of a merge of no rows, with one lane for each.
+/// Parameters of a merge of no rows: a batch of 0, with one token, one head and one lane, as the kernel divides by these.
 const NO_ROWS: [u8; 112] = {
     let mut params = [0; 112];
-    params[108] = 1;
+    (params[96], params[100], params[108]) = (1, 1, 1);
     params
 };
 /// Of a block, on every GPU.

@@ -82,7 +82,7 @@ pub fn append<D: Device, T: HalfElement>(
     let threads = tokens.saturating_mul(kv_heads * dim / 8);
     let blocks = threads.div_ceil(APPEND_THREADS);
     if i32::try_from(blocks).is_err() {
-        return Err(Error::shape("key", "fewer than 2³⁹ times 8 elements", format!("{shape:?}")));
+        return Err(Error::shape("key", "fewer than 2⁴² elements", format!("{shape:?}")));
     }
     let stored_rows = pages * page_len;
     if u32::try_from(stored_rows).is_err() {
