@@ -106,7 +106,7 @@ mod gpu {
         }
 
         /// Memory of which a sanitizer knows that nothing was written to it.
-        fn uninitialised<T: Plain>(&self, len: usize) -> Result<Memory<T>, DriverError> {
+        pub fn uninitialised<T: Plain>(&self, len: usize) -> Result<Memory<T>, DriverError> {
             // No GPU gives memory of no size.
             let bytes = (len * size_of::<T>()).max(1);
             // SAFETY: only read where something was written before.
