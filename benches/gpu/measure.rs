@@ -26,7 +26,7 @@ impl Effort {
     /// For a GPU. The rotated bytes are twice the largest L2 cache (126 MB on Blackwell).
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub const GPU: Self =
-        Self { warm_ms: 100.0, round_ms: 20.0, rounds: 9, most_ms: 2000.0, rotated_bytes: 256 << 20 };
+        Self { warm_ms: 200.0, round_ms: 40.0, rounds: 9, most_ms: 4000.0, rotated_bytes: 256 << 20 };
     /// A single launch.
     pub const ONCE: Self = Self { warm_ms: 0.0, round_ms: 0.0, rounds: 1, most_ms: 0.0, rotated_bytes: 0 };
 }

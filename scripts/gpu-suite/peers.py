@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import results
 
 # As Effort::GPU of benches/gpu/measure.rs.
-WARM_MS, ROUND_MS, ROUNDS, MOST_MS, ROTATED_BYTES = 100.0, 20.0, 9, 2000.0, 256 << 20
+WARM_MS, ROUND_MS, ROUNDS, MOST_MS, ROTATED_BYTES = 200.0, 40.0, 9, 4000.0, 256 << 20
 
 
 def rounded(value):
