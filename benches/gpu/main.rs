@@ -45,7 +45,7 @@ struct Args {
     once: bool,
     /// Begin no row after so many seconds; the rows left become errors
     #[arg(long, value_name = "N")]
-    seconds: Option<f64>,
+    seconds: Option<u64>,
     /// Append the rows to this file of results
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -121,7 +121,7 @@ fn run<B: Bench>(args: &Args, cases: &[Case]) -> Result<usize, Failure> {
     let backend = B::first()?;
     let name = backend.name()?;
     let results = Results::open(args.json.clone(), &name)?;
-    let deadline = args.seconds.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds.max(0.0)));
+    let deadline = args.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let effort = if args.once { Effort::ONCE } else { B::EFFORT };
     if args.variants {
         return variants::run(&backend, &effort, cases, &results, deadline);

@@ -10,7 +10,7 @@ pub type Failure = Box<dyn std::error::Error>;
 /// How thoroughly a row is measured.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// Milliseconds of launches beforehand: they load the kernel and let the clocks rise.
+    /// Milliseconds of launches beforehand, which let the clocks rise.
     pub warm_ms: f64,
     /// Milliseconds of a round: enough launches that events resolve them.
     pub round_ms: f64,
@@ -89,6 +89,8 @@ pub fn alternate<B: Bench>(
     if effort.warm_ms > 0.0 {
         let mut all_ms = 0.0;
         for (way, launches) in launches.iter_mut().enumerate() {
+            // The first launch loads the kernel.
+            round(way, 1)?;
             let (mut warm, mut one) = (0.0, 0.0);
             for _ in 0..50 {
                 one = round(way, 1)?;
