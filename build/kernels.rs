@@ -36,12 +36,15 @@ pub fn modules(head_dims: &[usize]) -> Vec<Module> {
     ];
     for &head_dim in head_dims {
         modules.extend([Policy::encode(head_dim), Policy::query(head_dim)].map(|p| flash(&p)));
+        #[cfg(feature = "variants")]
+        modules.extend(Policy::variants(head_dim).iter().map(flash));
     }
     modules
 }
 
 fn flash(policy: &Policy) -> Module {
-    let Policy { kernel, head_dim, row_tiles, row_warps, key_warps, keys, slots } = *policy;
+    let Policy { kernel, head_dim, row_tiles, row_warps, key_warps, keys, slots, values_first, staged_f32 } =
+        *policy;
     let numbers = [
         ("HEAD_DIM", head_dim),
         ("ROW_TILES", row_tiles),
@@ -52,7 +55,11 @@ fn flash(policy: &Policy) -> Module {
         ("THREADS", policy.threads()),
         ("SHARED_BYTES", policy.shared_bytes()),
     ];
-    let mut defines = vec![("KERNEL_NAME", kernel.to_string())];
+    let mut defines = vec![
+        ("KERNEL_NAME", kernel.to_string()),
+        ("VALUES_FIRST", values_first.to_string()),
+        ("STAGED_F32", staged_f32.to_string()),
+    ];
     defines.extend(numbers.map(|(name, number)| (name, number.to_string())));
     Module {
         name: format!("{kernel}_d{head_dim}"),

@@ -2,7 +2,7 @@
 // (context encoding), `query` for few rows against many keys (query attention).
 #include "include/flash.cuh"
 
-using Division = Policy<HEAD_DIM, ROW_TILES, ROW_WARPS, KEY_WARPS, KEYS, SLOTS>;
+using Division = Policy<HEAD_DIM, ROW_TILES, ROW_WARPS, KEY_WARPS, KEYS, SLOTS, VALUES_FIRST, STAGED_F32>;
 static_assert(Division::shared_bytes == SHARED_BYTES && Division::threads == THREADS, "the host launches what was compiled");
 
 #define NAME(dtype) NAME_WITH(KERNEL_NAME, dtype, HEAD_DIM)

@@ -8,63 +8,69 @@
 
 struct F32 {};
 
-// Eight elements, or one.
+// `Unit` elements: eight, 16 or 32 bytes, or one. Those of partials are read once.
+template <class Element, int Unit>
+struct Piece {
+    uint4 words;
+    DEVICE void read(const void* tensor, uint64_t at) {
+        words = load_once(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(tensor) + at));
+    }
+    DEVICE void unpack(float (&to)[8]) const { unpack8<Element>(words, to); }
+    static DEVICE void write(void* tensor, uint64_t at, const float (&x)[8]) {
+        store(reinterpret_cast<uint4*>(static_cast<uint16_t*>(tensor) + at), pack8<Element>(x));
+    }
+};
 template <class Element>
-DEVICE void read8(const void* tensor, uint64_t at, float (&to)[8]) {
-    unpack8<Element>(load(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(tensor) + at)), to);
-}
+struct Piece<Element, 1> {
+    uint16_t bits;
+    DEVICE void read(const void* tensor, uint64_t at) { bits = load_once(static_cast<const uint16_t*>(tensor) + at); }
+    DEVICE void unpack(float (&to)[1]) const { to[0] = Element::unpack(bits).x; }
+    static DEVICE void write(void* tensor, uint64_t at, const float (&x)[1]) {
+        store(static_cast<uint16_t*>(tensor) + at, static_cast<uint16_t>(Element::pack(x[0], x[0])));
+    }
+};
 template <>
-DEVICE void read8<F32>(const void* tensor, uint64_t at, float (&to)[8]) {
-    const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(tensor) + at);
-    const float4 low = load(from), high = load(from + 1);
-    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
-    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
-}
-template <class Element>
-DEVICE float read1(const void* tensor, uint64_t at) {
-    return Element::unpack(load(static_cast<const uint16_t*>(tensor) + at)).x;
-}
+struct Piece<F32, 8> {
+    float4 low, high;
+    DEVICE void read(const void* tensor, uint64_t at) {
+        const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(tensor) + at);
+        low = load_once(from);
+        high = load_once(from + 1);
+    }
+    DEVICE void unpack(float (&to)[8]) const { unpack8(low, high, to); }
+    static DEVICE void write(void* tensor, uint64_t at, const float (&x)[8]) {
+        write8(static_cast<float*>(tensor) + at, x);
+    }
+};
 template <>
-DEVICE float read1<F32>(const void* tensor, uint64_t at) {
-    return load(static_cast<const float*>(tensor) + at);
-}
-template <class Element>
-DEVICE void write8(void* tensor, uint64_t at, const float (&x)[8]) {
-    store(reinterpret_cast<uint4*>(static_cast<uint16_t*>(tensor) + at), pack8<Element>(x));
-}
-template <>
-DEVICE void write8<F32>(void* tensor, uint64_t at, const float (&x)[8]) {
-    float4* to = reinterpret_cast<float4*>(static_cast<float*>(tensor) + at);
-    store(to, float4{x[0], x[1], x[2], x[3]});
-    store(to + 1, float4{x[4], x[5], x[6], x[7]});
-}
-template <class Element>
-DEVICE void write1(void* tensor, uint64_t at, float x) {
-    store(static_cast<uint16_t*>(tensor) + at, static_cast<uint16_t>(Element::pack(x, x)));
-}
-template <>
-DEVICE void write1<F32>(void* tensor, uint64_t at, float x) {
-    store(static_cast<float*>(tensor) + at, x);
-}
+struct Piece<F32, 1> {
+    float x;
+    DEVICE void read(const void* tensor, uint64_t at) { x = load_once(static_cast<const float*>(tensor) + at); }
+    DEVICE void unpack(float (&to)[1]) const { to[0] = x; }
+    static DEVICE void write(void* tensor, uint64_t at, const float (&x)[1]) {
+        store(static_cast<float*>(tensor) + at, x[0]);
+    }
+};
 
 DEVICE float maximum(float a, float b) { return a > b || a != a ? a : b; }
+
+// Partials that are on their way at the same time: 128 bytes of f32 a thread.
+constexpr uint32_t together = 4;
 
 // The lanes of a row divide its elements, `Unit` at a time.
 template <class In, class Out, int Unit>
 DEVICE void merge(const StarMergeParams& p) {
-    const uint64_t thread = static_cast<uint64_t>(block_index()) * THREADS + thread_index();
-    const uint32_t lane = thread % p.lanes;
-    const uint64_t rows = static_cast<uint64_t>(p.batch) * p.seq * p.heads;
-    const uint64_t row = thread / p.lanes;
-    const bool within = row < rows;
-    const uint32_t head = row % p.heads;
-    const uint32_t seq = row / p.heads % p.seq;
-    const uint32_t batch = row / p.heads / p.seq;
+    const uint32_t lane = thread_index() % p.lanes;
+    const uint32_t row = block_index() * (THREADS / p.lanes) + thread_index() / p.lanes;
+    const bool within = row < p.batch * p.seq * p.heads;
+    const uint32_t token = row / p.heads, head = row % p.heads;
+    const uint32_t batch = token / p.seq, seq = token % p.seq;
     const uint64_t lse_at = (static_cast<uint64_t>(batch) * p.heads + head) * p.seq + seq;
     const float* lse = reinterpret_cast<const float*>(p.partials_lse) + lse_at;
 
     float max = -infinity(), sum = 0;
     if (within) {
+#pragma unroll 4
         for (uint32_t i = 0; i < p.n; i++) {
             max = maximum(max, load(lse + i * p.lse_stride));
         }
@@ -76,21 +82,32 @@ DEVICE void merge(const StarMergeParams& p) {
         for (uint32_t column = lane * Unit; column < p.dim; column += p.lanes * Unit) {
             float total[Unit] = {};
             sum = 0;
-#pragma unroll 4
-            for (uint32_t i = 0; i < p.n; i++) {
-                const float partial_lse = load(lse + i * p.lse_stride);
-                if (partial_lse != -infinity()) {
-                    const float weight = exp_accurate(partial_lse - max);
-                    sum += weight;
-                    if constexpr (Unit == 8) {
-                        float x[8];
-                        read8<In>(from, first + i * step + column, x);
+            uint64_t at = first + column;
+            const float* its_lse = lse;
+            for (uint32_t left = p.n; left > 0; left -= left < together ? left : together) {
+                float lses[together];
+                Piece<In, Unit> pieces[together];
 #pragma unroll
-                        for (int c = 0; c < 8; c++) {
+                for (uint32_t i = 0; i < together; i++) {
+                    lses[i] = -infinity();
+                    if (i < left) {
+                        lses[i] = load(its_lse);
+                        pieces[i].read(from, at);
+                    }
+                    its_lse += p.lse_stride;
+                    at += step;
+                }
+#pragma unroll
+                for (uint32_t i = 0; i < together; i++) {
+                    if (lses[i] != -infinity()) {
+                        const float weight = exp_accurate(lses[i] - max);
+                        sum += weight;
+                        float x[Unit];
+                        pieces[i].unpack(x);
+#pragma unroll
+                        for (int c = 0; c < Unit; c++) {
                             total[c] += weight * x[c];
                         }
-                    } else {
-                        total[0] += weight * read1<In>(from, first + i * step + column);
                     }
                 }
             }
@@ -99,11 +116,7 @@ DEVICE void merge(const StarMergeParams& p) {
             for (int c = 0; c < Unit; c++) {
                 total[c] *= scale;
             }
-            if constexpr (Unit == 8) {
-                write8<Out>(to, out + column, total);
-            } else {
-                write1<Out>(to, out + column, total[0]);
-            }
+            Piece<Out, Unit>::write(to, out + column, total);
         }
     }
     // The row's log-sum-exp may take the place of one that its other lanes still read.

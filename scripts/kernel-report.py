@@ -29,9 +29,9 @@ CLASSES = [
 ]
 
 
-def built():
+def built(features):
     """The build script's output folder of a release build."""
-    command = ["cargo", "build", "--release", "--features", "cuda", "--message-format=json"]
+    command = ["cargo", "build", "--release", "--features", features, "--message-format=json"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     for line in output.splitlines():
         message = json.loads(line)
@@ -130,16 +130,17 @@ def mix(folder, module, arch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mix", action="store_true", help="instructions of the main loops, from the disassembly")
+    parser.add_argument("--variants", action="store_true", help="the variants too, which may spill")
     arguments = parser.parse_args()
-    folder = built()
+    folder = built("cuda,variants" if arguments.variants else "cuda")
     spilled = []
-    print(f"{'kernel':28} {'arch':6} {'registers':>9} {'spills':>7} {'threads':>7} {'shared':>7} {'blocks':>7}"
+    print(f"{'kernel':34} {'arch':6} {'registers':>9} {'spills':>7} {'threads':>7} {'shared':>7} {'blocks':>7}"
           f" {'kFLOP':>7} {'KB read':>8}")
     modules = {}
     for defines, kernel, arch, figures in usage(folder):
         threads, shared = int(defines["THREADS"]), int(defines.get("SHARED_BYTES", 0))
         spills = figures["stores"] + figures["loads"]
-        row = (f"{kernel:28} {arch:6} {figures['registers']:9} {spills:7} {threads:7} {shared:7}"
+        row = (f"{kernel:34} {arch:6} {figures['registers']:9} {spills:7} {threads:7} {shared:7}"
                f" {resident(arch, figures['registers'], threads, shared):7}")
         if "HEAD_DIM" in defines:
             number = {name: int(value) for name, value in defines.items() if value.isdigit()}
@@ -148,15 +149,15 @@ def main():
             row += f" {4 * rows * keys * number['HEAD_DIM'] / 1e3:7.0f} {4 * keys * number['HEAD_DIM'] / 1024:8.0f}"
             modules[f"{defines['KERNEL_NAME']}_d{defines['HEAD_DIM']}"] = None
         print(row)
-        if spills or figures["stack"]:
+        if (spills or figures["stack"]) and defines.get("KERNEL_NAME", "merge") in ("encode", "query", "merge"):
             spilled.append(f"{kernel} ({arch})")
     if arguments.mix:
         names = [name for name, _ in CLASSES] + ["integer and other"]
-        print(f"\n{'main loop of':20} {'arch':6} {'all':>6} " + " ".join(f"{name:>18}" for name in names))
+        print(f"\n{'main loop of':34} {'arch':6} {'all':>6} " + " ".join(f"{name:>18}" for name in names))
         for module in modules:
             for arch in ("sm_80", "sm_90"):
                 for kernel, total, counts in mix(folder, module, arch):
-                    print(f"{kernel:20} {arch:6} {total:6} " + " ".join(f"{counts[name]:18}" for name in names))
+                    print(f"{kernel:34} {arch:6} {total:6} " + " ".join(f"{counts[name]:18}" for name in names))
     if spilled:
         sys.exit("registers spilled or on the stack: " + ", ".join(spilled))
 

@@ -45,6 +45,8 @@ pub struct Call {
     pub config: AttentionConfig,
     pub shape: AttentionShape,
     pub order: Order,
+    /// Whether outputs are f32 instead of bf16.
+    pub f32_out: bool,
     /// Where packed sequences begin on the axes of queries and keys.
     pub offsets: Option<[Vec<usize>; 2]>,
 }
@@ -71,7 +73,7 @@ impl Case {
     pub fn describe(&self) -> Value {
         let mut row = match &self.work {
             Work::Copy { bytes } => json!({ "kind": "rate", "bytes": bytes }),
-            Work::Attention(Call { config, shape, order, offsets }) => {
+            Work::Attention(Call { config, shape, order, f32_out, offsets }) => {
                 let AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim } = shape;
                 let (anchor_len, block_len) = match config.mask {
                     Mask::Star { anchor_len, block_len, .. } => (anchor_len, block_len),
@@ -82,6 +84,7 @@ impl Case {
                     "query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim,
                     "causal": config.mask == Mask::Causal, "anchor_len": anchor_len, "block_len": block_len,
                     "heads_first": *order == Order::HeadsSeq, "packed": offsets.is_some(),
+                    "f32_out": f32_out,
                 })
             }
             Work::Merge { n, tokens, .. } => json!({ "kind": "merge", "n": n, "tokens": tokens }),
@@ -124,12 +127,25 @@ impl Sizes {
     fn call(&self, mask: Mask, batch: usize, query_len: usize, key_len: usize, head_dim: usize) -> Call {
         let Self { query_heads, kv_heads, .. } = *self;
         let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
-        Call { config: AttentionConfig::new(mask), shape, order: Order::SeqHeads, offsets: None }
+        Call {
+            config: AttentionConfig::new(mask),
+            shape,
+            order: Order::SeqHeads,
+            f32_out: false,
+            offsets: None,
+        }
     }
 
     pub fn causal(&self, len: usize, head_dim: usize) -> Case {
         let len = self.len(len);
         attention("causal", self.call(Mask::Causal, 1, len, len, head_dim))
+    }
+
+    /// The same with outputs of f32.
+    pub fn causal_f32(&self, len: usize, head_dim: usize) -> Case {
+        let len = self.len(len);
+        let call = self.call(Mask::Causal, 1, len, len, head_dim);
+        attention("causal, f32 out", Call { f32_out: true, ..call })
     }
 
     pub fn full(&self, len: usize) -> Case {

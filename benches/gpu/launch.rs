@@ -77,7 +77,9 @@ pub fn with_launcher<B: Bench, R>(
     let kv: Vec<_> = (0..sets(effort, 4 * keys) as u64)
         .map(|set| Ok([random::<B, bf16>(backend, keys, 2 * set + 2)?, random(backend, keys, 2 * set + 3)?]))
         .collect::<Result<_>>()?;
-    let mut out = backend.empty::<bf16>(queries)?;
+    // One of them has elements.
+    let mut out = backend.empty::<bf16>(if call.f32_out { 0 } else { queries })?;
+    let mut wide = backend.empty::<f32>(if call.f32_out { queries } else { 0 })?;
     let mut lse = backend.empty::<f32>(call.shape.lse_len())?;
     let mut workspaces: Vec<_> =
         plans.iter().map(|plan| backend.empty::<u8>(plan.workspace_len())).collect::<Result<_>>()?;
@@ -101,11 +103,19 @@ pub fn with_launcher<B: Bench, R>(
         .iter()
         .map(|[key, value]| Ok((tensor("key", key)?, tensor("value", value)?)))
         .collect::<Result<_>>()?;
-    let mut out = DeviceTensorMut::contiguous("out", backend.span_mut(&mut out), call.shape.query_shape())?;
+    let shape = call.shape.query_shape();
+    let none = [0; 4];
+    let [shape, wide_shape] = if call.f32_out { [none, shape] } else { [shape, none] };
+    let mut out = DeviceTensorMut::contiguous("out", backend.span_mut(&mut out), shape)?;
+    let mut wide = DeviceTensorMut::contiguous("out", backend.span_mut(&mut wide), wide_shape)?;
     let mut lse = backend.span_mut(&mut lse);
     body(&mut |plan, n| {
         let (key, value) = &kv[n % kv.len()];
-        prepared[plan].run(&query, key, value, &mut out, Some(&mut lse))
+        if call.f32_out {
+            prepared[plan].run(&query, key, value, &mut wide, Some(&mut lse))
+        } else {
+            prepared[plan].run(&query, key, value, &mut out, Some(&mut lse))
+        }
     })
 }
 

@@ -8,20 +8,19 @@ use crate::results::Results;
 use crate::{NOT_RUN, launch, passed};
 use serde_json::{Value, json};
 use star_attention::Result;
-use star_attention::cuda::flash::Plan;
+use star_attention::cuda::flash::{FEW_ROWS, Plan, variants};
 use star_attention::cuda::{Device, Properties};
 use std::time::Instant;
 
-/// A way to plan a call.
-struct Variant {
-    name: &'static str,
-    /// `None` for calls that it does not change.
-    plan: fn(&Properties, &Call) -> Option<Result<Plan>>,
-}
-
-/// All variants. The first is what the library does by itself; the others are held against it.
-fn variants() -> Vec<Variant> {
-    vec![Variant { name: "default", plan: |properties, call| Some(call.plan(properties)) }]
+/// The plans of a call by each kernel that it can be planned for. The first is what the library does by itself; the others are
+/// held against it.
+fn planned(properties: &Properties, call: &Call) -> Vec<(&'static str, Result<Plan>)> {
+    let mut plans = vec![("default", call.plan(properties))];
+    if call.shape.query_len * call.shape.group() > FEW_ROWS && call.offsets.is_none() {
+        let variant = |name| (name, Plan::variant(properties, &call.config, &call.shape, name));
+        plans.extend(variants(call.shape.head_dim).map(variant));
+    }
+    plans
 }
 
 /// The calls that variants are compared on.
@@ -30,6 +29,8 @@ pub fn cases(sizes: &Sizes) -> Vec<Case> {
     let mut cases: Vec<Case> =
         [64, 96, 128, 192, 256].map(|head_dim| sizes.causal(16 * kilo, head_dim)).into();
     cases.push(sizes.full(16 * kilo));
+    // Outputs of f32 behind few keys, where writing them counts.
+    cases.push(sizes.causal_f32(2 * kilo, 128));
     cases.push(sizes.star(64 * kilo, 16 * kilo, 16 * kilo, 64 * kilo));
     cases.extend([1, 9, 16].map(|query_len| sizes.query(1, query_len, 128 * kilo, 128)));
     cases
@@ -77,14 +78,13 @@ fn compare<B: Bench>(backend: &B, effort: &Effort, case: &Case) -> Vec<Value> {
     let Work::Attention(call) = &case.work else { return Vec::new() };
     let properties = backend.device().properties();
     let (mut names, mut plans, mut rows) = (Vec::new(), Vec::new(), Vec::new());
-    for Variant { name, plan } in variants() {
-        match plan(&properties, call) {
-            None => {}
-            Some(Ok(plan)) => {
+    for (name, plan) in planned(&properties, call) {
+        match plan {
+            Ok(plan) => {
                 names.push(name);
                 plans.push(plan);
             }
-            Some(Err(error)) => rows.push(error_row(case, name, &error.to_string())),
+            Err(error) => rows.push(error_row(case, name, &error.to_string())),
         }
     }
     let times = launch::with_launcher(backend, effort, call, &plans, |launch| {

@@ -15,7 +15,7 @@
 #include "keys.cuh"
 #include "softmax.cuh"
 
-template <int HeadDim, int RowTiles, int RowWarps, int KeyWarps, int Keys, int Slots>
+template <int HeadDim, int RowTiles, int RowWarps, int KeyWarps, int Keys, int Slots, bool ValuesFirst, bool StagedF32>
 struct Policy {
     static constexpr int head_dim = HeadDim;
     // Tiles of 16 rows of a warp: each loaded square of K or V serves all of them.
@@ -25,6 +25,10 @@ struct Policy {
     static constexpr int rows = 16 * RowTiles * RowWarps;
     static constexpr int keys = Keys;
     static constexpr int slots = Slots;
+    // Whether a step waits for its values before the softmax, so that no barrier parts that from the products of other warps.
+    static constexpr bool values_first = ValuesFirst;
+    // Whether outputs of f32 go through shared memory, as those of 16 bits do.
+    static constexpr bool staged_f32 = StagedF32;
     // The threads that share a ring.
     static constexpr int team = 32 * RowWarps;
     static constexpr int threads = team * KeyWarps;
@@ -38,6 +42,7 @@ struct Policy {
     static constexpr int merged_row_bytes = (HeadDim + 8) * 4;
     static_assert(KeyWarps * rows * (merged_row_bytes + 8) <= shared_bytes - list_bytes || KeyWarps == 1,
                   "the merge reuses the rings");
+    static_assert(!StagedF32 || rows * HeadDim * 4 <= shared_bytes - list_bytes, "staged outputs reuse the rings");
 };
 
 // The query rows of a block's tile.
@@ -212,18 +217,30 @@ struct Flash {
         for (; entry < ring.limit(first_row + 16 * P::row_tiles - 1); entry += Ring<P>::entry_step) {
             float scores[P::row_tiles][columns][4] = {};
             multiply_keys<Element, P>(scores, queries, Walk(ring.template next<false>(entry), 0, true));
+            Shared values = 0;
+            if (P::values_first) {
+                if (entry + P::keys > ring.limit(0)) {
+                    ring.template clear_values<Element>();
+                }
+                values = ring.template next<true>(entry);
+            }
             if (p.cap_scale != 0) {
                 cap(scores, p.cap_scale);
             }
             if (entry + P::keys > ring.limit(0)) {
                 mask(scores, entry, ring);
-                ring.template clear_values<Element>();
+                if (!P::values_first) {
+                    ring.template clear_values<Element>();
+                }
             }
             softmax.rebase(scores, out);
             softmax.exponentiate(scores);
             uint32_t probabilities[P::row_tiles][columns / 2][4];
             pack<Element>(probabilities, scores);
-            multiply_values<Element, P>(out, probabilities, Walk(ring.template next<true>(entry), 0, false));
+            if (!P::values_first) {
+                values = ring.template next<true>(entry);
+            }
+            multiply_values<Element, P>(out, probabilities, Walk(values, 0, false));
         }
         // None of the warp's rows sees more: it only helps the others to copy.
         for (; P::row_warps > 1 && entry < ring.end(); entry += Ring<P>::entry_step) {
@@ -293,7 +310,13 @@ struct Flash {
                 if (within && thread_index() % 4 == 0 && rows.p.lse != 0) {
                     rows.store_lse(row, log_sum_exp(softmax.base[i][half], softmax.sum[i][half], softmax.scale_log2));
                 }
-                if (!rows.p.out_f32) {
+                if (P::staged_f32 && rows.p.out_f32) {
+#pragma unroll
+                    for (int j = 0; j < outputs; j++) {
+                        shared_store(f32_at(staging, row, j) + lane_column() * 4,
+                                     float2{out[i][j][2 * half] * scale, out[i][j][2 * half + 1] * scale});
+                    }
+                } else if (!rows.p.out_f32) {
 #pragma unroll
                     for (int j = 0; j < outputs; j++) {
                         shared_store(Tile::at(staging, row, j) + lane_column() * 2,
@@ -309,12 +332,23 @@ struct Flash {
                 }
             }
         }
-        if (rows.p.out_f32) {
+        if (rows.p.out_f32 && !P::staged_f32) {
             return;
         }
         sync_warp();
-        const uint32_t lane = thread_index() % Tile::orders;
         const uint32_t first = lane_row() - thread_index() % 32 / 4;
+        if (rows.p.out_f32) {
+            // A lane moves 16 bytes: the warp together whole rows, or parts of them.
+            for (uint32_t c = thread_index() % 32; c < 16 * P::row_tiles * (P::head_dim / 4); c += 32) {
+                const uint32_t row = first + c / (P::head_dim / 4), quad = c % (P::head_dim / 4);
+                if (row < rows.tile.rows) {
+                    float* to = reinterpret_cast<float*>(rows.p.out.data) + rows.out_offset(row) + quad * 4;
+                    store(reinterpret_cast<float4*>(to), shared_load_float4(f32_at(staging, row, quad / 2) + quad % 2 * 16));
+                }
+            }
+            return;
+        }
+        const uint32_t lane = thread_index() % Tile::orders;
         for (uint32_t r = thread_index() % 32 / Tile::orders; r < 16 * P::row_tiles; r += 32 / Tile::orders) {
             if (first + r < rows.tile.rows) {
                 uint16_t* to = reinterpret_cast<uint16_t*>(rows.p.out.data) + rows.out_offset(first + r) + lane * 8;
@@ -323,6 +357,11 @@ struct Flash {
                 }
             }
         }
+    }
+
+    // Eight f32 of a staged row. Rows start at the same bank: each has its pieces of 32 bytes in another order.
+    static DEVICE Shared f32_at(Shared staging, uint32_t row, uint32_t eight) {
+        return staging + row * P::head_dim * 4 + ((eight ^ row % 4) << 5);
     }
 
     // Merges what the key warps have of the same rows.

@@ -115,12 +115,10 @@ pub(super) unsafe fn launch_merge<D: Device>(
     let [from, to] = merge.dtypes;
     let fast = dim.is_multiple_of(8) && aligned(&merge.partials, from) && aligned(&merge.out, to);
     let lanes = dim.div_ceil(if fast { 8 } else { 1 }).next_power_of_two().min(32);
-    let blocks = (rows * lanes).div_ceil(MERGE_THREADS);
     let too_large = || Error::shape("out", "fewer than 2³¹ rows", rows.to_string());
     let narrow = |extent: usize| i32::try_from(extent).map(|extent| extent as u32).map_err(|_| too_large());
-    if i32::try_from(blocks).is_err() {
-        return Err(too_large());
-    }
+    // Whole rows for each block; the kernel counts rows in 32 bits.
+    let blocks = narrow(rows)?.div_ceil((MERGE_THREADS / lanes) as u32);
     let params = StarMergeParams {
         partials: merge.partials,
         out: merge.out,
@@ -137,7 +135,7 @@ pub(super) unsafe fn launch_merge<D: Device>(
     let kernel = format!("merge_{from}_{to}{}", if fast { "" } else { "_unaligned" });
     let launch = Launch {
         kernel: &kernel,
-        blocks: blocks as u32,
+        blocks,
         threads: MERGE_THREADS as u32,
         shared_bytes: 0,
         params: bytes_of(std::slice::from_ref(&params)),

@@ -18,7 +18,24 @@ pub struct Policy {
     pub keys: usize,
     /// Tiles of keys or values in shared memory.
     pub slots: usize,
+    /// Whether a step waits for its values before the softmax.
+    pub values_first: bool,
+    /// Whether outputs of f32 go through shared memory.
+    pub staged_f32: bool,
 }
+
+/// The defaults of what the variants change.
+const PLAIN: Policy = Policy {
+    kernel: "",
+    head_dim: 0,
+    row_tiles: 1,
+    row_warps: 1,
+    key_warps: 1,
+    keys: 0,
+    slots: 2,
+    values_first: false,
+    staged_f32: false,
+};
 
 impl Policy {
     /// For tiles of many rows, bound by products.
@@ -34,15 +51,35 @@ impl Policy {
             96 => 96,
             _ => 64,
         };
-        Self { kernel: "encode", head_dim, row_tiles, row_warps: 4, key_warps: 1, keys, slots: 2 }
+        Self { kernel: "encode", head_dim, row_tiles, row_warps: 4, keys, ..PLAIN }
+    }
+
+    /// Other divisions of `encode`, which only a GPU can tell the worth of. They are built with the feature
+    /// `variants` and timed side by side by the bench `gpu`.
+    ///
+    /// - `encode_values_first`: between the softmax and the second product there is no barrier, so that exponentials of
+    ///   one warp run beside products of another;
+    /// - `encode_wide`: eight warps share each tile of keys, so that it is read from the L2 cache half as often;
+    /// - `encode_staged_f32`: outputs of f32 are written in whole lines.
+    #[cfg(feature = "variants")]
+    pub fn variants(head_dim: usize) -> Vec<Self> {
+        let plain = Self::encode(head_dim);
+        match head_dim {
+            64 => vec![Self { kernel: "encode_values_first", values_first: true, ..plain }],
+            128 => vec![
+                Self { kernel: "encode_values_first", values_first: true, ..plain },
+                Self { kernel: "encode_staged_f32", staged_f32: true, ..plain },
+            ],
+            192 | 256 => vec![Self { kernel: "encode_wide", row_warps: 8, ..plain }],
+            _ => Vec::new(),
+        }
     }
 
     /// For up to 16 rows, bound by reading keys and values: four warps walk keys of their own, without a barrier, and as many slots as fit
     /// a multiprocessor of 100 KB keep copies on their way.
     pub const fn query(head_dim: usize) -> Self {
         let keys = if head_dim <= 64 { 32 } else { 16 };
-        let mut policy =
-            Self { kernel: "query", head_dim, row_tiles: 1, row_warps: 1, key_warps: 4, keys, slots: 6 };
+        let mut policy = Self { kernel: "query", head_dim, key_warps: 4, keys, slots: 6, ..PLAIN };
         while policy.shared_bytes() > 92 * 1024 {
             policy.slots -= 1;
         }
@@ -58,7 +95,8 @@ impl Policy {
         32 * self.row_warps * self.key_warps
     }
 
-    /// What is kept of the list of keys; the queries and each ring's slots in 16 bits.
+    /// What is kept of the list of keys (its ends, each row's limit, for each thread two addresses and a flag), then the queries and
+    /// each ring's slots in 16 bits.
     pub const fn shared_bytes(&self) -> usize {
         let list_bytes = (16 + 4 * self.rows() + (16 + 4) * self.threads()).next_multiple_of(128);
         list_bytes + 2 * self.head_dim * (self.rows() + self.key_warps * self.slots * self.keys)

@@ -7,7 +7,8 @@ use crate::properties::cases::{Case, Inputs, RUBBISH, cases};
 use proptest::prelude::*;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
-    Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, HalfElement, Partials, ShardMut, append, merge,
+    Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, HalfElement, Partials, Properties, ShardMut, append,
+    merge,
 };
 use star_attention::{AttentionConfig, AttentionShape, Element, Result};
 
@@ -124,6 +125,40 @@ impl Case {
     }
 }
 
+fn shape_of<T: Element>(inputs: &Inputs<T>) -> AttentionShape {
+    let ([batch, query_len, query_heads, head_dim], [_, key_len, kv_heads, _]) =
+        (inputs.query.shape(), inputs.key.shape());
+    AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim }
+}
+
+/// A variant of the kernel for many rows, by its name.
+pub struct Variant<B>(pub B, pub &'static str);
+
+impl<B: Backend, T: HalfElement> Attend<T> for Variant<B> {
+    fn attend<O: Element>(
+        &self,
+        config: &AttentionConfig,
+        _: Option<[&[usize]; 2]>,
+        inputs: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    ) {
+        let Self(backend, name) = self;
+        // Some need the shared memory of a large chip.
+        let large = Properties::new(8, 228 * 1024, 1 << 20);
+        let plan = Plan::variant(&large, config, &shape_of(inputs), name).unwrap();
+        run_plan(backend, &plan, inputs, out, lse).unwrap();
+    }
+
+    fn shard(&self, _: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2] {
+        unreachable!("attention alone has variants")
+    }
+
+    fn merge(&self, _: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
+        unreachable!("attention alone has variants")
+    }
+}
+
 /// The kernels on a device.
 pub struct Kernels<B>(pub B);
 
@@ -136,9 +171,7 @@ impl<B: Backend, T: HalfElement> Attend<T> for Kernels<B> {
         out: &mut Tensor<O>,
         lse: Option<&mut [f32]>,
     ) {
-        let ([batch, query_len, query_heads, head_dim], [_, key_len, kv_heads, _]) =
-            (inputs.query.shape(), inputs.key.shape());
-        let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+        let shape = shape_of(inputs);
         let properties = self.0.device().properties();
         let plan = match offsets {
             None => Plan::new(&properties, config, &shape),

@@ -1,12 +1,12 @@
 //! Every kernel by name; nothing to see, nothing to do, one of everything, uneven tails, and strides far larger than the data.
 
 use crate::backend::Backend;
-use crate::call::{Kernels, merge_on, on_each_device};
+use crate::call::{Kernels, Variant, merge_on, on_each_device};
 use crate::common::{Layout, Rng, Tensor};
 use crate::properties::Attend;
 use crate::properties::cases::Inputs;
 use crate::properties::expected::Expected;
-use star_attention::cuda::flash::Plan;
+use star_attention::cuda::flash::{Plan, variants};
 use star_attention::cuda::simt::{self, Simt};
 use star_attention::cuda::{Device, HEAD_DIMS, HalfElement};
 use star_attention::{AttentionConfig, AttentionShape, Element, Mask, bf16, f16};
@@ -16,6 +16,17 @@ const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
 
 /// A call on normal values, compared with the oracle; gives output and log-sum-exp.
 fn check<B: Backend, T: HalfElement>(
+    mask: Mask,
+    lens: [usize; 3],
+    heads: [usize; 2],
+    dim: usize,
+) -> (Vec<f32>, Vec<f32>) {
+    check_by::<T>(&Kernels(B::open(7)), mask, lens, heads, dim)
+}
+
+/// The same by any kernels.
+fn check_by<T: HalfElement>(
+    by: &impl Attend<T>,
     mask: Mask,
     [batch, query_len, key_len]: [usize; 3],
     heads: [usize; 2],
@@ -30,7 +41,7 @@ fn check<B: Backend, T: HalfElement>(
     let config = AttentionConfig::new(mask);
     let mut out = Tensor::<T>::contiguous("out", inputs.query.shape(), |_| f32::NAN);
     let mut lse = vec![f32::NAN; batch * heads[0] * query_len];
-    Kernels(B::open(7)).attend(&config, None, &inputs, &mut out, Some(&mut lse));
+    by.attend(&config, None, &inputs, &mut out, Some(&mut lse));
     let expected = Expected::of(&config, &inputs.query, &inputs.key, &inputs.value, false);
     expected.check_out(out.values()).unwrap();
     expected.check_lse(&lse).unwrap();
@@ -43,6 +54,9 @@ fn every_attention_kernel<B: Backend, T: HalfElement>() {
         for mask in MASKS {
             for query_len in [3, 70] {
                 check::<B, T>(mask, [1, query_len, 150], [4, 2], dim);
+            }
+            for name in variants(dim) {
+                check_by::<T>(&Variant(B::open(7), name), mask, [1, 200, 200], [4, 2], dim);
             }
         }
     }

@@ -1,10 +1,12 @@
-//! The kernels against the oracle, for any shape, strides, mask and type.
+//! The kernels and their variants against the oracle, for any shape, strides, mask and type.
 
 use crate::backend::Backend;
-use crate::call::{kernel_cases, on_each_device, run_plan};
+use crate::call::{Variant, kernel_cases, on_each_device, run_plan};
 use crate::properties::cases::{Case, RUBBISH};
+use crate::properties::nonfinite::{spots_stay_in_their_rows, spotted};
 use proptest::prelude::*;
 use star_attention::cuda::HalfElement;
+use star_attention::cuda::flash::variants;
 use star_attention::{Element, bf16, f16};
 
 /// The call gives what the definition says, writes nothing else, and does not depend on whether the log-sum-exp is asked for.
@@ -32,6 +34,20 @@ on_each_device! {
             1 => equals_the_oracle::<B, f16, f32>(&case)?,
             2 => equals_the_oracle::<B, bf16, bf16>(&case)?,
             _ => equals_the_oracle::<B, bf16, f32>(&case)?,
+        }
+    }
+
+    fn variants_equal_the_oracle(spotted in spotted(kernel_cases()), bf in any::<bool>()) {
+        let (mut case, spots) = spotted;
+        // As for the kernels themselves: a scale of 0 becomes the smallest positive number.
+        case.config.scale = case.config.scale.filter(|&scale| scale > 0.0);
+        for name in variants(case.shape.head_dim) {
+            let by = Variant(B::open(case.seed), name);
+            if bf {
+                spots_stay_in_their_rows::<bf16>(&by, &case, &spots, false)?;
+            } else {
+                spots_stay_in_their_rows::<f16>(&by, &case, &spots, false)?;
+            }
         }
     }
 }

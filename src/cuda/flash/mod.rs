@@ -42,12 +42,24 @@ pub struct PageTable {
     pub sequences: Vec<(usize, Vec<u32>)>,
 }
 
+/// Names of the variants of the kernel for many rows, for one head dim.
+#[cfg(feature = "variants")]
+pub fn variants(head_dim: usize) -> impl Iterator<Item = &'static str> {
+    Policy::variants(head_dim).into_iter().map(|policy| policy.kernel)
+}
+
 /// Where a sequence lies on the axes of queries and keys.
 #[derive(Clone)]
 struct Sequence {
     batch: usize,
     query: Range<usize>,
     key: Range<usize>,
+}
+
+/// The sequences of a batch of one length.
+fn batch(shape: &AttentionShape) -> impl Iterator<Item = Sequence> + Clone {
+    let (query_len, key_len) = (shape.query_len, shape.key_len);
+    (0..shape.batch).map(move |batch| Sequence { batch, query: 0..query_len, key: 0..key_len })
 }
 
 /// How a call of known config and extents is worked off on a device. Made once, it serves every layer of a model.
@@ -73,12 +85,29 @@ impl Plan {
     /// # Errors
     /// [`Error::Value`] for a config out of range or a head dim without kernels, [`Error::Shape`] for extents out of range.
     pub fn new(properties: &Properties, config: &AttentionConfig, shape: &AttentionShape) -> Result<Self> {
-        let sequences = (0..shape.batch).map(|batch| Sequence {
-            batch,
-            query: 0..shape.query_len,
-            key: 0..shape.key_len,
-        });
-        Self::with_sequences(properties, config, shape, sequences)
+        Self::with_sequences(properties, config, shape, Policy::encode, batch(shape))
+    }
+
+    /// [`new`](Self::new) by a variant of the kernel for many rows: one of [`variants`] for this head dim. Few rows take the
+    /// kernel for few rows.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and [`Error::Value`] for a name that is no variant, or one that needs more shared memory than
+    /// the device has.
+    #[cfg(feature = "variants")]
+    pub fn variant(
+        properties: &Properties,
+        config: &AttentionConfig,
+        shape: &AttentionShape,
+        name: &str,
+    ) -> Result<Self> {
+        let variants = Policy::variants(shape.head_dim);
+        let fits = |policy: &&Policy| policy.shared_bytes() < properties.shared_bytes;
+        let Some(&policy) = variants.iter().filter(fits).find(|policy| policy.kernel == name) else {
+            let names: Vec<_> = variants.iter().filter(fits).map(|policy| policy.kernel).collect();
+            return Err(Error::value("name", format!("one of {names:?}"), name));
+        };
+        Self::with_sequences(properties, config, shape, |_| policy, batch(shape))
     }
 
     /// A plan for packed sequences of different lengths, as [`cpu::flash::Plan::packed`](crate::cpu::flash::Plan::packed).
@@ -95,7 +124,7 @@ impl Plan {
     ) -> Result<Self> {
         let sequences = walk::packed_sequences(shape, query_offsets, key_offsets)?;
         let sequences = sequences.into_iter().map(|[query, key]| Sequence { batch: 0, query, key });
-        Self::with_sequences(properties, config, shape, sequences)
+        Self::with_sequences(properties, config, shape, Policy::encode, sequences)
     }
 
     /// A plan for keys and values in pages. Queries are packed as in [`packed`](Self::packed), `query_offsets` for the sequences of `table` in order;
@@ -134,7 +163,7 @@ impl Plan {
         let rows = sequences
             .iter()
             .flat_map(|(_, list)| list.iter().copied().chain(std::iter::repeat_n(0, longest - list.len())));
-        let mut plan = Self::with_sequences(properties, config, shape, places)?;
+        let mut plan = Self::with_sequences(properties, config, shape, Policy::encode, places)?;
         plan.table = Some((rows.collect(), table.clone()));
         Ok(plan)
     }
@@ -143,6 +172,7 @@ impl Plan {
         properties: &Properties,
         config: &AttentionConfig,
         shape: &AttentionShape,
+        encode: impl FnOnce(usize) -> Policy,
         sequences: impl Iterator<Item = Sequence> + Clone,
     ) -> Result<Self> {
         config.validate()?;
@@ -165,7 +195,7 @@ impl Plan {
         let (policy, pack) = if tokens * group <= FEW_ROWS {
             (Policy::query(shape.head_dim), group)
         } else {
-            let policy = Policy::encode(shape.head_dim);
+            let policy = encode(shape.head_dim);
             (policy, if tokens < policy.rows() { group } else { 1 })
         };
         let mut plan = Self {
