@@ -191,7 +191,8 @@ struct Flash {
         const uint32_t head = block_index() % heads;
         const QueryRows rows{p, tile, head};
         const KeyList list{p, tile, head * p.pack / p.group};
-        const Shared memory = shared_memory();
+        // Kept, because on Hopper its address takes several instructions.
+        const Shared memory = opaque(shared_memory());
         const Shared query = memory + P::list_bytes;
         const uint32_t key_warp = thread_index() / P::team;
         const uint32_t first_row = warp_index() % P::row_warps * 16 * P::row_tiles;
