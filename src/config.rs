@@ -48,6 +48,69 @@ impl AttentionConfig {
 
     /// The factor of the scores for heads of `head_dim`.
     pub fn scale_for(&self, head_dim: usize) -> f32 {
+        self.score().scale_for(head_dim)
+    }
+
+    /// What becomes of the scores, without the mask.
+    pub fn score(&self) -> ScoreConfig {
+        ScoreConfig { scale: self.scale, softcap: self.softcap }
+    }
+
+    /// # Errors
+    /// [`Error::Value`] for a scale, softcap or star mask outside its range.
+    pub fn validate(&self) -> Result<()> {
+        self.score().validate()?;
+        self.mask.validate()
+    }
+}
+
+impl Mask {
+    /// # Errors
+    /// [`Error::Value`] for a star mask without blocks, or with an anchor longer than its blocks.
+    pub fn validate(&self) -> Result<()> {
+        if let Self::Star { anchor_len, block_len, first_block_len } = *self {
+            if block_len == 0 {
+                return Err(Error::value("block_len", "at least 1", block_len));
+            }
+            if anchor_len > block_len.min(first_block_len) {
+                let most = format!("at most block_len {block_len} and first_block_len {first_block_len}");
+                return Err(Error::value("anchor_len", most, anchor_len));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How scores are made: `softcap(scale · q kᵀ)`. Which of them count is each sequence's [`Mask`].
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct ScoreConfig {
+    /// Factor of the scores; `1/sqrt(head_dim)` if `None`. Finite and not negative.
+    pub scale: Option<f32>,
+    /// If `Some(c)`, scaled scores `s` become `c · tanh(s / c)`. Finite and positive.
+    pub softcap: Option<f32>,
+}
+
+impl ScoreConfig {
+    /// The default scale and no softcap.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The same with another factor of the scores.
+    #[must_use]
+    pub fn with_scale(self, scale: f32) -> Self {
+        Self { scale: Some(scale), ..self }
+    }
+
+    /// The same with a softcap.
+    #[must_use]
+    pub fn with_softcap(self, softcap: f32) -> Self {
+        Self { softcap: Some(softcap), ..self }
+    }
+
+    /// The factor of the scores for heads of `head_dim`.
+    pub fn scale_for(&self, head_dim: usize) -> f32 {
         self.scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt())
     }
 
@@ -59,7 +122,7 @@ impl AttentionConfig {
     }
 
     /// # Errors
-    /// [`Error::Value`] for a scale, softcap or star mask outside its range.
+    /// [`Error::Value`] for a scale or softcap outside its range.
     pub fn validate(&self) -> Result<()> {
         if let Some(scale) = self.scale
             && !(scale.is_finite() && scale >= 0.0)
@@ -70,15 +133,6 @@ impl AttentionConfig {
             && !(softcap.is_finite() && softcap > 0.0)
         {
             return Err(Error::value("softcap", "a finite number above 0", softcap));
-        }
-        if let Mask::Star { anchor_len, block_len, first_block_len } = self.mask {
-            if block_len == 0 {
-                return Err(Error::value("block_len", "at least 1", block_len));
-            }
-            if anchor_len > block_len.min(first_block_len) {
-                let most = format!("at most block_len {block_len} and first_block_len {first_block_len}");
-                return Err(Error::value("anchor_len", most, anchor_len));
-            }
         }
         Ok(())
     }
@@ -123,24 +177,9 @@ impl AttentionShape {
     /// [`Error::Shape`] if heads or head_dim are 0, the query heads are no multiple of the KV heads, or a tensor of these extents
     /// could not be addressed.
     pub fn validate(&self) -> Result<()> {
-        if self.head_dim == 0 {
-            return Err(Error::shape("query", "head_dim of at least 1", "0"));
-        }
-        if self.kv_heads == 0 {
-            return Err(Error::shape("key", "at least 1 head", "0"));
-        }
-        if self.query_heads == 0 || !self.query_heads.is_multiple_of(self.kv_heads) {
-            let expected = format!("heads a multiple of the {} KV heads", self.kv_heads);
-            return Err(Error::shape("query", expected, self.query_heads.to_string()));
-        }
-        for (argument, shape) in [("query", self.query_shape()), ("key", self.key_shape())] {
-            // Empty axes count as one, so that products of any of the extents are in range.
-            let elements = shape.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
-            if elements.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
-                return Err(Error::shape(argument, "extents that can be addressed", format!("{shape:?}")));
-            }
-        }
-        Ok(())
+        check_heads(self.query_heads, self.kv_heads, self.head_dim)?;
+        check_addressable("query", self.query_shape())?;
+        check_addressable("key", self.key_shape())
     }
 
     /// Query heads that share a KV head.
@@ -192,6 +231,31 @@ impl AttentionShape {
         }
         Ok(())
     }
+}
+
+/// Refuses heads that are 0 or do not fit together.
+pub(crate) fn check_heads(query_heads: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
+    if head_dim == 0 {
+        return Err(Error::shape("query", "head_dim of at least 1", "0"));
+    }
+    if kv_heads == 0 {
+        return Err(Error::shape("key", "at least 1 head", "0"));
+    }
+    if query_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
+        let expected = format!("heads a multiple of the {kv_heads} KV heads");
+        return Err(Error::shape("query", expected, query_heads.to_string()));
+    }
+    Ok(())
+}
+
+/// Refuses a tensor of which no memory could hold all elements.
+pub(crate) fn check_addressable(argument: &'static str, shape: [usize; 4]) -> Result<()> {
+    // Empty axes count as one, so that products of any of the extents are in range.
+    let bytes = shape.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
+    if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+        return Err(Error::shape(argument, "extents that can be addressed", format!("{shape:?}")));
+    }
+    Ok(())
 }
 
 /// Refuses a tensor that has not the expected shape, or whose last axis is not contiguous.

@@ -49,6 +49,14 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// A sequence of a batch that is not in order.
+    #[error("sequence {index}: {source}")]
+    Sequence {
+        /// Its index in the batch.
+        index: usize,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
     /// The caller's workspace holds fewer elements than the plan asks for.
     #[error("workspace: expected at least {expected} elements, got {got}")]
     Workspace {

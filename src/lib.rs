@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_op_in_unsafe_fn, missing_docs, clippy::undocumented_unsafe_blocks)]
 
+mod batch;
 #[cfg(feature = "candle")]
 pub mod candle;
 pub mod comm;
@@ -12,10 +13,11 @@ mod error;
 mod kv;
 mod layout;
 pub mod merge;
+mod schedule;
 mod tensor;
-mod walk;
 
-pub use config::{AttentionConfig, AttentionShape, Mask};
+pub use batch::{Batch, Keys, Sequence};
+pub use config::{AttentionConfig, AttentionShape, Mask, ScoreConfig};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use kv::KvShard;

@@ -1,7 +1,7 @@
 //! The default backend: tiled attention with an online softmax, over rayon's threads.
 //!
 //! ```text
-//! mask → segments of rows that share their keys (walk) → tiles of rows, longest first (Plan)
+//! mask → segments of rows that share their keys (schedule) → tiles of rows, longest first (Plan)
 //!      → tile: many rows, or few: bound by reading KV → out and lse, or partials over splits of the keys, merged
 //! ```
 //!
@@ -17,8 +17,8 @@ mod tile;
 
 use super::simd::{InstructionSet, Product, Simd, Task, dispatch};
 use crate::merge::merge_row;
+use crate::schedule::{self, Segment};
 use crate::tensor::SharedRows;
-use crate::walk::{self, Segment};
 use crate::{AttentionConfig, AttentionShape, DType, Element, Error, Result, TensorView, TensorViewMut};
 use piece::{Inputs, Piece};
 use rayon::prelude::*;
@@ -76,7 +76,7 @@ impl Plan {
         query_offsets: &[usize],
         key_offsets: &[usize],
     ) -> Result<Self> {
-        Self::with_sequences(config, shape, walk::packed_sequences(shape, query_offsets, key_offsets)?)
+        Self::with_sequences(config, shape, schedule::packed_sequences(shape, query_offsets, key_offsets)?)
     }
 
     fn with_sequences(
@@ -90,7 +90,7 @@ impl Plan {
         let tokens = tile::ROWS / heads;
         let mut tasks = Vec::new();
         for (index, [query, key]) in sequences.iter().enumerate() {
-            walk::segments(config.mask, query.len(), key.len(), |segment| {
+            schedule::segments(config.mask, query.len(), key.len(), |segment| {
                 for start in segment.rows.clone().step_by(tokens) {
                     let end = segment.rows.end.min(start + tokens);
                     tasks.push((index, segment.part(start..end)));
@@ -236,7 +236,7 @@ impl Plan {
             value: Rows::new(value),
             head_dim,
             scale: self.config.scale_for(head_dim),
-            softcap: self.config.softcap_for(self.shape.head_dim),
+            softcap: self.config.score().softcap_for(self.shape.head_dim),
         };
 
         let aligned = workspace.as_ptr().align_offset(ALIGNMENT * size_of::<f32>()).min(ALIGNMENT);

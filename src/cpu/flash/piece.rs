@@ -1,8 +1,8 @@
 //! What a kernel gets: the inputs of the call, and the piece of it to compute.
 
 use super::rows::Rows;
+use crate::schedule::Segment;
 use crate::tensor::sealed::AnySlice;
-use crate::walk::Segment;
 use std::ops::Range;
 
 /// The inputs of a call and its constants.

@@ -1,7 +1,7 @@
 //! Attention on a GPU: `cuda/include/flash.cuh` under a plan made on the host.
 //!
 //! ```text
-//! mask → segments of rows that share their keys (walk) → tiles of rows, longest first, their keys perhaps split (Plan)
+//! mask → segments of rows that share their keys (schedule) → tiles of rows, longest first, their keys perhaps split (Plan)
 //!      → one launch: tiles × heads → out and lse, or partials, which a second launch merges
 //! ```
 //!
@@ -19,7 +19,7 @@ use super::Properties;
 use super::device::{ALIGNMENT, Device, SpanMut, bytes_of, check_not_capturing};
 use super::params::StarTile;
 use super::policy::{HEAD_DIMS, Policy};
-use crate::walk::{self, Segment};
+use crate::schedule::{self, Segment};
 use crate::{AttentionConfig, AttentionShape, Error, Result};
 pub use prepared::Prepared;
 use std::ops::Range;
@@ -122,7 +122,7 @@ impl Plan {
         query_offsets: &[usize],
         key_offsets: &[usize],
     ) -> Result<Self> {
-        let sequences = walk::packed_sequences(shape, query_offsets, key_offsets)?;
+        let sequences = schedule::packed_sequences(shape, query_offsets, key_offsets)?;
         let sequences = sequences.into_iter().map(|[query, key]| Sequence { batch: 0, query, key });
         Self::with_sequences(properties, config, shape, Policy::encode, sequences)
     }
@@ -157,7 +157,7 @@ impl Plan {
             *end += keys;
             Some(*end)
         }));
-        let places = walk::packed_sequences(shape, query_offsets, &key_offsets)?;
+        let places = schedule::packed_sequences(shape, query_offsets, &key_offsets)?;
         let places = places.into_iter().map(|[query, key]| Sequence { batch: 0, query, key: 0..key.len() });
         let longest = sequences.iter().map(|(_, list)| list.len()).max().unwrap_or(0);
         let rows = sequences
@@ -209,7 +209,7 @@ impl Plan {
             table: None,
         };
         for (index, sequence) in sequences.enumerate() {
-            walk::segments(config.mask, sequence.query.len(), sequence.key.len(), |segment| {
+            schedule::segments(config.mask, sequence.query.len(), sequence.key.len(), |segment| {
                 plan.pairs += segment.pairs() as u64;
                 plan.push_tiles(index, &sequence, &segment);
             });

@@ -109,7 +109,7 @@ impl<D: Device> Prepared<'_, D> {
         // A scale of 0 would make NaN of the -inf of hidden keys; this one makes 0 of every score.
         let scale = config.scale_for(shape.head_dim).max(f32::MIN_POSITIVE);
         let log2_e = std::f32::consts::LOG2_E;
-        let (cap_scale, scale_log2) = match config.softcap_for(shape.head_dim) {
+        let (cap_scale, scale_log2) = match config.score().softcap_for(shape.head_dim) {
             // The kernels compute tanh(ln 2 / 2 · x).
             Some(cap) => (scale / cap * (2.0 * log2_e), cap * log2_e),
             None => (0.0, scale * log2_e),

@@ -1,4 +1,4 @@
-//! From masks to work: which rows share their keys, and in which tiles they are walked.
+//! From masks to work: which rows share their keys, and in which tiles they are walked. For all backends.
 //!
 //! Every mask cuts the query rows of a sequence into [`Segment`]s whose rows walk one list of keys: `prefix` keys from the start
 //! of the sequence (the anchor) and then the keys from `start` on. The list is never longer than what its last row sees,
