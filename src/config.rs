@@ -214,22 +214,16 @@ impl AttentionShape {
         check_rows("key", self.key_shape(), key.shape(), key.strides())?;
         check_rows("value", self.key_shape(), value.shape(), value.strides())
     }
+}
 
-    /// Refuses an output or log-sum-exp that has not these extents.
-    pub(crate) fn check_output(
-        &self,
-        shape: [usize; 4],
-        strides: [usize; 4],
-        lse: Option<&[f32]>,
-    ) -> Result<()> {
-        check_rows("out", self.query_shape(), shape, strides)?;
-        if let Some(lse) = lse
-            && lse.len() != self.lse_len()
-        {
-            let expected = [self.batch, self.query_heads, self.query_len];
-            return Err(Error::shape("lse", format!("{expected:?}"), format!("{} elements", lse.len())));
+/// Refuses a log-sum-exp `[batch, heads, seq]` of another length than the queries have.
+pub(crate) fn check_lse([batch, seq, heads, _]: [usize; 4], lse: Option<&[f32]>) -> Result<()> {
+    match lse {
+        Some(lse) if lse.len() != batch * heads * seq => {
+            let expected = format!("{:?}", [batch, heads, seq]);
+            Err(Error::shape("lse", expected, format!("{} elements", lse.len())))
         }
-        Ok(())
+        _ => Ok(()),
     }
 }
 

@@ -8,6 +8,7 @@ use super::rows::{Rows, pack_words};
 use crate::cpu::simd::{Product, Simd, load, prefetch, store};
 use crate::tensor::sealed::AnySlice;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Query rows at most: beyond, `tile` does less work per row.
 pub(super) const ROWS: usize = 16;
@@ -15,6 +16,8 @@ pub(super) const ROWS: usize = 16;
 const KEYS: usize = 32;
 /// Keys that are worked on at a time.
 const BLOCK: usize = 4;
+/// From the scores of one row to the next's: the last block of a tile may reach beyond it.
+const STRIDE: usize = KEYS + BLOCK;
 /// Keys by which reading runs ahead of computing where rows lie apart.
 const AHEAD: usize = 8;
 /// Heads are padded to whole blocks of so many vectors.
@@ -24,7 +27,7 @@ const WIDEST: usize = 16;
 
 /// Elements of workspace for one thread.
 pub(super) fn scratch_len(head_dim: usize) -> usize {
-    ROWS * (2 * padded::<WIDEST>(head_dim) + KEYS)
+    ROWS * (2 * padded::<WIDEST>(head_dim) + STRIDE)
 }
 
 fn padded<const LANES: usize>(head_dim: usize) -> usize {
@@ -83,10 +86,10 @@ struct Run<'a, T> {
 }
 
 impl<'a, T: Load> Run<'a, T> {
-    /// The rows of the entries from `start` on, to the next gap in the list of keys.
+    /// The rows of the entries from `start` on, to the next gap in the list of keys or the end of the page.
     #[inline(always)]
-    fn new(source: &Rows<'a>, piece: &Piece, start: usize) -> Self {
-        let data = source.rows_from(piece.batch, piece.key(start), piece.kv_head);
+    fn new(source: &Rows<'a>, piece: &Piece<'_>, start: usize) -> Self {
+        let data = source.rows_from(piece.key_place(start));
         Self { data: T::rows(data), stride: source.seq_stride() }
     }
 
@@ -117,7 +120,7 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
     simd: S,
     product: P,
     inputs: &Inputs<'_>,
-    piece: &Piece,
+    piece: &Piece<'_>,
     scratch: &mut [f32],
     write: impl FnMut(usize, &[f32], f32),
 ) {
@@ -133,7 +136,7 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
     simd: S,
     product: P,
     inputs: &Inputs<'_>,
-    piece: &Piece,
+    piece: &Piece<'_>,
     scratch: &mut [f32],
     mut write: impl FnMut(usize, &[f32], f32),
 ) {
@@ -141,15 +144,14 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
     let rows = piece.rows();
     let (query, scratch) = scratch.split_at_mut(ROWS * width);
     let (out, scratch) = scratch.split_at_mut(ROWS * width);
-    let scores = &mut scratch[..ROWS * KEYS];
+    let scores = &mut scratch[..ROWS * STRIDE];
     let (factor, softcap) = inputs.factors();
     let (mut max, mut sum) = ([f32::NEG_INFINITY; ROWS], [0f32; ROWS]);
 
     query.fill(0.0);
     out.fill(0.0);
     for (row, query) in query.chunks_exact_mut(width).take(rows).enumerate() {
-        let (token, head) = piece.place(row);
-        let row = inputs.query.row(piece.batch, token, head);
+        let row = inputs.query.row(piece.place(row));
         if P::ELEMENTS == 1 { pack_words::<1>(row, query) } else { pack_words::<2>(row, query) }
     }
 
@@ -160,65 +162,72 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
         width,
         element: std::marker::PhantomData,
     };
-    let mut start = piece.entries.start;
-    while start < piece.entries.end {
-        let count = KEYS.min(piece.run(start).end - start);
-        let keys = Run::<T>::new(&inputs.key, piece, start);
-        let values = Run::<T>::new(&inputs.value, piece, start);
-        start += count;
-        for first in (0..count).step_by(BLOCK) {
-            let mut block_keys = [keys.row(first, inputs.head_dim); BLOCK];
-            for (i, row) in block_keys.iter_mut().enumerate() {
-                *row = keys.row((first + i).min(count - 1), inputs.head_dim);
-            }
-            keys.prefetch(first, inputs.head_dim);
-            values.prefetch(first, inputs.head_dim);
-            // Loops and no closures: those are compiled without the vector instructions unless they are inlined.
-            let mut row = 0;
-            while row < rows {
-                let (query, scores) = (&query[row * width..], &mut scores[row * KEYS + first..]);
-                match block_rows(rows - row) {
-                    1 => block.scores::<1>(query, block_keys, scores),
-                    2 => block.scores::<2>(query, block_keys, scores),
-                    _ => block.scores::<4>(query, block_keys, scores),
+    for start in piece.entries.clone().step_by(KEYS) {
+        let end = piece.entries.end.min(start + KEYS);
+        for run in runs(piece, start, end) {
+            let keys = Run::<T>::new(&inputs.key, piece, run.start);
+            let values = Run::<T>::new(&inputs.value, piece, run.start);
+            for first in (0..run.len()).step_by(BLOCK) {
+                let mut block_keys = [keys.row(first, inputs.head_dim); BLOCK];
+                for (i, row) in block_keys.iter_mut().enumerate() {
+                    *row = keys.row((first + i).min(run.len() - 1), inputs.head_dim);
                 }
-                row += block_rows(rows - row);
+                keys.prefetch(first, inputs.head_dim);
+                values.prefetch(first, inputs.head_dim);
+                // Loops and no closures: those are compiled without the vector instructions unless they are inlined.
+                let mut row = 0;
+                while row < rows {
+                    let (query, scores) =
+                        (&query[row * width..], &mut scores[row * STRIDE + run.start - start + first..]);
+                    match block_rows(rows - row) {
+                        1 => block.scores::<1>(query, block_keys, scores),
+                        2 => block.scores::<2>(query, block_keys, scores),
+                        _ => block.scores::<4>(query, block_keys, scores),
+                    }
+                    row += block_rows(rows - row);
+                }
             }
         }
         let mut alpha = [0f32; ROWS];
         for row in 0..rows {
-            let scores = &mut scores[row * KEYS..][..KEYS];
-            alpha[row] = softmax(simd, factor, softcap, scores, count, &mut max[row], &mut sum[row]);
+            let scores = &mut scores[row * STRIDE..][..KEYS];
+            alpha[row] = softmax(simd, factor, softcap, scores, end - start, &mut max[row], &mut sum[row]);
         }
         // Sixteen sums fill the registers. f32 values of longer heads go through two rows by eight vectors, so that they too
         // are read in order; halves through four by four, so that they are converted once.
         let wide = inputs.head_dim > BLOCK * S::LANES && size_of::<T>() == size_of::<f32>();
-        let mut row = 0;
-        while row < rows {
-            let (out, scores, alpha) = (&mut out[row * width..], &scores[row * KEYS..], &alpha[row..]);
-            let taken = match rows - row {
-                1 if wide => {
-                    block.accumulate::<1, 8>(alpha, scores, values, count, out);
-                    1
-                }
-                1 => {
-                    block.accumulate::<1, 4>(alpha, scores, values, count, out);
-                    1
-                }
-                _ if wide => {
-                    block.accumulate::<2, 8>(alpha, scores, values, count, out);
-                    2
-                }
-                2 => {
-                    block.accumulate::<2, 4>(alpha, scores, values, count, out);
-                    2
-                }
-                _ => {
-                    block.accumulate::<4, 4>(alpha, scores, values, count, out);
-                    4
-                }
-            };
-            row += taken;
+        for run in runs(piece, start, end) {
+            let values = Run::<T>::new(&inputs.value, piece, run.start);
+            let mut row = 0;
+            while row < rows {
+                let probabilities = &scores[row * STRIDE + run.start - start..];
+                let (out, alpha, count) = (&mut out[row * width..], &alpha[row..], run.len());
+                let taken = match rows - row {
+                    1 if wide => {
+                        block.accumulate::<1, 8>(alpha, probabilities, values, count, out);
+                        1
+                    }
+                    1 => {
+                        block.accumulate::<1, 4>(alpha, probabilities, values, count, out);
+                        1
+                    }
+                    _ if wide => {
+                        block.accumulate::<2, 8>(alpha, probabilities, values, count, out);
+                        2
+                    }
+                    2 => {
+                        block.accumulate::<2, 4>(alpha, probabilities, values, count, out);
+                        2
+                    }
+                    _ => {
+                        block.accumulate::<4, 4>(alpha, probabilities, values, count, out);
+                        4
+                    }
+                };
+                row += taken;
+            }
+            // The other runs of this tile add to what it has.
+            alpha = [1.0; ROWS];
         }
     }
 
@@ -228,6 +237,19 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
         out.iter_mut().for_each(|x| *x *= scale);
         write(row, out, (max[row] + sum[row].log2()) * std::f32::consts::LN_2);
     }
+}
+
+/// The entries `start..end` in parts whose keys are consecutive in memory.
+#[inline(always)]
+fn runs(piece: &Piece<'_>, start: usize, end: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut at = start;
+    std::iter::from_fn(move || {
+        (at < end).then(|| {
+            let run = piece.run(at, end);
+            at = run.end;
+            run
+        })
+    })
 }
 
 /// Rows of the next register block: 4, 2 or 1; three that are left over make a block of 4 with a row of zeros.
@@ -347,7 +369,7 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
             }
         }
         for (r, sums) in sums.iter().enumerate() {
-            scores[r * KEYS..][..BLOCK].copy_from_slice(&self.simd.sum_lanes_of(*sums));
+            scores[r * STRIDE..][..BLOCK].copy_from_slice(&self.simd.sum_lanes_of(*sums));
         }
     }
 
@@ -393,7 +415,7 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
             let row = values.row(key, self.head_dim);
             let mut p = [simd.splat(0.0); R];
             for r in 0..R {
-                p[r] = simd.splat(probabilities[r * KEYS + key]);
+                p[r] = simd.splat(probabilities[r * STRIDE + key]);
             }
             for i in 0..C {
                 let column = self.load::<FULL>(row, at + i * S::LANES);

@@ -1,6 +1,7 @@
 //! What a kernel gets: the inputs of the call, and the piece of it to compute.
 
 use super::rows::Rows;
+use crate::Sequence;
 use crate::schedule::Segment;
 use crate::tensor::sealed::AnySlice;
 use std::ops::Range;
@@ -18,29 +19,28 @@ pub(super) struct Inputs<'a> {
 
 /// A piece of work: some rows of one segment against some entries of its list of keys.
 #[derive(Clone, Debug)]
-pub(super) struct Piece {
-    pub batch: usize,
+pub(super) struct Piece<'a> {
+    pub sequence: &'a Sequence,
+    /// Rows of a page, where keys lie in pages.
+    pub page_len: usize,
     pub kv_head: usize,
     /// Query heads, all of them served by `kv_head`.
     pub heads: Range<usize>,
-    /// The place of the sequence on the seq axes.
-    pub query_start: usize,
-    pub key_start: usize,
     pub segment: Segment,
     pub entries: Range<usize>,
 }
 
-impl Piece {
+impl Piece<'_> {
     /// Query rows: heads times tokens.
     pub fn rows(&self) -> usize {
         self.segment.rows.len() * self.heads.len()
     }
 
-    /// The token (on the seq axis) and the head of a row.
+    /// The place of a row on the axes batch, seq and heads.
     #[inline(always)]
-    pub fn place(&self, row: usize) -> (usize, usize) {
-        let token = self.query_start + self.segment.rows.start + row / self.heads.len();
-        (token, self.heads.start + row % self.heads.len())
+    pub fn place(&self, row: usize) -> [usize; 3] {
+        let token = self.sequence.rows.start + self.segment.rows.start + row / self.heads.len();
+        [self.sequence.batch, token, self.heads.start + row % self.heads.len()]
     }
 
     /// Entries of the list that a row sees.
@@ -49,22 +49,25 @@ impl Piece {
         self.segment.visible(self.segment.rows.start + row / self.heads.len())
     }
 
-    /// The key (on the seq axis) of an entry.
+    /// The place of an entry's key on the axes batch, seq and heads.
     #[inline(always)]
-    pub fn key(&self, entry: usize) -> usize {
-        self.key_start + self.segment.key(entry)
+    pub fn key_place(&self, entry: usize) -> [usize; 3] {
+        let (batch, seq) = self.sequence.keys.place(self.segment.key(entry), self.page_len);
+        [batch, seq, self.kv_head]
     }
 
-    /// The entries from `entry` on whose keys are consecutive.
-    pub fn run(&self, entry: usize) -> Range<usize> {
+    /// The entries from `entry` to `end` at most whose keys are consecutive in memory.
+    pub fn run(&self, entry: usize, end: usize) -> Range<usize> {
+        let key = self.segment.key(entry);
+        let ahead = self.sequence.keys.run_end(key, self.page_len) - key;
         let gap = if entry < self.segment.prefix { self.segment.prefix } else { usize::MAX };
-        entry..self.entries.end.min(gap)
+        entry..end.min(gap).min(entry + ahead)
     }
 
     /// An entry's row of keys or values.
     #[inline(always)]
     pub fn key_row<'a>(&self, source: &Rows<'a>, entry: usize) -> AnySlice<'a> {
-        source.row(self.batch, self.key(entry), self.kv_head)
+        source.row(self.key_place(entry))
     }
 }
 

@@ -31,26 +31,26 @@ impl<'a> Rows<'a> {
         self.strides[1]
     }
 
-    /// The row of one head of one token.
+    /// The row at a place on the axes batch, seq and heads.
     #[inline(always)]
-    pub fn row(&self, batch: usize, seq: usize, head: usize) -> AnySlice<'a> {
-        let start = self.start(batch, seq, head);
+    pub fn row(&self, place: [usize; 3]) -> AnySlice<'a> {
+        let start = self.start(place);
         self.slice(start..start + self.dim)
     }
 
-    /// All elements from the row of one head of one token on.
+    /// All elements from the row at a place on.
     #[inline(always)]
-    pub fn rows_from(&self, batch: usize, seq: usize, head: usize) -> AnySlice<'a> {
+    pub fn rows_from(&self, place: [usize; 3]) -> AnySlice<'a> {
         let len = match self.data {
             AnySlice::F32(data) => data.len(),
             AnySlice::F16(data) => data.len(),
             AnySlice::BF16(data) => data.len(),
         };
-        self.slice(self.start(batch, seq, head)..len)
+        self.slice(self.start(place)..len)
     }
 
     #[inline(always)]
-    fn start(&self, batch: usize, seq: usize, head: usize) -> usize {
+    fn start(&self, [batch, seq, head]: [usize; 3]) -> usize {
         batch * self.strides[0] + seq * self.strides[1] + head * self.strides[2]
     }
 

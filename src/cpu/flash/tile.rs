@@ -87,7 +87,7 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
     simd: S,
     product: P,
     inputs: &Inputs<'_>,
-    piece: &Piece,
+    piece: &Piece<'_>,
     scratch: &mut [f32],
     mut write: impl FnMut(usize, &[f32], f32),
 ) {
@@ -181,7 +181,7 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
 #[inline(always)]
 fn pack_queries<S: Simd, P: Product<S>>(
     inputs: &Inputs<'_>,
-    piece: &Piece,
+    piece: &Piece<'_>,
     words: usize,
     packed: &mut [f32],
     row_words: &mut [f32],
@@ -190,8 +190,7 @@ fn pack_queries<S: Simd, P: Product<S>>(
     let rows = piece.rows();
     for row in 0..rows.next_multiple_of(panel_rows) {
         if row < rows {
-            let (token, head) = piece.place(row);
-            pack_row::<P, S>(inputs.query.row(piece.batch, token, head), &mut row_words[..words]);
+            pack_row::<P, S>(inputs.query.row(piece.place(row)), &mut row_words[..words]);
         } else {
             row_words[..words].fill(0.0);
         }

@@ -1,0 +1,260 @@
+//! The work of a plan, cut into pieces that threads take one after another.
+//!
+//! A task is a tile of query rows of one sequence, with the list of keys that they walk. Its keys are cut into splits of one
+//! length, the same for all tasks, so that a long sequence gives more pieces than a short one. A piece is one split of a task for
+//! one KV head (or for a part of its query heads, where they are too many for a tile).
+
+use super::piece::Piece;
+use super::tile;
+use crate::Batch;
+use crate::schedule::{self, Segment};
+use std::cmp::Reverse;
+use std::ops::Range;
+
+/// Keys are split until there are this many pieces of work, enough for the threads of a large machine...
+const PIECES: usize = 128;
+/// ...but not below this many keys, where the merge would begin to count.
+const SPLIT_KEYS: usize = 512;
+
+/// Query rows of one sequence that are worked on together.
+#[derive(Clone, Debug)]
+struct Task {
+    sequence: usize,
+    segment: Segment,
+    /// In how many parts its keys are walked.
+    splits: usize,
+    /// Where the rows of its partials begin, if there is more than one split.
+    partials: usize,
+}
+
+/// Pieces that follow each other: for each KV head (or part of one), the same split of some tasks of one sequence.
+#[derive(Clone, Debug)]
+struct Group {
+    /// Index of the first piece.
+    first: usize,
+    tasks: Range<usize>,
+    split: usize,
+}
+
+/// All pieces of a plan.
+#[derive(Clone, Debug)]
+pub(super) struct Work {
+    /// Those of a sequence together, longest walk first.
+    tasks: Vec<Task>,
+    groups: Vec<Group>,
+    pieces: usize,
+    /// Query heads that are worked on together: all of a KV head's, or as many as fill a tile.
+    heads: usize,
+    /// Parts of the query heads of a KV head.
+    parts: usize,
+    kv_heads: usize,
+    split_keys: usize,
+    /// Tasks of more than one split, and the rows of all their partials.
+    split: Vec<usize>,
+    partial_rows: usize,
+}
+
+/// Where a piece stands in its work.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// Whether its result is final, or a partial that is to be merged.
+    pub whole: bool,
+    /// The row of partials that takes its first row.
+    pub partials: usize,
+}
+
+impl Work {
+    /// The tasks of a batch. With `split_keys` the keys of each row are cut at multiples of that, whatever else is in
+    /// the batch; otherwise so that there are enough pieces for many threads.
+    pub fn new(batch: &Batch, split_keys: Option<usize>) -> Self {
+        let heads = batch.group().min(tile::ROWS);
+        let parts = batch.group().div_ceil(heads);
+        let kv_heads = batch.key_shape()[2];
+        let mut sequences: Vec<Vec<Segment>> = batch.sequences().iter().map(|s| tiles(s, heads)).collect();
+        sequences.iter_mut().for_each(|tiles| tiles.sort_by_key(|tile| Reverse(tile.len())));
+        let longest = |index: &usize| sequences[*index].first().map_or(0, Segment::len);
+        let mut order: Vec<usize> = (0..sequences.len()).collect();
+        order.sort_by_key(|index| Reverse(longest(index)));
+
+        let split_keys = split_keys.unwrap_or_else(|| {
+            let entries: usize = sequences.iter().flatten().map(Segment::len).sum();
+            (entries.saturating_mul(kv_heads * parts) / PIECES).max(SPLIT_KEYS)
+        });
+        let split_keys = split_keys.max(1).checked_next_multiple_of(tile::KEYS).unwrap_or(usize::MAX);
+        let mut work = Self {
+            tasks: Vec::new(),
+            groups: Vec::new(),
+            pieces: 0,
+            heads,
+            parts,
+            kv_heads,
+            split_keys,
+            split: Vec::new(),
+            partial_rows: 0,
+        };
+        let of_sequences: Vec<Range<usize>> = order
+            .into_iter()
+            .map(|sequence| {
+                let start = work.tasks.len();
+                for segment in std::mem::take(&mut sequences[sequence]) {
+                    work.push(sequence, segment);
+                }
+                start..work.tasks.len()
+            })
+            .collect();
+        // All heads of a split before the next: in [seq, heads] layouts they share their pages of memory.
+        let most = work.tasks.iter().map(|task| task.splits).max().unwrap_or(0);
+        for split in 0..most {
+            for tasks in &of_sequences {
+                // The tasks of a sequence are sorted by length, so by splits too.
+                let count = work.tasks[tasks.clone()].partition_point(|task| task.splits > split);
+                if count > 0 {
+                    let tasks = tasks.start..tasks.start + count;
+                    work.groups.push(Group { first: work.pieces, tasks, split });
+                    work.pieces += count * work.planes();
+                }
+            }
+        }
+        work
+    }
+
+    fn push(&mut self, sequence: usize, segment: Segment) {
+        let splits = segment.len().div_ceil(self.split_keys).max(1);
+        let partials = self.partial_rows;
+        if splits > 1 {
+            self.split.push(self.tasks.len());
+            self.partial_rows += self.planes() * splits * self.rows(&segment);
+        }
+        self.tasks.push(Task { sequence, segment, splits, partials });
+    }
+
+    /// Rows of a tile of one KV head or part.
+    fn rows(&self, segment: &Segment) -> usize {
+        segment.rows.len() * self.heads
+    }
+
+    /// KV heads times parts.
+    fn planes(&self) -> usize {
+        self.kv_heads * self.parts
+    }
+
+    /// How many pieces there are.
+    pub fn pieces(&self) -> usize {
+        self.pieces
+    }
+
+    /// Rows of all partials.
+    pub fn partial_rows(&self) -> usize {
+        self.partial_rows
+    }
+
+    /// Visible (row, key) pairs of one query head.
+    pub fn pairs(&self) -> u64 {
+        self.tasks.iter().map(|task| task.segment.pairs() as u64).sum()
+    }
+
+    /// The piece of this index, and where its result goes.
+    pub fn piece<'a>(&self, batch: &'a Batch, index: usize) -> (Piece<'a>, Place) {
+        let group = &self.groups[self.groups.partition_point(|group| group.first <= index) - 1];
+        let index = index - group.first;
+        let (plane, task) = (index / group.tasks.len(), group.tasks.start + index % group.tasks.len());
+        let Task { splits, partials, ref segment, .. } = self.tasks[task];
+        let place = Place {
+            whole: splits == 1,
+            partials: partials + (plane * splits + group.split) * self.rows(segment),
+        };
+        (self.piece_of(batch, task, plane, group.split), place)
+    }
+
+    fn piece_of<'a>(&self, batch: &'a Batch, task: usize, plane: usize, split: usize) -> Piece<'a> {
+        let Task { sequence, ref segment, .. } = self.tasks[task];
+        let (kv_head, part) = (plane / self.parts, plane % self.parts);
+        let group = batch.group();
+        let first = part * self.heads;
+        let entry = |split: usize| self.split_keys.saturating_mul(split).min(segment.len());
+        Piece {
+            sequence: &batch.sequences()[sequence],
+            page_len: batch.key_shape()[1],
+            kv_head,
+            heads: kv_head * group + first..kv_head * group + group.min(first + self.heads),
+            segment: segment.clone(),
+            entries: entry(split)..entry(split + 1),
+        }
+    }
+
+    /// How many merges there are: one for each task of more than one split and KV head (or part).
+    pub fn merges(&self) -> usize {
+        self.split.len() * self.planes()
+    }
+
+    /// A merge: the first of the pieces whose partials become one, the rows of these, and the rows from one split's to the next.
+    pub fn merge<'a>(&self, batch: &'a Batch, index: usize) -> (Piece<'a>, Range<usize>, usize) {
+        let (task, plane) = (self.split[index / self.planes()], index % self.planes());
+        let Task { splits, partials, ref segment, .. } = self.tasks[task];
+        let rows = self.rows(segment);
+        let start = partials + plane * splits * rows;
+        (self.piece_of(batch, task, plane, 0), start..start + splits * rows, rows)
+    }
+}
+
+/// The tiles of a sequence: rows that share their keys, as many tokens as fill a tile.
+fn tiles(sequence: &crate::Sequence, heads: usize) -> Vec<Segment> {
+    let tokens = tile::ROWS / heads;
+    let mut tiles = Vec::new();
+    schedule::segments(sequence.mask, sequence.rows.len(), sequence.keys.len(), |segment| {
+        for start in segment.rows.clone().step_by(tokens) {
+            tiles.push(segment.part(start..segment.rows.end.min(start + tokens)));
+        }
+    });
+    tiles
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Keys, Mask, Sequence};
+
+    /// A long sequence among short ones is cut into many pieces, the short ones are not cut.
+    #[test]
+    fn splits_follow_the_lengths() {
+        let lens = [65_536, 256, 256, 300];
+        let mut batch = Batch::new([4, 1, 8, 128], [4, 65_536, 8, 128]).unwrap();
+        for (index, len) in lens.into_iter().enumerate() {
+            batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Causal)).unwrap();
+        }
+        let work = Work::new(&batch, None);
+        let mut entries = [0; 4];
+        let longest = (0..work.pieces())
+            .map(|index| {
+                let (piece, _) = work.piece(&batch, index);
+                entries[piece.sequence.batch] += piece.entries.len();
+                piece.entries.len()
+            })
+            .max();
+        assert_eq!(entries, lens.map(|len| 8 * len));
+        let share = 8 * lens.iter().sum::<usize>() / PIECES;
+        assert!(longest < Some(share + tile::KEYS), "{longest:?} of {share}");
+    }
+
+    /// With a fixed length the borders are its multiples, whatever is in the batch.
+    #[test]
+    fn fixed_splits_do_not_depend_on_the_batch() {
+        let borders = |others: usize| {
+            let mut batch = Batch::new([9, 1, 2, 64], [9, 3000, 1, 64]).unwrap();
+            for index in 0..=others {
+                let len = if index == 0 { 2500 } else { 100 * index };
+                batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Full)).unwrap();
+            }
+            let work = Work::new(&batch, Some(960));
+            let mut entries: Vec<_> = (0..work.pieces())
+                .map(|index| work.piece(&batch, index).0)
+                .filter(|piece| piece.sequence.batch == 0)
+                .map(|piece| piece.entries)
+                .collect();
+            entries.sort_by_key(|entries| entries.start);
+            entries
+        };
+        assert_eq!(borders(0), [0..960, 960..1920, 1920..2500]);
+        assert_eq!(borders(8), borders(0));
+    }
+}
