@@ -62,8 +62,12 @@ template <class In, class Out, int Unit>
 DEVICE void merge(const StarMergeParams& p) {
     const uint32_t lane = thread_index() % p.lanes;
     const uint32_t row = block_index() * (THREADS / p.lanes) + thread_index() / p.lanes;
-    const bool within = row < p.batch * p.seq * p.heads;
-    const uint32_t token = row / p.heads, head = row % p.heads;
+    const bool within = row < p.rows;
+    uint32_t token = row / p.heads;
+    const uint32_t head = row % p.heads;
+    if (p.tokens != 0 && within) {
+        token = load(reinterpret_cast<const uint32_t*>(p.tokens) + token);
+    }
     const uint32_t batch = token / p.seq, seq = token % p.seq;
     const uint64_t lse_at = (static_cast<uint64_t>(batch) * p.heads + head) * p.seq + seq;
     const float* lse = reinterpret_cast<const float*>(p.partials_lse) + lse_at;
@@ -75,7 +79,6 @@ DEVICE void merge(const StarMergeParams& p) {
             max = maximum(max, load(lse + i * p.lse_stride));
         }
         const uint64_t first = batch * p.partials.batch + seq * p.partials.seq + head * p.partials.head;
-        const uint64_t step = p.batch * p.partials.batch;
         const uint64_t out = batch * p.out.batch + seq * p.out.seq + head * p.out.head;
         const void* from = reinterpret_cast<const void*>(p.partials.data);
         void* to = reinterpret_cast<void*>(p.out.data);
@@ -95,7 +98,7 @@ DEVICE void merge(const StarMergeParams& p) {
                         pieces[i].read(from, at);
                     }
                     its_lse += p.lse_stride;
-                    at += step;
+                    at += p.partial_stride;
                 }
 #pragma unroll
                 for (uint32_t i = 0; i < together; i++) {

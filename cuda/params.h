@@ -15,13 +15,14 @@ typedef struct {
 /* Rows that walk one list of keys: entries 0..prefix are the sequence's keys from its start on (the anchor), the others its keys from
  * `start` on. Where the query heads of a KV head share a tile, a row is one head of one token, heads fastest. */
 typedef struct {
-    /* Index on the batch axis, and into the page table. */
+    /* Index on the batch axis of queries and outputs. */
     uint32_t batch;
-    uint32_t sequence;
+    /* Index on the batch axis of keys and values or, where they lie in pages, of the sequence's first page in the page table. */
+    uint32_t key_batch;
     /* First row, on the seq axis times `pack`, and how many. */
     uint32_t row;
     uint32_t rows;
-    /* Where the sequence's keys start on their seq axis. */
+    /* Where the sequence's keys start on their seq axis; 0 where they lie in pages. */
     uint32_t key_start;
     uint32_t prefix;
     uint32_t start;
@@ -45,13 +46,16 @@ typedef struct {
     uint64_t lse;
     /* StarTile[]. */
     uint64_t tiles;
-    /* u32 [sequences, pages]: the pages of paged keys and values; a page is an index of the batch axis. 0 for contiguous ones. */
+    /* u32[]: the pages of each sequence in order, one sequence after another; a page is an index on the batch axis of keys and
+     * values. 0 where these do not lie in pages. */
     uint64_t page_table;
     /* Elements from the results of one split to those of the next. */
     uint64_t out_split;
     uint64_t lse_split;
-    uint32_t pages;
-    uint32_t page_len_log2;
+    /* Rows of a page, and what divides by them: n / page_len is the high word of 2 n · page_magic, shifted right by page_shift. */
+    uint32_t page_len;
+    uint32_t page_magic;
+    uint32_t page_shift;
     uint32_t query_len;
     uint32_t query_heads;
     /* Query heads of a KV head. */
@@ -65,21 +69,26 @@ typedef struct {
     float cap_scale;
     /* How far a score may pass the base of its row before the base follows, as a score. */
     float slack;
+    uint32_t padding;
 } StarFlashParams;
 
 /* merge.cu: n partials to one. */
 typedef struct {
-    /* [n × batch, seq, heads, dim]. */
+    /* [batch, seq, heads, dim] for each partial, `partial_stride` elements apart. */
     StarTensor partials;
     /* [batch, seq, heads, dim]. */
     StarTensor out;
     /* f32 [batch, heads, seq] for each partial, `lse_stride` apart. */
     uint64_t partials_lse;
+    uint64_t partial_stride;
     uint64_t lse_stride;
     /* f32 [batch, heads, seq], or 0. */
     uint64_t lse;
+    /* u32[]: the tokens to merge, batch · seq + row; 0 for all of them in order. */
+    uint64_t tokens;
     uint32_t n;
-    uint32_t batch;
+    /* Tokens to merge times heads. */
+    uint32_t rows;
     uint32_t seq;
     uint32_t heads;
     uint32_t dim;

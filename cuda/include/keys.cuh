@@ -12,11 +12,11 @@ struct KeyList {
 
     DEVICE const uint16_t* row(const StarTensor& tensor, uint32_t entry) const {
         uint32_t key = tile.key_start + (entry < tile.prefix ? entry : tile.start + (entry - tile.prefix));
-        uint64_t batch = tile.batch;
+        uint64_t batch = tile.key_batch;
         if (p.page_table != 0) {
-            const uint32_t* pages = reinterpret_cast<const uint32_t*>(p.page_table);
-            batch = load(pages + static_cast<uint64_t>(tile.sequence) * p.pages + (key >> p.page_len_log2));
-            key &= (1u << p.page_len_log2) - 1;
+            const uint32_t page = static_cast<uint32_t>(static_cast<uint64_t>(2 * key) * p.page_magic >> 32) >> p.page_shift;
+            batch = load(reinterpret_cast<const uint32_t*>(p.page_table) + batch + page);
+            key -= page * p.page_len;
         }
         const uint64_t offset = batch * tensor.batch + key * tensor.seq + kv_head * tensor.head;
         return reinterpret_cast<const uint16_t*>(tensor.data) + offset;
@@ -75,7 +75,7 @@ struct Ring {
     }
     DEVICE uint64_t first_source(const StarTensor& from) const {
         const uint64_t key = list.tile.key_start + row();
-        return from.data + 2 * (list.tile.batch * from.batch + key * from.seq + list.kv_head * from.head + lane() * 8);
+        return from.data + 2 * (list.tile.key_batch * from.batch + key * from.seq + list.kv_head * from.head + lane() * 8);
     }
 
     DEVICE uint32_t end() const { return shared_load4(shared_list); }

@@ -66,9 +66,11 @@ pub fn merge<D: Device, T: Element, O: Element>(
     let launch = MergeLaunch {
         partials: partials.out.params(),
         partials_lse: partials.lse.address,
+        partial_stride: (batch as u64).wrapping_mul(partials.out.params().batch),
         lse_stride: partials.lse_stride,
         n,
         shape,
+        tokens: None,
         dtypes: [T::DTYPE, O::DTYPE],
         out: out.params(),
         lse: lse.map_or(0, |lse| lse.address),
@@ -86,9 +88,12 @@ fn rows_of(shape: [usize; 4]) -> usize {
 pub(super) struct MergeLaunch {
     pub partials: StarTensor,
     pub partials_lse: u64,
+    pub partial_stride: u64,
     pub lse_stride: usize,
     pub n: usize,
     pub shape: [usize; 4],
+    /// The address of a list of tokens, `batch · seq + row` in 32 bits, and its length: the others are left alone.
+    pub tokens: Option<(u64, usize)>,
     /// Of partials and output.
     pub dtypes: [DType; 2],
     pub out: StarTensor,
@@ -102,8 +107,8 @@ pub(super) unsafe fn launch_merge<D: Device>(
     stream: &D::Stream,
     merge: &MergeLaunch,
 ) -> Result<()> {
-    let [batch, seq, heads, dim] = merge.shape;
-    let rows = rows_of(merge.shape);
+    let [_, seq, heads, dim] = merge.shape;
+    let rows = merge.tokens.map_or(rows_of(merge.shape), |(_, count)| count * heads);
     if rows == 0 {
         return Ok(());
     }
@@ -117,16 +122,18 @@ pub(super) unsafe fn launch_merge<D: Device>(
     let lanes = dim.div_ceil(if fast { 8 } else { 1 }).next_power_of_two().min(32);
     let too_large = || Error::shape("out", "fewer than 2³¹ rows", rows.to_string());
     let narrow = |extent: usize| i32::try_from(extent).map(|extent| extent as u32).map_err(|_| too_large());
-    // Whole rows for each block; the kernel counts rows in 32 bits.
-    let blocks = narrow(rows)?.div_ceil((MERGE_THREADS / lanes) as u32);
+    // The kernel counts rows in 32 bits.
+    let rows = narrow(rows)?;
     let params = StarMergeParams {
         partials: merge.partials,
         out: merge.out,
         partials_lse: merge.partials_lse,
+        partial_stride: merge.partial_stride,
         lse_stride: merge.lse_stride as u64,
         lse: merge.lse,
+        tokens: merge.tokens.map_or(0, |(address, _)| address),
         n: narrow(merge.n)?,
-        batch: narrow(batch)?,
+        rows,
         seq: narrow(seq)?,
         heads: narrow(heads)?,
         dim: narrow(dim)?,
@@ -135,7 +142,8 @@ pub(super) unsafe fn launch_merge<D: Device>(
     let kernel = format!("merge_{from}_{to}{}", if fast { "" } else { "_unaligned" });
     let launch = Launch {
         kernel: &kernel,
-        blocks,
+        // Whole rows for each block.
+        blocks: rows.div_ceil((MERGE_THREADS / lanes) as u32),
         threads: MERGE_THREADS as u32,
         shared_bytes: 0,
         params: bytes_of(std::slice::from_ref(&params)),

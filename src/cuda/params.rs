@@ -30,7 +30,7 @@ const _: () = {
 #[derive(Debug, Default, Copy, Clone)]
 pub struct StarTile {
     pub batch: u32,
-    pub sequence: u32,
+    pub key_batch: u32,
     pub row: u32,
     pub rows: u32,
     pub key_start: u32,
@@ -50,8 +50,8 @@ const _: () = {
         "Offset of field: StarTile::batch",
     ][::std::mem::offset_of!(StarTile, batch) - 0usize];
     [
-        "Offset of field: StarTile::sequence",
-    ][::std::mem::offset_of!(StarTile, sequence) - 4usize];
+        "Offset of field: StarTile::key_batch",
+    ][::std::mem::offset_of!(StarTile, key_batch) - 4usize];
     ["Offset of field: StarTile::row"][::std::mem::offset_of!(StarTile, row) - 8usize];
     [
         "Offset of field: StarTile::rows",
@@ -91,8 +91,9 @@ pub struct StarFlashParams {
     pub page_table: u64,
     pub out_split: u64,
     pub lse_split: u64,
-    pub pages: u32,
-    pub page_len_log2: u32,
+    pub page_len: u32,
+    pub page_magic: u32,
+    pub page_shift: u32,
     pub query_len: u32,
     pub query_heads: u32,
     pub group: u32,
@@ -101,10 +102,11 @@ pub struct StarFlashParams {
     pub scale_log2: f32,
     pub cap_scale: f32,
     pub slack: f32,
+    pub padding: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 208usize];
+    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 216usize];
     ["Alignment of StarFlashParams"][::std::mem::align_of::<StarFlashParams>() - 8usize];
     [
         "Offset of field: StarFlashParams::query",
@@ -134,35 +136,41 @@ const _: () = {
         "Offset of field: StarFlashParams::lse_split",
     ][::std::mem::offset_of!(StarFlashParams, lse_split) - 160usize];
     [
-        "Offset of field: StarFlashParams::pages",
-    ][::std::mem::offset_of!(StarFlashParams, pages) - 168usize];
+        "Offset of field: StarFlashParams::page_len",
+    ][::std::mem::offset_of!(StarFlashParams, page_len) - 168usize];
     [
-        "Offset of field: StarFlashParams::page_len_log2",
-    ][::std::mem::offset_of!(StarFlashParams, page_len_log2) - 172usize];
+        "Offset of field: StarFlashParams::page_magic",
+    ][::std::mem::offset_of!(StarFlashParams, page_magic) - 172usize];
+    [
+        "Offset of field: StarFlashParams::page_shift",
+    ][::std::mem::offset_of!(StarFlashParams, page_shift) - 176usize];
     [
         "Offset of field: StarFlashParams::query_len",
-    ][::std::mem::offset_of!(StarFlashParams, query_len) - 176usize];
+    ][::std::mem::offset_of!(StarFlashParams, query_len) - 180usize];
     [
         "Offset of field: StarFlashParams::query_heads",
-    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 180usize];
+    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 184usize];
     [
         "Offset of field: StarFlashParams::group",
-    ][::std::mem::offset_of!(StarFlashParams, group) - 184usize];
+    ][::std::mem::offset_of!(StarFlashParams, group) - 188usize];
     [
         "Offset of field: StarFlashParams::pack",
-    ][::std::mem::offset_of!(StarFlashParams, pack) - 188usize];
+    ][::std::mem::offset_of!(StarFlashParams, pack) - 192usize];
     [
         "Offset of field: StarFlashParams::out_f32",
-    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 192usize];
+    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 196usize];
     [
         "Offset of field: StarFlashParams::scale_log2",
-    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 196usize];
+    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 200usize];
     [
         "Offset of field: StarFlashParams::cap_scale",
-    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 200usize];
+    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 204usize];
     [
         "Offset of field: StarFlashParams::slack",
-    ][::std::mem::offset_of!(StarFlashParams, slack) - 204usize];
+    ][::std::mem::offset_of!(StarFlashParams, slack) - 208usize];
+    [
+        "Offset of field: StarFlashParams::padding",
+    ][::std::mem::offset_of!(StarFlashParams, padding) - 212usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -170,10 +178,12 @@ pub struct StarMergeParams {
     pub partials: StarTensor,
     pub out: StarTensor,
     pub partials_lse: u64,
+    pub partial_stride: u64,
     pub lse_stride: u64,
     pub lse: u64,
+    pub tokens: u64,
     pub n: u32,
-    pub batch: u32,
+    pub rows: u32,
     pub seq: u32,
     pub heads: u32,
     pub dim: u32,
@@ -181,7 +191,7 @@ pub struct StarMergeParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StarMergeParams"][::std::mem::size_of::<StarMergeParams>() - 112usize];
+    ["Size of StarMergeParams"][::std::mem::size_of::<StarMergeParams>() - 128usize];
     ["Alignment of StarMergeParams"][::std::mem::align_of::<StarMergeParams>() - 8usize];
     [
         "Offset of field: StarMergeParams::partials",
@@ -193,29 +203,35 @@ const _: () = {
         "Offset of field: StarMergeParams::partials_lse",
     ][::std::mem::offset_of!(StarMergeParams, partials_lse) - 64usize];
     [
+        "Offset of field: StarMergeParams::partial_stride",
+    ][::std::mem::offset_of!(StarMergeParams, partial_stride) - 72usize];
+    [
         "Offset of field: StarMergeParams::lse_stride",
-    ][::std::mem::offset_of!(StarMergeParams, lse_stride) - 72usize];
+    ][::std::mem::offset_of!(StarMergeParams, lse_stride) - 80usize];
     [
         "Offset of field: StarMergeParams::lse",
-    ][::std::mem::offset_of!(StarMergeParams, lse) - 80usize];
+    ][::std::mem::offset_of!(StarMergeParams, lse) - 88usize];
+    [
+        "Offset of field: StarMergeParams::tokens",
+    ][::std::mem::offset_of!(StarMergeParams, tokens) - 96usize];
     [
         "Offset of field: StarMergeParams::n",
-    ][::std::mem::offset_of!(StarMergeParams, n) - 88usize];
+    ][::std::mem::offset_of!(StarMergeParams, n) - 104usize];
     [
-        "Offset of field: StarMergeParams::batch",
-    ][::std::mem::offset_of!(StarMergeParams, batch) - 92usize];
+        "Offset of field: StarMergeParams::rows",
+    ][::std::mem::offset_of!(StarMergeParams, rows) - 108usize];
     [
         "Offset of field: StarMergeParams::seq",
-    ][::std::mem::offset_of!(StarMergeParams, seq) - 96usize];
+    ][::std::mem::offset_of!(StarMergeParams, seq) - 112usize];
     [
         "Offset of field: StarMergeParams::heads",
-    ][::std::mem::offset_of!(StarMergeParams, heads) - 100usize];
+    ][::std::mem::offset_of!(StarMergeParams, heads) - 116usize];
     [
         "Offset of field: StarMergeParams::dim",
-    ][::std::mem::offset_of!(StarMergeParams, dim) - 104usize];
+    ][::std::mem::offset_of!(StarMergeParams, dim) - 120usize];
     [
         "Offset of field: StarMergeParams::lanes",
-    ][::std::mem::offset_of!(StarMergeParams, lanes) - 108usize];
+    ][::std::mem::offset_of!(StarMergeParams, lanes) - 124usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

@@ -252,6 +252,13 @@ pub fn assert_refused(output: &Output, message: &str) {
     assert!(output.stdout.is_empty());
 }
 
+/// The index of the sequence that an error names, and what is wrong with it, as [`named`].
+pub fn of_sequence(error: Error) -> (usize, &'static str, &'static str) {
+    let Error::Sequence { index, source } = error else { panic!("{error}") };
+    let (kind, argument) = named(*source);
+    (index, kind, argument)
+}
+
 /// The kind of an error and the argument that it names.
 pub fn named(error: Error) -> (&'static str, &'static str) {
     let (kind, argument) = match &error {

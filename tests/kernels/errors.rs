@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::call::on_each_device;
-use crate::common::named;
+use crate::common::{named, of_sequence};
 use crate::properties::cases::RUBBISH;
 use half::{bf16, f16};
 use star_attention::cuda::flash::{PageTable, Plan};
@@ -10,7 +10,9 @@ use star_attention::cuda::{
     Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, Partials, Properties, Rotation, ShardMut, Span,
     SpanMut, append, merge,
 };
-use star_attention::{AttentionConfig, AttentionShape, Element, Error, Mask, Result};
+use star_attention::{
+    AttentionConfig, AttentionShape, Batch, Element, Error, Keys, Mask, Result, ScoreConfig, Sequence,
+};
 
 const PROPERTIES: Properties = Properties::new(132, 228 * 1024, 50 << 20);
 const SHAPE: AttentionShape =
@@ -200,16 +202,50 @@ fn packed_offsets_and_page_tables_that_do_not_fit() {
     let with = |change: fn(&mut PageTable)| {
         let mut table = table.clone();
         change(&mut table);
-        named(paged(&table, &[0, 1, 3]).unwrap_err())
+        paged(&table, &[0, 1, 3]).unwrap_err()
     };
-    assert_eq!(with(|t| t.page_len = 3), ("value", "page_len"));
-    assert_eq!(with(|t| t.page_len = 0), ("value", "page_len"));
-    assert_eq!(with(|t| t.page_len = 1 << 32), ("value", "page_len"));
-    assert_eq!(with(|t| t.pages = 2), ("value", "sequences"));
-    assert_eq!(with(|t| t.sequences[0].1 = vec![0]), ("value", "sequences"));
-    assert_eq!(with(|t| t.sequences[0].0 = 4), ("value", "key_offsets"));
-    assert_eq!(with(|t| t.sequences[0].0 = usize::MAX), ("value", "sequences"));
+    assert_eq!(of_sequence(with(|t| t.page_len = 0)), (0, "value", "pages"));
+    assert_eq!(of_sequence(with(|t| t.pages = 2)), (0, "value", "pages"));
+    assert_eq!(of_sequence(with(|t| t.sequences[1].1 = vec![])), (1, "value", "pages"));
+    assert_eq!(named(with(|t| t.page_len = 1 << 32)), ("shape", "key"));
+    assert_eq!(named(with(|t| t.sequences[0].0 = 4)), ("value", "key_offsets"));
+    assert_eq!(named(with(|t| t.sequences[0].0 = usize::MAX)), ("value", "key_offsets"));
     assert_eq!(named(paged(&table, &[0, 3]).unwrap_err()), ("shape", "key_offsets"));
+}
+
+#[test]
+fn batches_that_kernels_do_not_take() {
+    let plan = |score, batch: &Batch| Plan::for_batch(&PROPERTIES, &score, batch).unwrap_err();
+    let batch = Batch::new(QUERY, KEY).unwrap();
+    assert_eq!(named(plan(ScoreConfig::new().with_scale(f32::NAN), &batch)), ("value", "scale"));
+    assert_eq!(named(plan(ScoreConfig::new().with_softcap(-1.0), &batch)), ("value", "softcap"));
+    let batch = |query, key| Batch::new(query, key).unwrap();
+    let score = ScoreConfig::new();
+    assert_eq!(named(plan(score, &batch([2, 3, 4, 80], [2, 5, 2, 80]))), ("value", "head_dim"));
+    // An axis too long for 32 bits, or too many rows of a KV head.
+    const END: usize = 1 << 31;
+    for query in [[END, 1, 1, 64], [1, END, 1, 64], [1, 1, END, 64], [1, END / 2, 2, 64]] {
+        assert_eq!(named(plan(score, &batch(query, [1, 1, 1, 64]))), ("shape", "query"), "{query:?}");
+    }
+    for key in [[END, 1, 1, 64], [1, END, 1, 64]] {
+        assert_eq!(named(plan(score, &batch([1, 1, 1, 64], key))), ("shape", "key"), "{key:?}");
+    }
+    // One head's keys may be as many, whatever the group.
+    let mut long = batch([1, 1, 128, 64], [1, END - 1, 1, 64]);
+    long.push(Sequence::new(0, 0..1, Keys::rows(0, 0..END - 1), Mask::Full)).unwrap();
+    Plan::for_batch(&PROPERTIES, &score, &long).unwrap();
+
+    // One key for each, in order of the sequences.
+    let of = |all: [Keys; 2]| {
+        let mut batch = batch([1, 2, 1, 64], [2, END / 2, 1, 64]);
+        for (row, keys) in all.into_iter().enumerate() {
+            batch.push(Sequence::new(0, row..row + 1, keys, Mask::Full)).unwrap();
+        }
+        of_sequence(plan(score, &batch))
+    };
+    assert_eq!(of([Keys::rows(0, 0..1), Keys::pages(1, [0])]), (1, "value", "keys"));
+    assert_eq!(of([Keys::pages(1, [0]), Keys::rows(0, 0..1)]), (1, "value", "keys"));
+    assert_eq!(of([Keys::pages(1, [0]), Keys::pages(END, [0, 1])]), (1, "value", "keys"));
 }
 
 fn merges<B: Backend>() {

@@ -13,6 +13,7 @@ mod call;
 mod count;
 
 mod append;
+mod batches;
 mod edges;
 mod errors;
 mod faults;

@@ -69,10 +69,10 @@ fn pages_change_nothing<B: Backend, T: HalfElement>(
 }
 
 on_each_device! {
-    fn pages_change_no_bit(packed in packed(kernel_dims()), page_len_log2 in 0..8u32, seed in any::<u64>()) {
+    fn pages_change_no_bit(packed in packed(kernel_dims()), page_len in 1..=128usize, seed in any::<u64>()) {
         let mut packed = packed;
         packed.layouts = packed.layouts.map(|layout| aligned(&layout));
-        let table = page_table(&packed.lens, 1 << page_len_log2, seed);
+        let table = page_table(&packed.lens, page_len, seed);
         pages_change_nothing::<B, bf16>(&packed, &table)?;
     }
 }

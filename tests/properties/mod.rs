@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // every test binary takes what it needs
 
+pub mod batches;
 pub mod cases;
 pub mod expected;
 pub mod merge;

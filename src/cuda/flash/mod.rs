@@ -1,91 +1,71 @@
 //! Attention on a GPU: `cuda/include/flash.cuh` under a plan made on the host.
 //!
 //! ```text
-//! mask → segments of rows that share their keys (schedule) → tiles of rows, longest first, their keys perhaps split (Plan)
-//!      → one launch: tiles × heads → out and lse, or partials, which a second launch merges
+//! batch → segments of rows that share their keys (schedule) → tiles of rows, longest first, their keys perhaps split (Plan)
+//!       → one launch: tiles × heads → out and lse, or partials, which a second launch merges
 //! ```
 //!
 //! Up to [`FEW_ROWS`] rows for each KV head, counted over the query heads that share it, are query attention: bound by reading keys, so the heads of a
 //! group are rows of one tile. More rows are context encoding: bound by products; there too the heads of a group share tiles if the tokens
 //! alone do not fill one.
 //!
-//! Keys are split where there are too few tiles for the multiprocessors. With `w(s) = tiles · s / places` waves of blocks for `s` splits, the GPU is
-//! busy for `w / ⌈w⌉` of the time: the smallest count within 85% of the best is taken (FlashAttention's rule), from one up to as many as
-//! leave four tiles of keys for each.
+//! Keys are split where there are too few tiles for the multiprocessors (`splits`).
+//!
+//! One batch has one kernel and one count of splits: the sequence with the most rows chooses the kernel, and that with
+//! the most keys limits the splits.
 
+mod division;
+mod pages;
 mod prepared;
+mod splits;
 
 use super::Properties;
 use super::device::{ALIGNMENT, Device, SpanMut, bytes_of, check_not_capturing};
 use super::params::StarTile;
 use super::policy::{HEAD_DIMS, Policy};
 use crate::schedule::{self, Segment};
-use crate::{AttentionConfig, AttentionShape, Error, Result};
+use crate::{AttentionConfig, AttentionShape, Batch, Error, Keys, Result, ScoreConfig, Sequence};
+pub use pages::PageTable;
 pub use prepared::Prepared;
-use std::ops::Range;
+use std::mem::discriminant;
 
 /// Rows of a KV head up to which attention is bound by reading its keys: two tiles of 16, which find the keys in the cache.
 pub const FEW_ROWS: usize = 32;
-/// Tiles of keys below which a split costs more than it saves.
-const SPLIT_TILES: usize = 4;
-/// More splits than this, and the merge begins to count.
-const MAX_SPLITS: usize = 128;
-
-/// Keys and values in pages, as engines with a paged cache keep them: tensors `[pages, page_len, kv_heads, head_dim]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PageTable {
-    /// Pages of the tensors.
-    pub pages: usize,
-    /// Tokens of a page: a power of two below 2³¹.
-    pub page_len: usize,
-    /// For each sequence its number of keys, and the pages that hold them in order.
-    pub sequences: Vec<(usize, Vec<u32>)>,
-}
-
 /// Names of the variants of the kernel for many rows, for one head dim.
 #[cfg(feature = "variants")]
 pub fn variants(head_dim: usize) -> impl Iterator<Item = &'static str> {
     Policy::variants(head_dim).into_iter().map(|policy| policy.kernel)
 }
 
-/// Where a sequence lies on the axes of queries and keys.
-#[derive(Clone)]
-struct Sequence {
-    batch: usize,
-    query: Range<usize>,
-    key: Range<usize>,
-}
-
-/// The sequences of a batch of one length.
-fn batch(shape: &AttentionShape) -> impl Iterator<Item = Sequence> + Clone {
-    let (query_len, key_len) = (shape.query_len, shape.key_len);
-    (0..shape.batch).map(move |batch| Sequence { batch, query: 0..query_len, key: 0..key_len })
-}
-
-/// How a call of known config and extents is worked off on a device. Made once, it serves every layer of a model.
+/// How a call of known sequences and extents is worked off on a device. Made once, it serves every layer of a model.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    config: AttentionConfig,
-    shape: AttentionShape,
+    score: ScoreConfig,
+    /// `[batch, seq, query_heads, head_dim]`.
+    query: [usize; 4],
+    /// `[batch, seq, kv_heads, head_dim]`, or `[pages, page_len, kv_heads, head_dim]`.
+    key: [usize; 4],
     policy: Policy,
     /// Query heads of a KV head that are rows of one tile.
     pack: usize,
     splits: usize,
     /// Longest first.
     tiles: Vec<StarTile>,
+    /// Where keys lie in pages: those of each sequence in order, one sequence after another.
+    pages: Vec<u32>,
+    /// Where keys are split and there are rows of padding: the rows of all sequences, as `batch · seq + row`.
+    merged: Vec<u32>,
     /// Visible (row, key) pairs of one query head.
     pairs: u64,
-    /// `[sequences, pages of the longest]`, and how pages lie.
-    table: Option<(Vec<u32>, PageTable)>,
 }
 
 impl Plan {
-    /// A plan for sequences of one length.
+    /// A plan for sequences of one length under one mask: [`for_batch`](Self::for_batch) of [`Batch::uniform`].
     ///
     /// # Errors
     /// [`Error::Value`] for a config out of range or a head dim without kernels, [`Error::Shape`] for extents out of range.
     pub fn new(properties: &Properties, config: &AttentionConfig, shape: &AttentionShape) -> Result<Self> {
-        Self::with_sequences(properties, config, shape, Policy::encode, batch(shape))
+        Self::for_batch(properties, &config.score(), &uniform(config, shape)?)
     }
 
     /// [`new`](Self::new) by a variant of the kernel for many rows: one of [`variants`] for this head dim. Few rows take the
@@ -107,10 +87,11 @@ impl Plan {
             let names: Vec<_> = variants.iter().filter(fits).map(|policy| policy.kernel).collect();
             return Err(Error::value("name", format!("one of {names:?}"), name));
         };
-        Self::with_sequences(properties, config, shape, |_| policy, batch(shape))
+        Self::with_encode(properties, &config.score(), &uniform(config, shape)?, |_| policy)
     }
 
-    /// A plan for packed sequences of different lengths, as [`cpu::flash::Plan::packed`](crate::cpu::flash::Plan::packed).
+    /// A plan for packed sequences of different lengths under one mask: [`for_batch`](Self::for_batch) of
+    /// [`Batch::packed`].
     ///
     /// # Errors
     /// [`Error::Value`] for a config out of range, a head dim without kernels or offsets that do not ascend from 0 to the total;
@@ -122,99 +103,60 @@ impl Plan {
         query_offsets: &[usize],
         key_offsets: &[usize],
     ) -> Result<Self> {
-        let sequences = schedule::packed_sequences(shape, query_offsets, key_offsets)?;
-        let sequences = sequences.into_iter().map(|[query, key]| Sequence { batch: 0, query, key });
-        Self::with_sequences(properties, config, shape, Policy::encode, sequences)
+        let batch = Batch::packed(shape, query_offsets, key_offsets, config.mask)?;
+        Self::for_batch(properties, &config.score(), &batch)
     }
 
-    /// A plan for keys and values in pages. Queries are packed as in [`packed`](Self::packed), `query_offsets` for the sequences of `table` in order;
-    /// `shape.key_len` is the sum of their keys.
+    /// A plan for the sequences of a batch. Their keys are all rows or all in pages; a batch without sequences is no work.
     ///
     /// # Errors
-    /// As [`packed`](Self::packed), and [`Error::Value`] if a page is none of the table's, or a sequence has too few of them for its keys.
-    pub fn paged(
-        properties: &Properties,
-        config: &AttentionConfig,
-        shape: &AttentionShape,
-        query_offsets: &[usize],
-        table: &PageTable,
-    ) -> Result<Self> {
-        let PageTable { pages, page_len, ref sequences } = *table;
-        if !page_len.is_power_of_two() || i32::try_from(page_len).is_err() {
-            return Err(Error::value("page_len", "a power of two below 2³¹", page_len));
-        }
-        for (keys, list) in sequences {
-            if list.len() < keys.div_ceil(page_len) {
-                let expected = format!("{} pages for {keys} keys", keys.div_ceil(page_len));
-                return Err(Error::value("sequences", expected, list.len()));
-            }
-            if let Some(page) = list.iter().find(|&&page| page as usize >= pages) {
-                return Err(Error::value("sequences", format!("pages below {pages}"), page));
-            }
-        }
-        let mut key_offsets = vec![0];
-        key_offsets.extend(sequences.iter().scan(0, |end, (keys, _)| {
-            *end += keys;
-            Some(*end)
-        }));
-        let places = schedule::packed_sequences(shape, query_offsets, &key_offsets)?;
-        let places = places.into_iter().map(|[query, key]| Sequence { batch: 0, query, key: 0..key.len() });
-        let longest = sequences.iter().map(|(_, list)| list.len()).max().unwrap_or(0);
-        let rows = sequences
-            .iter()
-            .flat_map(|(_, list)| list.iter().copied().chain(std::iter::repeat_n(0, longest - list.len())));
-        let mut plan = Self::with_sequences(properties, config, shape, Policy::encode, places)?;
-        plan.table = Some((rows.collect(), table.clone()));
-        Ok(plan)
+    /// [`Error::Value`] for a score config out of range, a head dim without kernels, or more than 2³¹ - 1 pages in use;
+    /// [`Error::Shape`] for extents that kernels cannot count; [`Error::Sequence`] with [`Error::Value`] for a sequence of
+    /// 2³¹ keys or more, or whose keys are rows where others' are in pages.
+    pub fn for_batch(properties: &Properties, score: &ScoreConfig, batch: &Batch) -> Result<Self> {
+        Self::with_encode(properties, score, batch, Policy::encode)
     }
 
-    fn with_sequences(
+    /// `encode` gives the policy for many rows of a head dim.
+    fn with_encode(
         properties: &Properties,
-        config: &AttentionConfig,
-        shape: &AttentionShape,
+        score: &ScoreConfig,
+        batch: &Batch,
         encode: impl FnOnce(usize) -> Policy,
-        sequences: impl Iterator<Item = Sequence> + Clone,
     ) -> Result<Self> {
-        config.validate()?;
-        shape.validate()?;
-        if !HEAD_DIMS.contains(&shape.head_dim) {
-            return Err(Error::value("head_dim", format!("one of {HEAD_DIMS:?}"), shape.head_dim));
+        let (query, key, group) = (batch.query_shape(), batch.key_shape(), batch.group());
+        let head_dim = query[3];
+        score.validate()?;
+        if !HEAD_DIMS.contains(&head_dim) {
+            return Err(Error::value("head_dim", format!("one of {HEAD_DIMS:?}"), head_dim));
         }
-        let group = shape.group();
-        // What the kernels count in 32 bits.
-        let largest = (shape.query_len.max(shape.key_len)).max(shape.batch).saturating_mul(group);
-        let largest = largest.max(shape.query_heads);
-        if i32::try_from(largest).is_err() {
-            return Err(Error::shape(
-                "query",
-                "extents below 2³¹ (heads; tokens times heads of a group)",
-                largest.to_string(),
-            ));
-        }
-        let tokens = sequences.clone().map(|s| s.query.len()).max().unwrap_or(0);
-        let (policy, pack) = if tokens * group <= FEW_ROWS {
-            (Policy::query(shape.head_dim), group)
+        check_countable(query, key)?;
+        let most_rows = batch.sequences().iter().map(|sequence| sequence.rows.len()).max().unwrap_or(0);
+        let (policy, pack) = if most_rows * group <= FEW_ROWS {
+            (Policy::query(head_dim), group)
         } else {
-            let policy = encode(shape.head_dim);
-            (policy, if tokens < policy.rows() { group } else { 1 })
+            let policy = encode(head_dim);
+            (policy, if most_rows < policy.rows() { group } else { 1 })
         };
         let mut plan = Self {
-            config: *config,
-            shape: *shape,
+            score: *score,
+            query,
+            key,
             policy,
             pack,
             splits: 1,
             tiles: Vec::new(),
+            pages: Vec::new(),
+            merged: Vec::new(),
             pairs: 0,
-            table: None,
         };
-        for (index, sequence) in sequences.enumerate() {
-            schedule::segments(config.mask, sequence.query.len(), sequence.key.len(), |segment| {
-                plan.pairs += segment.pairs() as u64;
-                plan.push_tiles(index, &sequence, &segment);
-            });
+        let first = batch.sequences().first().map(|sequence| &sequence.keys);
+        for (index, sequence) in batch.sequences().iter().enumerate() {
+            plan.push_sequence(sequence, first)
+                .map_err(|source| Error::Sequence { index, source: Box::new(source) })?;
         }
-        plan.split(properties);
+        check_count("pages", "fewer than 2³¹ pages in use", plan.pages.len())?;
+        plan.split(properties, batch.sequences());
         let blocks = plan.tiles.len().saturating_mul(plan.heads());
         if i32::try_from(blocks).is_err() {
             return Err(Error::shape("query", "at most 2³¹ - 1 tiles times heads", blocks.to_string()));
@@ -226,19 +168,43 @@ impl Plan {
 
     /// Heads of a launch: query heads, or KV heads where the others are rows.
     fn heads(&self) -> usize {
-        self.shape.query_heads / self.pack
+        self.query[2] / self.pack
     }
 
-    fn push_tiles(&mut self, index: usize, sequence: &Sequence, segment: &Segment) {
+    /// Adds a sequence's tiles and pages. `first` has the keys of the first sequence.
+    fn push_sequence(&mut self, sequence: &Sequence, first: Option<&Keys>) -> Result<()> {
+        let Sequence { ref rows, ref keys, mask, .. } = *sequence;
+        let len = keys.len();
+        check_count("keys", "fewer than 2³¹ keys", len)?;
+        if first.is_some_and(|first| discriminant(first) != discriminant(keys)) {
+            return Err(Error::value("keys", "rows or pages, as those of sequence 0", format!("{keys:?}")));
+        }
+        // Where the keys start on the axes batch (or in the page table) and seq.
+        let start = match keys {
+            Keys::Rows { batch, rows } => [*batch, rows.start],
+            Keys::Pages { pages, .. } => {
+                let start = self.pages.len();
+                self.pages.extend(&pages[..len.div_ceil(self.key[1].max(1))]);
+                [start, 0]
+            }
+        };
+        schedule::segments(mask, rows.len(), len, |segment| {
+            self.pairs += segment.pairs() as u64;
+            self.push_tiles(sequence, start.map(|at| at as u32), &segment);
+        });
+        Ok(())
+    }
+
+    fn push_tiles(&mut self, sequence: &Sequence, [key_batch, key_start]: [u32; 2], segment: &Segment) {
         let rows = segment.rows.start * self.pack..segment.rows.end * self.pack;
         for start in rows.clone().step_by(self.policy.rows()) {
             let end = rows.end.min(start + self.policy.rows());
             self.tiles.push(StarTile {
                 batch: sequence.batch as u32,
-                sequence: index as u32,
-                row: (sequence.query.start * self.pack + start) as u32,
+                key_batch,
+                row: (sequence.rows.start * self.pack + start) as u32,
                 rows: (end - start) as u32,
-                key_start: sequence.key.start as u32,
+                key_start,
                 prefix: segment.prefix as u32,
                 start: segment.start as u32,
                 visible: segment.visible(start / self.pack) as u32,
@@ -250,56 +216,35 @@ impl Plan {
         }
     }
 
-    /// Splits the keys of every tile into as many parts as fill the device.
-    fn split(&mut self, properties: &Properties) {
-        let unit = self.policy.keys * self.policy.key_warps;
-        let longest = self.tiles.iter().map(|tile| tile.end as usize).max().unwrap_or(0);
-        let most = (longest / (unit * SPLIT_TILES)).min(MAX_SPLITS);
-        // A multiprocessor keeps a KB of each block's shared memory for itself, and has registers for two blocks of these kernels.
-        let resident = (properties.shared_bytes / (self.policy.shared_bytes() + 1024)).clamp(1, 2);
-        let places = properties.multiprocessors.max(1) * resident;
-        self.splits = split_count(self.tiles.len() * self.heads(), places, most);
-        if self.splits > 1 {
-            let whole = std::mem::take(&mut self.tiles);
-            for tile in whole {
-                let each = (tile.end as usize).div_ceil(self.splits).next_multiple_of(unit) as u32;
-                self.tiles.extend((0..self.splits as u32).map(|split| StarTile {
-                    begin: (split * each).min(tile.end),
-                    end: ((split + 1) * each).min(tile.end),
-                    split,
-                    ..tile
-                }));
-            }
-        }
-    }
-
     /// In how many parts each tile's keys are walked.
     pub fn splits(&self) -> usize {
         self.splits
     }
 
-    /// Multiply-adds that the mask leaves, each counted as two: `4 · head_dim` per query head for every key a row sees.
+    /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for every key a row sees.
     pub fn flops(&self) -> u64 {
-        4 * self.pairs * (self.shape.query_heads * self.shape.head_dim) as u64
+        4 * self.pairs * (self.query[2] * self.query[3]) as u64
     }
 
-    /// Bytes of the workspace: the tiles, the page table, and partials where keys are split.
+    /// Bytes of the workspace: the tiles, the page table, and, where keys are split, the rows to merge and their partials.
     pub fn workspace_len(&self) -> usize {
-        self.partials_at()
-            + if self.splits > 1 { self.splits * 4 * (self.out_len() + self.shape.lse_len()) } else { 0 }
+        let elements = if self.splits > 1 { self.splits * (self.out_len() + self.lse_len()) } else { 0 };
+        self.workspace().partials + 4 * elements
     }
 
-    fn table_at(&self) -> usize {
-        size_of_val(&self.tiles[..]).next_multiple_of(ALIGNMENT)
-    }
-
-    fn partials_at(&self) -> usize {
-        let table = self.table.as_ref().map_or(0, |(table, _)| size_of_val(&table[..]));
-        (self.table_at() + table).next_multiple_of(ALIGNMENT)
+    fn workspace(&self) -> Workspace {
+        let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(ALIGNMENT);
+        let pages = after(0, size_of_val(&self.tiles[..]));
+        let merged = after(pages, size_of_val(&self.pages[..]));
+        Workspace { pages, merged, partials: after(merged, size_of_val(&self.merged[..])) }
     }
 
     fn out_len(&self) -> usize {
-        self.shape.query_shape().iter().product()
+        self.query.iter().product()
+    }
+
+    fn lse_len(&self) -> usize {
+        self.query[..3].iter().product()
     }
 
     /// Copies the plan to a workspace of [`workspace_len`](Self::workspace_len) bytes on a device, for calls on one stream.
@@ -319,48 +264,64 @@ impl Plan {
         workspace.check("workspace", 0)?;
         workspace.check_stream("workspace", stream)?;
         check_not_capturing::<D>(stream)?;
+        let at = self.workspace();
+        let parts = [
+            (0, bytes_of(&self.tiles)),
+            (at.pages, bytes_of(&self.pages)),
+            (at.merged, bytes_of(&self.merged)),
+        ];
         // SAFETY: inside the workspace, as just checked, and that is borrowed to be written.
         unsafe {
-            device.upload(stream, workspace.address, bytes_of(&self.tiles))?;
-            if let Some((table, _)) = &self.table {
-                device.upload(stream, workspace.address + self.table_at() as u64, bytes_of(table))?;
+            for (at, bytes) in parts.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
+                device.upload(stream, workspace.address + at as u64, bytes)?;
             }
         }
         Ok(Prepared { plan: self, device, stream, workspace })
     }
 }
 
-/// The number of splits, at most `most`, that keeps `places` busy with `blocks` blocks for each.
-fn split_count(blocks: usize, places: usize, most: usize) -> usize {
-    // Nearly full, or nothing to split.
-    if blocks == 0 || blocks * 5 >= places * 4 || most <= 1 {
-        return 1;
+/// Where the parts of a workspace begin, in bytes. The tiles come first.
+struct Workspace {
+    pages: usize,
+    merged: usize,
+    partials: usize,
+}
+
+fn uniform(config: &AttentionConfig, shape: &AttentionShape) -> Result<Batch> {
+    shape.validate()?;
+    // Before there is a sequence for each index of the batch.
+    check_countable(shape.query_shape(), shape.key_shape())?;
+    Batch::uniform(shape, config.mask)
+}
+
+/// Refuses extents that the kernels do not count, in 32 bits: of an axis, or of query rows times the heads of a group.
+fn check_countable(query: [usize; 4], key: [usize; 4]) -> Result<()> {
+    let group = query[2] / key[2];
+    let rows = query[1].saturating_mul(group);
+    let largest = |extents: [usize; 3]| extents.into_iter().max().unwrap_or(0);
+    for (argument, largest, expected) in [
+        (
+            "query",
+            largest([query[0], rows, query[2]]),
+            "extents below 2³¹ (batch, heads; rows times heads of a group)",
+        ),
+        ("key", largest([key[0], key[1], key[2]]), "extents below 2³¹ (batch or pages, rows, heads)"),
+    ] {
+        if i32::try_from(largest).is_err() {
+            return Err(Error::shape(argument, expected, largest.to_string()));
+        }
     }
-    let busy = |splits: usize| {
-        let waves = (blocks * splits) as f64 / places as f64;
-        waves / waves.ceil()
-    };
-    let best = (1..=most).map(busy).fold(0.0, f64::max);
-    (1..=most).find(|&splits| busy(splits) >= 0.85 * best).unwrap_or(1)
+    Ok(())
+}
+
+fn check_count(argument: &'static str, expected: &str, got: usize) -> Result<()> {
+    i32::try_from(got).map_err(|_| Error::value(argument, expected, got)).map(|_| ())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Mask;
-
-    #[test]
-    fn splits_fill_the_device() {
-        assert_eq!(split_count(8, 264, 1000), 29);
-        assert_eq!(split_count(8, 132, 1000), 15);
-        // Full, nearly full, nothing to split, no blocks.
-        assert_eq!(split_count(264, 264, 64), 1);
-        assert_eq!(split_count(212, 264, 64), 1);
-        assert_eq!(split_count(8, 264, 1), 1);
-        assert_eq!(split_count(0, 264, 64), 1);
-        // At most as many as asked for.
-        assert_eq!(split_count(1, 264, 16), 14);
-    }
 
     #[test]
     fn tiles_partition_rows_and_splits_their_keys() {

@@ -1,0 +1,97 @@
+//! What a batch refuses, naming the sequence; it is as it was then.
+
+mod common;
+
+use common::{named, of_sequence};
+use star_attention::{AttentionShape, Batch, Keys, Mask, Sequence};
+
+const QUERY: [usize; 4] = [2, 10, 4, 64];
+const KEY: [usize; 4] = [3, 16, 2, 64];
+
+/// Rows 2..5 of index 0 over 5 keys as rows, and rows 0..4 of index 1 over 20 keys in pages.
+fn batch() -> Batch {
+    let mut batch = Batch::new(QUERY, KEY).unwrap();
+    batch.push(Sequence::new(0, 2..5, Keys::rows(1, 3..8), Mask::Causal)).unwrap();
+    batch.push(Sequence::new(1, 0..4, Keys::pages(20, [2, 0]), Mask::Full)).unwrap();
+    batch
+}
+
+#[test]
+fn extents_that_do_not_fit() {
+    let refused = |query, key| named(Batch::new(query, key).unwrap_err());
+    assert_eq!(refused([2, 10, 4, 32], KEY), ("shape", "key"));
+    assert_eq!(refused([2, 10, 4, 0], [3, 16, 2, 0]), ("shape", "query"));
+    assert_eq!(refused([2, 10, 3, 64], KEY), ("shape", "query"));
+    assert_eq!(refused([2, 10, 0, 64], KEY), ("shape", "query"));
+    assert_eq!(refused(QUERY, [3, 16, 0, 64]), ("shape", "key"));
+    assert_eq!(refused([usize::MAX, 10, 4, 64], KEY), ("shape", "query"));
+    assert_eq!(refused(QUERY, [3, usize::MAX, 2, 64]), ("shape", "key"));
+}
+
+#[test]
+fn sequences_that_are_refused() {
+    let mut batch = batch();
+    let none = || Keys::rows(0, 0..0);
+    let mut refused = |sequence| of_sequence(batch.push(sequence).unwrap_err());
+    let rows = |batch, rows| Sequence::new(batch, rows, none(), Mask::Full);
+    // Outside of the queries, or backwards.
+    assert_eq!(refused(rows(2, 0..0)), (2, "value", "rows"));
+    assert_eq!(refused(rows(0, 9..11)), (2, "value", "rows"));
+    #[allow(clippy::reversed_empty_ranges)]
+    let backwards = 7..6;
+    assert_eq!(refused(rows(0, backwards)), (2, "value", "rows"));
+    // Rows that another sequence has: its first, its last, all, or more than all.
+    for taken in [0..3, 4..6, 3..4, 2..5, 0..10] {
+        assert_eq!(refused(rows(0, taken)), (2, "value", "rows"));
+    }
+
+    let over = |keys| Sequence::new(0, 0..1, keys, Mask::Full);
+    assert_eq!(refused(over(Keys::rows(3, 0..1))), (2, "value", "keys"));
+    assert_eq!(refused(over(Keys::rows(0, 15..17))), (2, "value", "keys"));
+    assert_eq!(refused(over(Keys::pages(33, [0, 1]))), (2, "value", "pages"));
+    assert_eq!(refused(over(Keys::pages(1, []))), (2, "value", "pages"));
+    assert_eq!(refused(over(Keys::pages(17, [0, 3]))), (2, "value", "pages"));
+    assert_eq!(refused(over(Keys::pages(usize::MAX, [0]))), (2, "value", "pages"));
+    let mask = Mask::Star { anchor_len: 9, block_len: 8, first_block_len: 9 };
+    assert_eq!(refused(Sequence::new(0, 0..1, none(), mask)), (2, "value", "anchor_len"));
+
+    assert_eq!(batch.sequences().len(), 2);
+    // Between and behind the others, keys shared, and a page that is not needed and not there.
+    batch.push(Sequence::new(0, 0..2, Keys::rows(1, 0..16), Mask::Full)).unwrap();
+    batch.push(Sequence::new(0, 5..10, Keys::pages(16, [2, 99]), Mask::Full)).unwrap();
+    batch.push(Sequence::new(0, 5..5, Keys::pages(0, []), Mask::Full)).unwrap();
+    assert_eq!(batch.sequences().len(), 5);
+}
+
+#[test]
+fn pages_without_rows_hold_no_key() {
+    let mut batch = Batch::new(QUERY, [3, 0, 2, 64]).unwrap();
+    let refused = batch.push(Sequence::new(0, 0..1, Keys::pages(1, [0, 1, 2]), Mask::Full));
+    assert_eq!(of_sequence(refused.unwrap_err()), (0, "value", "pages"));
+    batch.push(Sequence::new(0, 0..1, Keys::pages(0, [0]), Mask::Full)).unwrap();
+}
+
+#[test]
+fn uniform_and_packed_batches() {
+    let shape =
+        AttentionShape { batch: 2, query_len: 3, key_len: 5, query_heads: 4, kv_heads: 2, head_dim: 8 };
+    let uniform = Batch::uniform(&shape, Mask::Causal).unwrap();
+    let expected: Vec<_> =
+        (0..2).map(|b| Sequence::new(b, 0..3, Keys::rows(b, 0..5), Mask::Causal)).collect();
+    assert_eq!(uniform.sequences(), expected);
+
+    let one = AttentionShape { batch: 1, ..shape };
+    let packed = Batch::packed(&one, &[0, 1, 3], &[0, 5, 5], Mask::Full).unwrap();
+    let expected = [(0..1, 0..5), (1..3, 5..5)]
+        .map(|(rows, keys)| Sequence::new(0, rows, Keys::rows(0, keys), Mask::Full));
+    assert_eq!(packed.sequences(), expected);
+
+    let refused = |shape, query: &[usize], key: &[usize]| {
+        named(Batch::packed(shape, query, key, Mask::Full).unwrap_err())
+    };
+    assert_eq!(refused(&shape, &[0, 3], &[0, 5]), ("shape", "query"));
+    assert_eq!(refused(&one, &[0, 3], &[0, 2, 5]), ("shape", "key_offsets"));
+    assert_eq!(refused(&one, &[0, 2, 1, 3], &[0, 1, 2, 5]), ("value", "query_offsets"));
+    assert_eq!(refused(&one, &[0, 3], &[0, 6]), ("value", "key_offsets"));
+    assert_eq!(refused(&one, &[], &[]), ("value", "query_offsets"));
+}

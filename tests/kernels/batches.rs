@@ -1,0 +1,102 @@
+//! Batches of sequences by kernels: masks, lengths and places of their own, padding, pages of any length.
+
+use crate::backend::Backend;
+use crate::call::{aligned, kernel_dims, on_each_device, run_plan};
+use crate::common::{Rng, Tensor};
+use crate::properties::batches::{BatchCase, batches, each_sequence_of_a_batch_stands_alone};
+use crate::properties::cases::{Inputs, RUBBISH};
+use proptest::prelude::*;
+use star_attention::cuda::flash::Plan;
+use star_attention::cuda::{Device, HalfElement};
+use star_attention::{Batch, Element, Keys, Mask, ScoreConfig, Sequence, bf16, f16};
+
+fn stands_alone<B: Backend, T: HalfElement, O: Element>(case: &BatchCase) -> Result<(), TestCaseError> {
+    let backend = B::open(case.seed);
+    each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
+        let plan = Plan::for_batch(&backend.device().properties(), score, batch).unwrap();
+        run_plan(&backend, &plan, inputs, out, lse).unwrap();
+    })
+}
+
+/// Output and log-sum-exp of a batch, in memory that held rubbish.
+fn attend<B: Backend>(batch: &Batch, inputs: &Inputs<bf16>, splits: bool) -> (Tensor<f32>, Vec<f32>) {
+    let backend = B::open(5);
+    let plan = Plan::for_batch(&backend.device().properties(), &ScoreConfig::new(), batch).unwrap();
+    assert_eq!(plan.splits() > 1, splits);
+    let mut out = Tensor::contiguous("out", batch.query_shape(), |_| RUBBISH);
+    let mut lse = vec![RUBBISH; batch.lse_len()];
+    run_plan(&backend, &plan, inputs, &mut out, Some(&mut lse)).unwrap();
+    (out, lse)
+}
+
+on_each_device! {
+    fn sequences_of_a_batch_stand_alone(case in batches(kernel_dims()), dtypes in 0..4usize) {
+        let mut case = case;
+        case.layouts = case.layouts.map(|layout| aligned(&layout));
+        match dtypes {
+            0 => stands_alone::<B, f16, f16>(&case)?,
+            1 => stands_alone::<B, f16, f32>(&case)?,
+            2 => stands_alone::<B, bf16, bf16>(&case)?,
+            _ => stands_alone::<B, bf16, f32>(&case)?,
+        }
+    }
+
+    /// 60 keys in pages of 48 and of 528, in the order [1, 0].
+    fn pages_of_hybrid_models_change_no_bit() {
+        let mut rng = Rng::new(4);
+        let query = Tensor::<bf16>::normal("query", [1, 3, 4, 64], &mut rng);
+        let [key, value] = ["key", "value"].map(|name| Tensor::<bf16>::normal(name, [1, 60, 2, 64], &mut rng));
+        let call = |key: &Tensor<bf16>, value: &Tensor<bf16>, keys: Keys| {
+            let mut batch = Batch::new(query.shape(), key.shape()).unwrap();
+            batch.push(Sequence::new(0, 0..3, keys, Mask::Causal)).unwrap();
+            let inputs = Inputs { query: query.clone(), key: key.clone(), value: value.clone() };
+            let (out, lse) = attend::<B>(&batch, &inputs, false);
+            (out.bits(), lse)
+        };
+        let unpaged = call(&key, &value, Keys::rows(0, 0..60));
+        for page_len in [48, 528] {
+            let paged = |rows: &Tensor<bf16>| {
+                Tensor::contiguous("paged", [2, page_len, 2, 64], |[page, row, head, d]| {
+                    let key = (1 - page) * page_len + row;
+                    if key < 60 { rows.get([0, key, head, d]).to_f32() } else { f32::NAN }
+                })
+            };
+            assert!(call(&paged(&key), &paged(&value), Keys::pages(60, [1, 0])) == unpaged, "{page_len}");
+        }
+    }
+
+    /// Decodes whose keys are split, between rows of padding: the merge leaves these alone.
+    fn splits_do_not_write_padding() {
+        let mut rng = Rng::new(6);
+        let mut tensor = |name, shape| Tensor::<bf16>::normal(name, shape, &mut rng);
+        let inputs = Inputs {
+            query: tensor("query", [2, 3, 2, 64]),
+            key: tensor("key", [1, 3000, 1, 64]),
+            value: tensor("value", [1, 3000, 1, 64]),
+        };
+        let mut batch = Batch::new([2, 3, 2, 64], [1, 3000, 1, 64]).unwrap();
+        batch.push(Sequence::new(0, 1..2, Keys::rows(0, 0..2900), Mask::Causal)).unwrap();
+        batch.push(Sequence::new(1, 2..3, Keys::rows(0, 7..40), Mask::Full)).unwrap();
+        batch.push(Sequence::new(1, 0..1, Keys::rows(0, 5..5), Mask::Full)).unwrap();
+        let (out, lse) = attend::<B>(&batch, &inputs, true);
+        for (b, row) in [(0, 0), (0, 2), (1, 1)] {
+            for head in 0..2 {
+                assert!((0..64).all(|d| out.get([b, row, head, d]) == RUBBISH), "{b} {row}");
+                assert_eq!(lse[(b * 2 + head) * 3 + row], RUBBISH, "{b} {row}");
+            }
+        }
+        for head in 0..2 {
+            assert!((0..64).all(|d| out.get([1, 0, head, d]) == 0.0));
+            assert_eq!(lse[(2 + head) * 3], f32::NEG_INFINITY);
+            assert!(lse[(2 + head) * 3 + 2] < 33f32.ln() + 6.0 && lse[head * 3 + 1] > 2900f32.ln() - 1.0);
+        }
+    }
+
+    fn a_batch_without_sequences_writes_nothing() {
+        let batch = Batch::new([2, 3, 2, 64], [4, 5, 1, 64]).unwrap();
+        let [query, key] = [batch.query_shape(), batch.key_shape()].map(|s| Tensor::contiguous("x", s, |_| 1.0));
+        let inputs = Inputs { query, value: key.clone(), key };
+        let (out, lse) = attend::<B>(&batch, &inputs, false);
+        assert!(out.values().all(|x| x == RUBBISH) && lse.iter().all(|&x| x == RUBBISH));
+    }
+}

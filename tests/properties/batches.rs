@@ -1,0 +1,252 @@
+//! Sequences of any lengths, places and masks in one call.
+
+use super::cases::{Inputs, RUBBISH, configs, masks};
+use super::expected::Expected;
+use crate::common::{Layout, Rng, Tensor, layouts};
+use proptest::prelude::*;
+use star_attention::{AttentionConfig, Batch, Element, Keys, Mask, ScoreConfig, Sequence};
+use std::ops::Range;
+
+/// A sequence, and how it lies beside the others.
+#[derive(Clone, Debug)]
+struct Member {
+    rows: usize,
+    keys: usize,
+    mask: Mask,
+    /// Rows of padding before its query rows, and of unused capacity before its keys.
+    gaps: [usize; 2],
+    /// Whether its keys begin with those of the sequence before it.
+    shares: bool,
+}
+
+/// A call on a batch: all that is needed to make it again.
+#[derive(Clone, Debug)]
+pub struct BatchCase {
+    members: Vec<Member>,
+    /// Extents of the batch axes of queries and of keys.
+    batches: [usize; 2],
+    /// Rows of a page, where keys lie in pages.
+    page_len: Option<usize>,
+    kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+    pub score: ScoreConfig,
+    /// Of q, k, v and out.
+    pub layouts: [Layout; 4],
+    pub seed: u64,
+}
+
+/// Up to six sequences, none among them; all of few rows in half of the cases, and one over many keys in a third of these.
+pub fn batches(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = BatchCase> {
+    let page_len = prop_oneof![
+        2 => Just(None),
+        3 => prop::sample::select(vec![1, 3, 16, 48, 528]).prop_map(Some),
+    ];
+    let extents = ([1..=3usize, 1..=3usize], page_len, 1..=3usize, 1..=4usize, head_dims);
+    let layouts = [layouts(), layouts(), layouts(), layouts()];
+    (members(), extents, configs(), layouts, any::<u64>()).prop_map(
+        |(members, (batches, page_len, kv_heads, group, head_dim), config, layouts, seed)| {
+            // Keeps the oracle's work small.
+            let (kv_heads, group) =
+                if head_dim > 64 { (1 + kv_heads % 2, group.min(2)) } else { (kv_heads, group) };
+            let score = config.score();
+            BatchCase { members, batches, page_len, kv_heads, group, head_dim, score, layouts, seed }
+        },
+    )
+}
+
+fn members() -> impl Strategy<Value = Vec<Member>> {
+    let member = |most_rows: usize, keys: Range<usize>| {
+        let rows = prop_oneof![1 => 0..=1usize, 3 => 0..=most_rows];
+        let gaps = [0..4usize, 0..40usize];
+        (rows, keys, masks(), gaps, prop::bool::weighted(0.3))
+            .prop_map(|(rows, keys, mask, gaps, shares)| Member { rows, keys, mask, gaps, shares })
+    };
+    let several = move |most_rows| {
+        prop::collection::vec(prop_oneof![1 => member(most_rows, 0..2), 4 => member(most_rows, 0..90)], 0..=5)
+    };
+    let long = prop::option::weighted(0.4, member(3, 500..1500));
+    let few = (several(4), long).prop_map(|(mut members, long)| {
+        members.extend(long);
+        members
+    });
+    prop_oneof![few, several(80)]
+}
+
+impl BatchCase {
+    /// The sequences, one after another on the batch axes in turn.
+    pub fn batch(&self) -> Batch {
+        let (mut query_ends, mut sequences) = (vec![0; self.batches[0]], Vec::new());
+        let mut keys = Placed::new(self.batches[1], self.page_len);
+        for (i, member) in self.members.iter().enumerate() {
+            let b = i % self.batches[0];
+            let start = query_ends[b] + member.gaps[0];
+            query_ends[b] = start + member.rows;
+            sequences.push(Sequence::new(b, start..query_ends[b], keys.place(i, member), member.mask));
+        }
+        let seq = query_ends.into_iter().max().unwrap_or(0) + self.seed as usize % 3;
+        let query = [self.batches[0], seq, self.kv_heads * self.group, self.head_dim];
+        let [key_batch, key_seq] = keys.extents(self.seed);
+        let mut batch = Batch::new(query, [key_batch, key_seq, self.kv_heads, self.head_dim]).unwrap();
+        sequences.into_iter().for_each(|sequence| batch.push(sequence).unwrap());
+        batch
+    }
+
+    /// Queries, keys and values. What belongs to no sequence holds NaN.
+    fn inputs<T: Element>(&self, batch: &Batch) -> Inputs<T> {
+        let mut rng = Rng::new(self.seed);
+        let [query_shape, key_shape] = [batch.query_shape(), batch.key_shape()];
+        let [mut query_rows, mut key_rows] =
+            [query_shape, key_shape].map(|[batch, seq, ..]| vec![vec![false; seq]; batch]);
+        for sequence in batch.sequences() {
+            sequence.rows.clone().for_each(|row| query_rows[sequence.batch][row] = true);
+            for key in 0..sequence.keys.len() {
+                let [batch, row] = place(&sequence.keys, key, key_shape[1]);
+                key_rows[batch][row] = true;
+            }
+        }
+        let mut tensor = |name, shape, layout, used: &[Vec<bool>]| {
+            Tensor::new(
+                name,
+                shape,
+                layout,
+                f32::NAN,
+                |[b, s, ..]| {
+                    if used[b][s] { rng.normal() } else { f32::NAN }
+                },
+            )
+        };
+        let [query, key, value, _] = &self.layouts;
+        Inputs {
+            query: tensor("query", query_shape, query, &query_rows),
+            key: tensor("key", key_shape, key, &key_rows),
+            value: tensor("value", key_shape, value, &key_rows),
+        }
+    }
+}
+
+/// Where keys have been placed so far.
+struct Placed {
+    page_len: Option<usize>,
+    /// The end of what is used on each index of the batch axis, where keys are rows.
+    ends: Vec<usize>,
+    /// How many pages are used.
+    pages: usize,
+    last: Keys,
+}
+
+impl Placed {
+    fn new(batch: usize, page_len: Option<usize>) -> Self {
+        let last = page_len.map_or(Keys::rows(0, 0..0), |_| Keys::pages(0, []));
+        Self { page_len, ends: vec![0; batch], pages: 0, last }
+    }
+
+    fn place(&mut self, index: usize, member: &Member) -> Keys {
+        let len = member.keys;
+        self.last = match (&self.last, self.page_len) {
+            (Keys::Pages { pages, .. }, Some(page_len)) => {
+                let needed = len.div_ceil(page_len);
+                let shared = if member.shares { needed.min(pages.len()) } else { 0 };
+                // One more than needed now and then.
+                let own = needed - shared + usize::from(member.gaps[1] % 4 == 0);
+                self.pages += own;
+                let own = (self.pages - own..self.pages).rev().map(|page| page as u32);
+                Keys::pages(len, pages[..shared].iter().copied().chain(own).collect::<Vec<u32>>())
+            }
+            (Keys::Rows { batch, rows }, _) if member.shares => {
+                let (batch, rows) = (*batch, rows.start..rows.start + len);
+                self.ends[batch] = self.ends[batch].max(rows.end);
+                Keys::rows(batch, rows)
+            }
+            _ => {
+                let batch = index % self.ends.len();
+                let start = self.ends[batch] + member.gaps[1];
+                self.ends[batch] = start + len;
+                Keys::rows(batch, start..start + len)
+            }
+        };
+        self.last.clone()
+    }
+
+    /// Extents of the axes batch and seq, with some capacity that nobody uses.
+    fn extents(&self, seed: u64) -> [usize; 2] {
+        let unused = (seed >> 8) as usize % 3;
+        match self.page_len {
+            Some(page_len) => [self.pages + unused, page_len],
+            None => [self.ends.len(), self.ends.iter().max().unwrap_or(&0) + 20 * unused],
+        }
+    }
+}
+
+/// Where a key lies on the axes batch and seq.
+fn place(keys: &Keys, key: usize, page_len: usize) -> [usize; 2] {
+    match keys {
+        Keys::Rows { batch, rows } => [*batch, rows.start + key],
+        Keys::Pages { pages, .. } => [pages[key / page_len] as usize, key % page_len],
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Rows of a tensor, one after another in a batch of 1.
+fn gather<T: Element>(from: &Tensor<T>, len: usize, place: impl Fn(usize) -> [usize; 2]) -> Tensor<T> {
+    let [_, _, heads, dim] = from.shape();
+    Tensor::contiguous("rows", [1, len, heads, dim], |[_, row, head, d]| {
+        let [batch, seq] = place(row);
+        from.get([batch, seq, head, d]).to_f32()
+    })
+}
+
+/// `run` computes attention for a batch into an output and, if asked for, its log-sum-exp. Each of the sequences gets what
+/// it gets alone, and nothing else is written.
+pub fn each_sequence_of_a_batch_stands_alone<T: Element, O: Element>(
+    case: &BatchCase,
+    run: impl Fn(&Batch, &ScoreConfig, &Inputs<T>, &mut Tensor<O>, Option<&mut [f32]>),
+) -> Result<(), TestCaseError> {
+    let batch = case.batch();
+    let inputs = case.inputs::<T>(&batch);
+    let shape @ [batches, seq, heads, dim] = batch.query_shape();
+    let rubbish = || Tensor::<O>::new("out", shape, &case.layouts[3], RUBBISH, |_| RUBBISH);
+    let (mut out, mut lse) = (rubbish(), vec![RUBBISH; batch.lse_len()]);
+    run(&batch, &case.score, &inputs, &mut out, Some(&mut lse));
+
+    let lse_at = |b: usize, head: usize, row: usize| (b * heads + head) * seq + row;
+    let mut padding = vec![vec![true; seq]; batches];
+    let ScoreConfig { scale, softcap, .. } = case.score;
+    for (index, sequence) in batch.sequences().iter().enumerate() {
+        let Sequence { batch: b, ref rows, ref keys, mask, .. } = *sequence;
+        let row_place = |row| [b, rows.start + row];
+        let key_place = |key| place(keys, key, batch.key_shape()[1]);
+        let config = AttentionConfig { mask, scale, softcap };
+        let query = gather(&inputs.query, rows.len(), row_place);
+        let [key, value] = [&inputs.key, &inputs.value].map(|from| gather(from, keys.len(), key_place));
+        let expected = Expected::of(&config, &query, &key, &value, false);
+        let of_sequence = |error: TestCaseError| TestCaseError::fail(format!("sequence {index}: {error}"));
+        expected.check_out(gather(&out, rows.len(), row_place).values()).map_err(of_sequence)?;
+        let own_lse = (0..heads).flat_map(|head| rows.clone().map(move |row| lse_at(b, head, row)));
+        expected.check_lse(&own_lse.map(|at| lse[at]).collect::<Vec<f32>>()).map_err(of_sequence)?;
+        rows.clone().for_each(|row| padding[b][row] = false);
+    }
+
+    let untouched = O::from_f32(RUBBISH).to_f32();
+    for (b, row) in
+        (0..batches).flat_map(|b| (0..seq).map(move |row| (b, row))).filter(|&(b, s)| padding[b][s])
+    {
+        for head in 0..heads {
+            let written = (0..dim).any(|d| out.get([b, row, head, d]).to_f32() != untouched);
+            prop_assert!(!written, "wrote the out of padding, row {row} of batch {b}");
+            prop_assert_eq!(
+                lse[lse_at(b, head, row)],
+                RUBBISH,
+                "wrote the lse of padding, row {} of batch {}",
+                row,
+                b
+            );
+        }
+    }
+    prop_assert!(out.padding_is(RUBBISH), "wrote between the rows of out");
+
+    let mut again = rubbish();
+    run(&batch, &case.score, &inputs, &mut again, None);
+    prop_assert!(out.bits() == again.bits(), "no log-sum-exp changes the output");
+    Ok(())
+}
