@@ -5,7 +5,7 @@
 //! so that a tile of it is skipped by never being reached, and only the tiles in which visibility grows from row to row
 //! need a mask element by element.
 
-use crate::{AttentionShape, Error, Mask, Result};
+use crate::Mask;
 use std::ops::Range;
 
 /// Query rows of one sequence that walk one list of keys.
@@ -93,37 +93,6 @@ pub(crate) fn segments(mask: Mask, query_len: usize, key_len: usize, mut emit: i
             }
         }
     }
-}
-
-/// The places of packed sequences on the seq axes of queries and keys: each from one offset to the next.
-///
-/// # Errors
-/// [`Error::Shape`] for a batch other than 1 or offsets of different counts, [`Error::Value`] for offsets that do not ascend from 0 to
-/// the total.
-pub(crate) fn packed_sequences(
-    shape: &AttentionShape,
-    query_offsets: &[usize],
-    key_offsets: &[usize],
-) -> Result<Vec<[Range<usize>; 2]>> {
-    if shape.batch != 1 {
-        return Err(Error::shape("query", "batch 1 for packed sequences", shape.batch.to_string()));
-    }
-    if query_offsets.len() != key_offsets.len() {
-        let expected = format!("{} offsets, as query_offsets", query_offsets.len());
-        return Err(Error::shape("key_offsets", expected, key_offsets.len().to_string()));
-    }
-    for (argument, offsets, total) in
-        [("query_offsets", query_offsets, shape.query_len), ("key_offsets", key_offsets, shape.key_len)]
-    {
-        let bounds = offsets.first() == Some(&0) && offsets.last() == Some(&total);
-        if !bounds || !offsets.is_sorted() {
-            let expected = format!("offsets that ascend from 0 to {total}");
-            return Err(Error::value(argument, expected, format!("{offsets:?}")));
-        }
-    }
-    let ranges = |offsets: &[usize], i: usize| offsets[i]..offsets[i + 1];
-    let count = query_offsets.len() - 1;
-    Ok((0..count).map(|i| [ranges(query_offsets, i), ranges(key_offsets, i)]).collect())
 }
 
 #[cfg(test)]

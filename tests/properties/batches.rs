@@ -93,7 +93,7 @@ impl BatchCase {
     }
 
     /// Queries, keys and values. What belongs to no sequence holds NaN.
-    fn inputs<T: Element>(&self, batch: &Batch) -> Inputs<T> {
+    pub fn inputs<T: Element>(&self, batch: &Batch) -> Inputs<T> {
         let mut rng = Rng::new(self.seed);
         let [query_shape, key_shape] = [batch.query_shape(), batch.key_shape()];
         let [mut query_rows, mut key_rows] =
@@ -122,6 +122,26 @@ impl BatchCase {
             key: tensor("key", key_shape, key, &key_rows),
             value: tensor("value", key_shape, value, &key_rows),
         }
+    }
+
+    /// The same sequences with the keys of each in rows of its own, one sequence after another.
+    pub fn in_rows<T: Element>(&self, batch: &Batch, inputs: &Inputs<T>) -> (Batch, Inputs<T>) {
+        let [_, page_len, kv_heads, head_dim] = batch.key_shape();
+        let places: Vec<[usize; 2]> = batch
+            .sequences()
+            .iter()
+            .flat_map(|sequence| (0..sequence.keys.len()).map(|key| place(&sequence.keys, key, page_len)))
+            .collect();
+        let mut rows = Batch::new(batch.query_shape(), [1, places.len(), kv_heads, head_dim]).unwrap();
+        let mut end = 0;
+        for Sequence { batch: b, rows: own, keys, mask, .. } in batch.sequences() {
+            let start = end;
+            end += keys.len();
+            rows.push(Sequence::new(*b, own.clone(), Keys::rows(0, start..end), *mask)).unwrap();
+        }
+        let [key, value] =
+            [&inputs.key, &inputs.value].map(|from| gather(from, places.len(), |row| places[row]));
+        (rows, Inputs { query: inputs.query.clone(), key, value })
     }
 }
 

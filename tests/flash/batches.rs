@@ -1,0 +1,134 @@
+//! Batches on the CPU: sequences of any lengths, places and masks, and the bits of a row under a fixed split length.
+
+use crate::common::Tensor;
+use crate::properties::batches::{BatchCase, batches, each_sequence_of_a_batch_stands_alone};
+use crate::properties::cases::{Inputs, head_dims};
+use proptest::prelude::*;
+use rayon::ThreadPoolBuilder;
+use star_attention::cpu::InstructionSet;
+use star_attention::cpu::flash::Plan;
+use star_attention::{Batch, Element, Sequence, bf16, f16};
+
+/// Keys of a split in these tests: some sequences have several, most have one.
+const SPLIT_KEYS: usize = 192;
+
+fn run<T: Element, O: Element>(
+    plan: &Plan,
+    Inputs { query, key, value }: &Inputs<T>,
+    out: &mut Tensor<O>,
+    lse: Option<&mut [f32]>,
+) {
+    let mut workspace = vec![f32::NAN; plan.workspace_len()];
+    plan.run(query.view(), key.view(), value.view(), out.view_mut(), lse, &mut workspace).unwrap();
+}
+
+fn stands_alone<T: Element, O: Element>(
+    case: &BatchCase,
+    instructions: InstructionSet,
+    fixed: bool,
+) -> Result<(), TestCaseError> {
+    each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
+        let plan = Plan::for_batch(score, batch.clone()).unwrap().with_instructions(instructions).unwrap();
+        let plan = if fixed { plan.with_split_keys(SPLIT_KEYS).unwrap() } else { plan };
+        run(&plan, inputs, out, lse);
+    })
+}
+
+/// The bits of every sequence, in a batch and alone, on any number of threads.
+fn keeps_its_bits<T: Element>(case: &BatchCase, instructions: InstructionSet) -> Result<(), TestCaseError> {
+    let batch = case.batch();
+    let inputs = case.inputs::<T>(&batch);
+    let results = |batch: &Batch, threads: usize| {
+        let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let plan = Plan::for_batch(&case.score, batch.clone()).unwrap();
+            let plan = plan.with_instructions(instructions).unwrap().with_split_keys(SPLIT_KEYS).unwrap();
+            let mut out = Tensor::<f32>::contiguous("out", batch.query_shape(), |_| 0.0);
+            let mut lse = vec![0.0; batch.lse_len()];
+            run(&plan, &inputs, &mut out, Some(&mut lse));
+            (out, lse)
+        })
+    };
+    let (together, lse) = results(&batch, 3);
+    let (again, _) = results(&batch, 16);
+    prop_assert!(together.bits() == again.bits(), "other bits on 16 threads than on 3");
+    let [_, seq, heads, _] = batch.query_shape();
+    for sequence in batch.sequences() {
+        let mut alone = Batch::new(batch.query_shape(), batch.key_shape()).unwrap();
+        alone.push(sequence.clone()).unwrap();
+        let (out, own_lse) = results(&alone, 1);
+        let Sequence { batch: b, ref rows, .. } = *sequence;
+        for (row, head) in rows.clone().flat_map(|row| (0..heads).map(move |head| (row, head))) {
+            let at = (b * heads + head) * seq + row;
+            prop_assert_eq!(own_lse[at].to_bits(), lse[at].to_bits(), "lse of row {}, head {}", row, head);
+            for d in 0..batch.query_shape()[3] {
+                let [alone, together] = [&out, &together].map(|out| out.get([b, row, head, d]));
+                prop_assert_eq!(alone.to_bits(), together.to_bits(), "row {}, head {}", row, head);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same sequences with their keys in pages and in rows: where they lie changes no bit.
+fn pages_change_no_bit<T: Element>(
+    case: &BatchCase,
+    instructions: InstructionSet,
+) -> Result<(), TestCaseError> {
+    let paged = case.batch();
+    let inputs = case.inputs::<T>(&paged);
+    let (rows, as_rows) = case.in_rows(&paged, &inputs);
+    let [first, second] = [(&paged, &inputs), (&rows, &as_rows)].map(|(batch, inputs)| {
+        let plan = Plan::for_batch(&case.score, batch.clone()).unwrap();
+        let plan = plan.with_instructions(instructions).unwrap();
+        let mut out = Tensor::<f32>::contiguous("out", batch.query_shape(), |_| 0.0);
+        let mut lse = vec![0.0; batch.lse_len()];
+        run(&plan, inputs, &mut out, Some(&mut lse));
+        (out.bits(), lse.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+    });
+    prop_assert!(first == second, "other bits from pages than from rows");
+    Ok(())
+}
+
+fn instructions() -> impl Strategy<Value = InstructionSet> {
+    prop::sample::select(InstructionSet::available())
+}
+
+proptest! {
+    #[test]
+    fn each_sequence_stands_alone(
+        case in batches(head_dims()),
+        instructions in instructions(),
+        dtype in 0..5,
+        fixed in any::<bool>(),
+    ) {
+        match dtype {
+            0 | 1 => stands_alone::<f32, f32>(&case, instructions, fixed)?,
+            2 => stands_alone::<f16, f32>(&case, instructions, fixed)?,
+            3 => stands_alone::<bf16, f32>(&case, instructions, fixed)?,
+            _ => stands_alone::<bf16, bf16>(&case, instructions, fixed)?,
+        }
+    }
+
+    #[test]
+    fn under_a_fixed_split_length_a_row_keeps_its_bits(
+        case in batches(head_dims()),
+        instructions in instructions(),
+        bf in any::<bool>(),
+    ) {
+        if bf {
+            keeps_its_bits::<bf16>(&case, instructions)?;
+        } else {
+            keeps_its_bits::<f32>(&case, instructions)?;
+        }
+    }
+
+    #[test]
+    fn where_keys_lie_changes_no_bit(case in batches(head_dims()), instructions in instructions(), bf in any::<bool>()) {
+        if bf {
+            pages_change_no_bit::<bf16>(&case, instructions)?;
+        } else {
+            pages_change_no_bit::<f32>(&case, instructions)?;
+        }
+    }
+}
