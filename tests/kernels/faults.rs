@@ -183,7 +183,6 @@ fn edges() -> Vec<Edge> {
         edge("visible", false, |tile| &mut tile.visible, |_| true),
         edge("causal", true, |tile| &mut tile.causal, |tile| tile.end - tile.visible > 1),
         edge("causal", false, |tile| &mut tile.causal, |tile| tile.end - tile.visible > 0),
-        edge("key_batch", true, |tile| &mut tile.key_batch, |_| true),
         edge("key_start", true, |tile| &mut tile.key_start, |_| true),
         edge("begin", true, |tile| &mut tile.begin, |_| true),
         edge("end", false, |tile| &mut tile.end, |_| true),
