@@ -18,7 +18,7 @@ struct KeyList {
         if (paged) {
             const uint64_t product = static_cast<uint64_t>(2 * key) * p.page_magic;
             const uint32_t page = static_cast<uint32_t>(product >> 32) >> p.page_shift;
-            batch = load(reinterpret_cast<const uint32_t*>(p.page_table) + (tile.key_batch + page));
+            batch = load(reinterpret_cast<const uint32_t*>(p.page_table) + batch + page);
             key -= page * p.page_len;
         }
         const uint64_t offset = batch * tensor.batch + key * tensor.seq + kv_head * tensor.head;
