@@ -430,6 +430,7 @@ struct Flash {
     // is what the value makes it, NaN or infinite.
     static DEVICE void add_cleared(const QueryRows& rows, const KeyList& list) {
         const uint32_t begin = rows.tile.begin, open = rows.limit(0);
+        const bool paged = rows.p.page_table != 0;
         const uint32_t border = open < begin ? begin : begin + (open - begin) / P::keys * P::keys;
 #pragma unroll 1
         for (uint32_t i = thread_index(); i < rows.tile.rows * outputs; i += P::threads) {
@@ -437,7 +438,7 @@ struct Flash {
             const uint32_t limit = rows.limit(row);
 #pragma unroll 1
             for (uint32_t entry = border; entry < limit; entry++) {
-                const uint4 value = load(reinterpret_cast<const uint4*>(list.row(rows.p.value, entry) + column));
+                const uint4 value = load(reinterpret_cast<const uint4*>(list.row(rows.p.value, entry, paged) + column));
                 const uint4 special = not_finite8<Element>(value);
                 if (any_bit(special)) {
                     rows.template add_out<Element>(

@@ -10,11 +10,14 @@ struct KeyList {
     const StarTile& tile;
     uint32_t kv_head;
 
-    DEVICE const uint16_t* row(const StarTensor& tensor, uint32_t entry) const {
+    // `paged`: whether there is a page table. The caller says so, because the compiler tests a parameter in every step,
+    // also in those that need no page.
+    DEVICE const uint16_t* row(const StarTensor& tensor, uint32_t entry, bool paged) const {
         uint32_t key = tile.key_start + (entry < tile.prefix ? entry : tile.start + (entry - tile.prefix));
         uint64_t batch = tile.key_batch;
-        if (p.page_table != 0) {
-            const uint32_t page = static_cast<uint32_t>(static_cast<uint64_t>(2 * key) * p.page_magic >> 32) >> p.page_shift;
+        if (paged) {
+            const uint64_t product = static_cast<uint64_t>(2 * key) * p.page_magic;
+            const uint32_t page = static_cast<uint32_t>(product >> 32) >> p.page_shift;
             batch = load(reinterpret_cast<const uint32_t*>(p.page_table) + batch + page);
             key -= page * p.page_len;
         }
@@ -153,7 +156,8 @@ struct Ring {
             const uint64_t key = first + (first >= prefix ? shift : 0);
             copy_uniform(slot, shared_load8(source_at<Values>()) + 2 * key * from.seq, 2 * row_step * from.seq);
         } else if (first < end) {
-            copy_each(slot, from, first, end);
+            // With a page table nothing is contiguous.
+            copy_each(slot, from, first, end, contiguous_end == 0);
         }
         copy_commit();
     }
@@ -178,12 +182,12 @@ struct Ring {
         }
     }
 
-    // Each entry by itself; those from the end on become zeros.
-    DEVICE void copy_each(Shared to, const StarTensor& from, uint32_t first, uint32_t end) const {
+    // Each entry by itself; those from the end on become zeros. `paged` as in KeyList::row.
+    DEVICE void copy_each(Shared to, const StarTensor& from, uint32_t first, uint32_t end, bool paged) const {
 #pragma unroll 1
         for (uint32_t r = row(); r < P::keys; r += row_step) {
             const bool beyond = first + r >= end;
-            const uint16_t* source = list.row(from, beyond ? first : first + r) + lane() * 8;
+            const uint16_t* source = list.row(from, beyond ? first : first + r, paged) + lane() * 8;
 #pragma unroll
             for (int c = 0; c < Tile::chunks / lanes; c++) {
                 copy_async(Tile::at(to, r, lane() + c * lanes), source + c * lanes * 8, beyond);

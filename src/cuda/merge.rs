@@ -66,7 +66,7 @@ pub fn merge<D: Device, T: Element, O: Element>(
     let launch = MergeLaunch {
         partials: partials.out.params(),
         partials_lse: partials.lse.address,
-        partial_stride: (batch as u64).wrapping_mul(partials.out.params().batch),
+        partial_stride: batch as u64 * partials.out.params().batch,
         lse_stride: partials.lse_stride,
         n,
         shape,

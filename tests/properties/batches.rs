@@ -168,7 +168,7 @@ impl Placed {
                 let needed = len.div_ceil(page_len);
                 let shared = if member.shares { needed.min(pages.len()) } else { 0 };
                 // One more than needed now and then.
-                let own = needed - shared + usize::from(member.gaps[1] % 4 == 0);
+                let own = needed - shared + usize::from(member.gaps[1].is_multiple_of(4));
                 self.pages += own;
                 let own = (self.pages - own..self.pages).rev().map(|page| page as u32);
                 Keys::pages(len, pages[..shared].iter().copied().chain(own).collect::<Vec<u32>>())

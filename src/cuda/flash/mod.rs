@@ -27,10 +27,10 @@ use crate::schedule::{self, Segment};
 use crate::{AttentionConfig, AttentionShape, Batch, Error, Keys, Result, ScoreConfig, Sequence};
 pub use pages::PageTable;
 pub use prepared::Prepared;
-use std::mem::discriminant;
 
 /// Rows of a KV head up to which attention is bound by reading its keys: two tiles of 16, which find the keys in the cache.
 pub const FEW_ROWS: usize = 32;
+
 /// Names of the variants of the kernel for many rows, for one head dim.
 #[cfg(feature = "variants")]
 pub fn variants(head_dim: usize) -> impl Iterator<Item = &'static str> {
@@ -150,9 +150,9 @@ impl Plan {
             merged: Vec::new(),
             pairs: 0,
         };
-        let first = batch.sequences().first().map(|sequence| &sequence.keys);
+        let paged = batch.sequences().first().is_some_and(|first| matches!(first.keys, Keys::Pages { .. }));
         for (index, sequence) in batch.sequences().iter().enumerate() {
-            plan.push_sequence(sequence, first)
+            plan.push_sequence(sequence, paged)
                 .map_err(|source| Error::Sequence { index, source: Box::new(source) })?;
         }
         check_count("pages", "fewer than 2³¹ pages in use", plan.pages.len())?;
@@ -171,21 +171,24 @@ impl Plan {
         self.query[2] / self.pack
     }
 
-    /// Adds a sequence's tiles and pages. `first` has the keys of the first sequence.
-    fn push_sequence(&mut self, sequence: &Sequence, first: Option<&Keys>) -> Result<()> {
+    /// Adds a sequence's tiles and pages. `paged`: whether keys lie in pages.
+    fn push_sequence(&mut self, sequence: &Sequence, paged: bool) -> Result<()> {
         let Sequence { ref rows, ref keys, mask, .. } = *sequence;
         let len = keys.len();
         check_count("keys", "fewer than 2³¹ keys", len)?;
-        if first.is_some_and(|first| discriminant(first) != discriminant(keys)) {
-            return Err(Error::value("keys", "rows or pages, as those of sequence 0", format!("{keys:?}")));
-        }
         // Where the keys start on the axes batch (or in the page table) and seq.
-        let start = match keys {
-            Keys::Rows { batch, rows } => [*batch, rows.start],
-            Keys::Pages { pages, .. } => {
+        let start = match (keys, paged) {
+            (Keys::Rows { batch, rows }, false) => [*batch, rows.start],
+            (Keys::Pages { pages, .. }, true) => {
                 let start = self.pages.len();
                 self.pages.extend(&pages[..len.div_ceil(self.key[1].max(1))]);
                 [start, 0]
+            }
+            (Keys::Rows { .. }, true) => {
+                return Err(Error::value("keys", "pages, as sequence 0 has", "rows"));
+            }
+            (Keys::Pages { .. }, false) => {
+                return Err(Error::value("keys", "rows, as sequence 0 has", "pages"));
             }
         };
         schedule::segments(mask, rows.len(), len, |segment| {
@@ -300,12 +303,8 @@ fn check_countable(query: [usize; 4], key: [usize; 4]) -> Result<()> {
     let rows = query[1].saturating_mul(group);
     let largest = |extents: [usize; 3]| extents.into_iter().max().unwrap_or(0);
     for (argument, largest, expected) in [
-        (
-            "query",
-            largest([query[0], rows, query[2]]),
-            "extents below 2³¹ (batch, heads; rows times heads of a group)",
-        ),
-        ("key", largest([key[0], key[1], key[2]]), "extents below 2³¹ (batch or pages, rows, heads)"),
+        ("query", largest([query[0], rows, query[2]]), "extents below 2³¹ (batch, seq times group, heads)"),
+        ("key", largest([key[0], key[1], key[2]]), "extents below 2³¹ (batch, seq, heads)"),
     ] {
         if i32::try_from(largest).is_err() {
             return Err(Error::shape(argument, expected, largest.to_string()));
