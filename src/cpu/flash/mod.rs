@@ -235,8 +235,7 @@ impl Plan {
             key: Rows::new(key),
             value: Rows::new(value),
             head_dim,
-            scale: self.config.scale_for(head_dim),
-            softcap: self.config.softcap_for(self.shape.head_dim),
+            factors: self.config.factors_for(head_dim),
         };
 
         let aligned = workspace.as_ptr().align_offset(ALIGNMENT * size_of::<f32>()).min(ALIGNMENT);

@@ -106,14 +106,13 @@ impl<D: Device> Prepared<'_, D> {
 
     fn params(&self, query: StarTensor, key: StarTensor, value: StarTensor) -> StarFlashParams {
         let Plan { shape, config, pack, ref table, .. } = *self.plan;
-        // A scale of 0 would make NaN of the -inf of hidden keys; this one makes 0 of every score.
-        let scale = config.scale_for(shape.head_dim).max(f32::MIN_POSITIVE);
-        let log2_e = std::f32::consts::LOG2_E;
-        let (cap_scale, scale_log2) = match config.softcap_for(shape.head_dim) {
+        let (cap_scale, scale_log2) = match config.factors_for(shape.head_dim) {
             // The kernels compute tanh(ln 2 / 2 · x).
-            Some(cap) => (scale / cap * (2.0 * log2_e), cap * log2_e),
-            None => (0.0, scale * log2_e),
+            (factor, Some(cap)) => (factor * (2.0 * std::f32::consts::LOG2_E), cap),
+            (factor, None) => (0.0, factor),
         };
+        // A scale of 0 would make NaN of the -inf of hidden keys; this one makes 0 of every score.
+        let scale_log2 = scale_log2.max(f32::MIN_POSITIVE);
         let mut params = StarFlashParams {
             query,
             key,
