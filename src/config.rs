@@ -40,6 +40,9 @@ pub struct AttentionConfig {
     pub softcap: Option<f32>,
 }
 
+/// Of scores before tanh. Four times as much, as which the kernels take it, is finite.
+const LARGEST_FACTOR: f32 = f32::MAX / 4.0;
+
 impl AttentionConfig {
     /// The default scale and no softcap, under `mask`.
     pub fn new(mask: Mask) -> Self {
@@ -114,11 +117,19 @@ impl ScoreConfig {
         self.scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt())
     }
 
-    /// The softcap, or `None` where it is so large that `score / cap` leaves f32's normal range:
-    /// tanh of that is the number itself, and the score stays what it was.
-    pub(crate) fn softcap_for(&self, head_dim: usize) -> Option<f32> {
-        let per_score = |cap: f32| self.scale_for(head_dim) / cap;
-        self.softcap.filter(|&cap| per_score(cap).is_normal() && (cap * std::f32::consts::LOG2_E).is_finite())
+    /// The factor of `q · k`, and, if given, what tanh of the product is multiplied by: the scores in powers of 2.
+    ///
+    /// A cap so large that `scale / cap` falls below f32's normal range does nothing: tanh of such a number is
+    /// the number itself. Below a cap so small that `scale / cap` overflows, all scores but 0 are at the
+    /// cap; the factor is bounded, so that 0 stays 0.
+    pub(crate) fn factors_for(&self, head_dim: usize) -> (f32, Option<f32>) {
+        let (scale, log2_e) = (self.scale_for(head_dim), std::f32::consts::LOG2_E);
+        match self.softcap {
+            Some(cap) if scale / cap >= f32::MIN_POSITIVE && (cap * log2_e).is_finite() => {
+                ((scale / cap).min(LARGEST_FACTOR), Some(cap * log2_e))
+            }
+            _ => (scale * log2_e, None),
+        }
     }
 
     /// # Errors

@@ -158,14 +158,9 @@ DEVICE void load_matrices_transposed(uint32_t (&to)[4], Shared row) {
                  : "memory");
 }
 
-// All bits of each half whose exponent is all ones: NaN or infinity. One more in the exponent's last place carries into the sign's.
-DEVICE uint32_t not_finite_halves(uint32_t x, uint32_t exponents, uint32_t ones) {
-    return (((x & exponents) + ones) >> 15 & 0x00010001u) * 0xffffu;
-}
-
 // 16-bit elements: two to a word, the lower half first; c (16×8) += a (16×16) b (16×8).
 struct F16 {
-    static DEVICE uint32_t not_finite(uint32_t x) { return not_finite_halves(x, 0x7c007c00u, 0x04000400u); }
+    static constexpr uint32_t exponents = 0x7c007c00u;
     static DEVICE uint32_t pack(float low, float high) {
         uint32_t x;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
@@ -188,7 +183,7 @@ struct F16 {
 };
 
 struct BF16 {
-    static DEVICE uint32_t not_finite(uint32_t x) { return not_finite_halves(x, 0x7f807f80u, 0x00800080u); }
+    static constexpr uint32_t exponents = 0x7f807f80u;
     static DEVICE uint32_t pack(float low, float high) {
         uint32_t x;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));

@@ -30,10 +30,16 @@ DEVICE void write8(float* to, const float (&x)[8]) {
     store(reinterpret_cast<float4*>(to) + 1, float4{x[4], x[5], x[6], x[7]});
 }
 
-// All bits of each element that is NaN or infinite.
+// All bits of each of two elements whose exponent is all ones: NaN or infinity. One more in the exponent's last place then carries
+// into the sign's.
+template <class Element>
+DEVICE uint32_t not_finite2(uint32_t x) {
+    constexpr uint32_t ones = Element::exponents & ~(Element::exponents << 1);
+    return (((x & Element::exponents) + ones) >> 15 & 0x00010001u) * 0xffffu;
+}
 template <class Element>
 DEVICE uint4 not_finite8(const uint4& x) {
-    return uint4{Element::not_finite(x.x), Element::not_finite(x.y), Element::not_finite(x.z),
-                 Element::not_finite(x.w)};
+    return uint4{not_finite2<Element>(x.x), not_finite2<Element>(x.y), not_finite2<Element>(x.z),
+                 not_finite2<Element>(x.w)};
 }
 DEVICE bool any_bit(const uint4& x) { return (x.x | x.y | x.z | x.w) != 0; }

@@ -129,13 +129,7 @@ DEVICE void load_matrices_transposed(uint32_t (&to)[4], Shared row) { simt_load_
 
 template <bool Bf16>
 struct Element16 {
-    // All bits of each half whose exponent is all ones: NaN or infinity.
-    static uint32_t not_finite(uint32_t x) {
-        const uint32_t exponent = Bf16 ? 0x7f80 : 0x7c00;
-        const uint32_t low = (x & exponent) == exponent ? 0xffff : 0;
-        const uint32_t high = (x >> 16 & exponent) == exponent ? 0xffff0000 : 0;
-        return low | high;
-    }
+    static constexpr uint32_t exponents = Bf16 ? 0x7f807f80 : 0x7c007c00;
     static uint32_t pack(float low, float high) { return simt_pack(low, high, Bf16); }
     static float2 unpack(uint32_t x) {
         return {simt_unpack(static_cast<uint16_t>(x), Bf16), simt_unpack(static_cast<uint16_t>(x >> 16), Bf16)};

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,32 @@ def killed(out):
     assert left[: len(rows)] == rows and "benches" not in steps(left), left
 
 
+def fault(out):
+    """A kernel that faults takes the rest of its process with it: each kind of test and row is asked for again. The suite may
+    lie in a folder with spaces, and results that are begun anew leave the earlier ones beside them."""
+    suite = out / "a suite"
+    shutil.copytree(SUITE, suite, copy_function=os.link)
+    for name in ["kernels", "gpu"]:
+        (suite / name).unlink()
+        (suite / name).write_text("#!/bin/sh\necho 'CUDA driver: wait: DriverError(CUDA_ERROR_ILLEGAL_ADDRESS)'\nexit 1\n")
+        (suite / name).chmod(0o755)
+    command = [suite / "run.sh", "measure", "--rehearse", "--seconds", "30"]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd="/")
+    path = suite / "results/results.json"
+    rows = load(path.parent)["rows"]
+    for label in ["kernels against the oracle", "benches"]:
+        again = [step for step in steps(rows) if step.startswith(f"{label}: ")]
+        assert len(again) > 5 and steps(rows).index(again[0]) == steps(rows).index(label) + 1, steps(rows)
+    subprocess.run([sys.executable, suite / "results.py", path, "begin", "a commit"], check=True)
+    assert not load(path.parent)["rows"] and json.loads(pathlib.Path(f"{path}.old").read_text())["rows"] == rows
+
+
+def unwritable():
+    """Without a folder for results nothing is run."""
+    running = start("measure", "/proc")
+    assert running.wait() == 2
+
+
 def table(results, folder):
     """The table has what the newest results have, and nothing typed by hand survives."""
     docs = folder / "gpu.md"
@@ -209,13 +236,15 @@ def main():
     labels()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        parts = [folder / name for name in ["all", "deadline", "killed", "table"]]
+        parts = [folder / name for name in ["all", "deadline", "killed", "fault", "table"]]
         for part in parts:
             part.mkdir()
         results = all_three(parts[0])
         deadline(parts[1])
         killed(parts[2])
-        table(results, parts[3])
+        fault(parts[3])
+        unwritable()
+        table(results, parts[4])
     print("the GPU suite's rehearsal: good")
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The file of results of the GPU suite: one JSON object with chip, driver, commit, date, and rows.
 
-    results.py FILE begin COMMIT [CHIP]             a new file
+    results.py FILE begin COMMIT [CHIP]             a new file; an earlier one becomes FILE.old
     results.py FILE step LABEL SECONDS STATUS LOG   a row for a step: its exit status, what it printed
     results.py FILE error KIND LABEL ERROR          a row for what was not run
 
@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -59,6 +60,8 @@ def driver():
 
 
 def begin(path, commit, chip=None):
+    if os.path.exists(path):
+        shutil.copy(path, f"{path}.old")
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     write(path, {
         "chip": chip or gpu("name"),

@@ -10,8 +10,8 @@
 #   --seconds N        another deadline
 #   --rehearse         tiny, on the host instead of a GPU: proves this script, measures nothing
 #
-# Needs python3. Where a step lacks anything else, the step fails. `measure` begins a new
-# results.json; the others add to it. Every row is in the file as soon as it is known. A step that
+# Needs python3. Where a step lacks anything else, the step fails. `measure` begins a new results.json
+# and keeps an earlier one as results.json.old; the others add to it. Every row is in the file as soon as it is known. A step that
 # fails, or runs out of time, is a row with an error, and the next step runs. The exit status tells
 # whether any failed.
 set -uo pipefail
@@ -39,6 +39,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+[ -w "$out" ] || { echo "run.sh: $out cannot be written" >&2 && exit 2; }
+command -v python3 >/dev/null || { echo "run.sh: needs python3" >&2 && exit 2; }
 results=$out/results.json
 # What is kept back for a command that must be killed, and for its row.
 deadline=$((SECONDS + seconds - 6))
@@ -61,12 +63,23 @@ inner() {
     echo $((left > 8 ? left - 8 : 0))
 }
 
+# log_of LABEL: the file for what a step prints.
+log_of() {
+    echo "$out/${1//[^A-Za-z0-9]/-}.txt"
+}
+
+# faulted LABEL: whether a kernel of a step faulted. The GPU then refuses all later work of that process,
+# so that what came after the fault says nothing, and is worth another process.
+faulted() {
+    grep -Eqs 'CUDA_ERROR_(ILLEGAL|MISALIGNED|LAUNCH_FAILED|INVALID_(PC|ADDRESS_SPACE))' "$(log_of "$1")"
+}
+
 # step LIMIT LABEL COMMAND...: runs the command for at most LIMIT seconds. What it prints goes to a
 # file of the folder.
 step() {
     local label=$2 limit start=$SECONDS status log
     limit=$(left "$1")
-    log=$out/${2//[^A-Za-z0-9]/-}.txt
+    log=$(log_of "$2")
     shift 2
     if [ "$limit" -lt 1 ]; then
         echo "== $label: not run: deadline"
@@ -90,7 +103,7 @@ step() {
 
 commit=$(cat "$here/commit")
 if [ "$what" = measure ] || [ ! -e "$results" ]; then
-    record begin "$commit" ${rehearse:+"a rehearsal on the host"}
+    record begin "$commit" ${rehearse:+"a rehearsal on the host"} || exit 2
 fi
 
 # What differs in a rehearsal.
@@ -112,13 +125,25 @@ fi
 # Where ncu and compute-sanitizer are, if not on the PATH.
 export PATH=$PATH:/usr/local/cuda/bin:/opt/cuda/bin
 bench=("$here/gpu" --bench --device "$device")
-export PROPTEST_CASES=$cases PROPTEST_FAILURE_PERSISTENCE=off
+export PROPTEST_CASES=$cases PROPTEST_DISABLE_FAILURE_PERSISTENCE=1
 
 measure() {
     step 40 "tests of the driver" "$here/cuda" --include-ignored
+    local kind
     step 100 "kernels against the oracle" "$here/kernels" "${kernel_tests[@]}"
+    if faulted "kernels against the oracle"; then
+        for kind in edges oracle phases nonfinite paged offsets merge append hosts errors; do
+            step 10 "kernels against the oracle: $kind" "$here/kernels" --ignored "$kind::"
+        done
+    fi
     step 40 "matmul rate" python3 "$here/peers.py" "$results" matmul
     step 150 "benches" "${bench[@]}" --json "$results" --seconds "$(inner 150)"
+    if faulted "benches"; then
+        for kind in "query" "merge" "append" "packed" "full" "star"; do
+            step 30 "benches: $kind" \
+                "${bench[@]}" --json "$results" --filter "$kind" --seconds "$(inner 30)"
+        done
+    fi
     step 40 "both phases, checked" "$here/single_gpu" --device "$device" "${phases[@]}"
     step 40 "merge over threads" \
         "$here/multi_gpu_merge" --device "$device" --query-len 3 "${merged[@]}"

@@ -1,11 +1,12 @@
 //! NaN and infinities in the data, and softcaps of any size, on the CPU.
 
 use crate::phases::Flash;
-use crate::properties::cases::cases;
+use crate::properties::cases::{cases, head_dims};
 use crate::properties::nonfinite::{
-    spots_stay_in_their_rows, spotted, the_last_value_reaches_the_last_row_alone,
+    PLACES, spots_stay_in_their_rows, spotted, values_reach_the_rows_that_see_them,
 };
-use crate::properties::softcap::large_caps_change_nothing;
+use crate::properties::packed::{a_sequence_of_nan_stays_alone, packed};
+use crate::properties::softcap::{large_caps_change_nothing, one_key_has_its_capped_score, small_caps_hold};
 use proptest::prelude::*;
 use star_attention::cpu::InstructionSet;
 use star_attention::{bf16, f16};
@@ -15,30 +16,46 @@ proptest! {
     fn what_is_not_finite_stays_in_its_rows((case, spots) in spotted(cases()), dtype in 0..4) {
         let by = Flash(case.instructions);
         match dtype {
-            0 | 1 => spots_stay_in_their_rows::<f32>(&by, &case, &spots, true)?,
-            2 => spots_stay_in_their_rows::<f16>(&by, &case, &spots, true)?,
-            _ => spots_stay_in_their_rows::<bf16>(&by, &case, &spots, true)?,
+            0 | 1 => spots_stay_in_their_rows::<f32, f32>(&by, &case, &spots, true)?,
+            2 => spots_stay_in_their_rows::<f16, f32>(&by, &case, &spots, true)?,
+            _ => spots_stay_in_their_rows::<bf16, bf16>(&by, &case, &spots, true)?,
+        }
+    }
+
+    #[test]
+    fn a_sequence_of_what_is_not_finite_leaves_the_others_alone(
+        packed in packed(head_dims()),
+        index in any::<prop::sample::Index>(),
+        value in prop::sample::select(vec![f32::NAN, f32::INFINITY]),
+    ) {
+        for by in InstructionSet::available().into_iter().map(Flash) {
+            a_sequence_of_nan_stays_alone::<f32, f32>(&by, &packed, index, value)?;
+            a_sequence_of_nan_stays_alone::<bf16, bf16>(&by, &packed, index, value)?;
         }
     }
 }
 
 #[test]
-fn a_value_behind_the_mask_reaches_no_row() {
+fn values_reach_the_rows_that_see_them_alone() {
     for by in InstructionSet::available().into_iter().map(Flash) {
-        for rows in [2, 16, 64, 200] {
-            the_last_value_reaches_the_last_row_alone::<f32>(&by, 64, rows);
-            the_last_value_reaches_the_last_row_alone::<bf16>(&by, 40, rows);
+        for place in PLACES {
+            values_reach_the_rows_that_see_them::<f32, f32>(&by, 64, place);
+            values_reach_the_rows_that_see_them::<bf16, bf16>(&by, 40, place);
         }
     }
 }
 
 #[test]
-fn large_softcaps_change_nothing() {
+fn softcaps_of_any_size() {
     for by in InstructionSet::available().into_iter().map(Flash) {
+        one_key_has_its_capped_score::<f32>(&by, 24);
+        one_key_has_its_capped_score::<bf16>(&by, 64);
         for rows in [1, 130] {
             large_caps_change_nothing::<f32>(&by, 24, rows);
             large_caps_change_nothing::<f16>(&by, 64, rows);
             large_caps_change_nothing::<bf16>(&by, 128, rows);
+            small_caps_hold::<f32>(&by, 24, rows);
+            small_caps_hold::<bf16>(&by, 64, rows);
         }
     }
 }

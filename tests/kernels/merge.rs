@@ -128,7 +128,7 @@ on_each_device! {
     }
 
     fn keeps_a_nan_in_its_row(
-        parts in parts(4).prop_filter("some", |p| p.len() > 1),
+        parts in parts(9).prop_filter("some", |p| p.len() > 1),
         at in any::<prop::sample::Index>(),
     ) {
         laws::keeps_a_nan_in_its_row(&merged::<B>, &parts, at);

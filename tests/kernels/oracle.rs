@@ -44,9 +44,9 @@ on_each_device! {
         for name in variants(case.shape.head_dim) {
             let by = Variant(B::open(case.seed), name);
             if bf {
-                spots_stay_in_their_rows::<bf16>(&by, &case, &spots, false)?;
+                spots_stay_in_their_rows::<bf16, bf16>(&by, &case, &spots, false)?;
             } else {
-                spots_stay_in_their_rows::<f16>(&by, &case, &spots, false)?;
+                spots_stay_in_their_rows::<f16, f32>(&by, &case, &spots, false)?;
             }
         }
     }

@@ -42,14 +42,20 @@ fn scattered<T: HalfElement>(packed: &Packed, table: &PageTable, rows: &Tensor<T
     paged
 }
 
+/// Every key and value of one of the sequences is NaN: it reaches no other's rows.
 fn pages_change_nothing<B: Backend, T: HalfElement>(
     packed: &Packed,
     table: &PageTable,
+    poisoned: prop::sample::Index,
 ) -> Result<(), TestCaseError> {
     let backend = B::open(table.pages as u64);
     let (config, shape, properties) = (&packed.config, packed.shape(), backend.device().properties());
     let (query_offsets, key_offsets) = (packed.query_offsets(), packed.key_offsets());
-    let inputs = packed.inputs::<T>();
+    let mut inputs = packed.inputs::<T>();
+    if !packed.lens.is_empty() {
+        let sequence = poisoned.index(packed.lens.len());
+        inputs.poison(key_offsets[sequence]..key_offsets[sequence + 1], f32::NAN);
+    }
     let results = [true, false].map(|paged| {
         let mut out = packed.output::<f32>();
         let mut lse = vec![RUBBISH; shape.lse_len()];
@@ -69,10 +75,15 @@ fn pages_change_nothing<B: Backend, T: HalfElement>(
 }
 
 on_each_device! {
-    fn pages_change_no_bit(packed in packed(kernel_dims()), page_len in 1..=128usize, seed in any::<u64>()) {
+    fn pages_change_no_bit(
+        packed in packed(kernel_dims()),
+        page_len in 1..=128usize,
+        seed in any::<u64>(),
+        poisoned in any::<prop::sample::Index>(),
+    ) {
         let mut packed = packed;
         packed.layouts = packed.layouts.map(|layout| aligned(&layout));
         let table = page_table(&packed.lens, page_len, seed);
-        pages_change_nothing::<B, bf16>(&packed, &table)?;
+        pages_change_nothing::<B, bf16>(&packed, &table, poisoned)?;
     }
 }

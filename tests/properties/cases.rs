@@ -1,11 +1,12 @@
 //! Random attention calls.
 
 use super::expected::Expected;
-use crate::common::{Layout, Rng, Tensor, layouts};
+use crate::common::{Layout, Rng, Tensor, indices, layouts};
 use proptest::prelude::*;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
 use star_attention::{AttentionConfig, AttentionShape, Element, Mask};
+use std::ops::Range;
 
 /// What the tensors hold.
 #[derive(Clone, Copy, Debug)]
@@ -156,6 +157,18 @@ pub struct Inputs<T> {
     pub query: Tensor<T>,
     pub key: Tensor<T>,
     pub value: Tensor<T>,
+}
+
+impl<T: Element> Inputs<T> {
+    /// Fills keys and values of a range of tokens.
+    pub fn poison(&mut self, tokens: Range<usize>, value: f32) {
+        for index @ [_, seq, ..] in indices(self.key.shape()) {
+            if tokens.contains(&seq) {
+                self.key.set(index, T::from_f32(value));
+                self.value.set(index, T::from_f32(value));
+            }
+        }
+    }
 }
 
 impl Case {

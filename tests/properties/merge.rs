@@ -118,18 +118,20 @@ pub fn has_an_identity(merged: Merge<'_>, part: &Data) {
     }
 }
 
-/// A NaN among the log-sum-exps of at least two parts.
+/// A NaN or an infinity among the log-sum-exps of at least two parts, of which any may have it.
 pub fn keeps_a_nan_in_its_row(merged: Merge<'_>, parts: &[Data], at: prop::sample::Index) {
     let shape = shape_of(parts);
     let hit = at.index(parts[0].lse.len());
     let clean = merged(&parts.iter().collect::<Vec<_>>(), shape);
-    let mut dirty = parts.to_vec();
-    dirty[1].lse[hit] = f32::NAN;
-    let result = merged(&dirty.iter().collect::<Vec<_>>(), shape);
-    for index in 0..clean.lse.len() {
-        let all = [result.lse[index]].into_iter().chain(result.row(index).iter().copied());
-        let nan: Vec<bool> = all.map(f32::is_nan).collect();
-        assert!(nan.iter().all(|&nan| nan == (index == hit)), "row {index}, NaN in {hit}");
+    for value in [f32::NAN, f32::INFINITY] {
+        let mut dirty = parts.to_vec();
+        dirty[at.index(parts.len())].lse[hit] = value;
+        let result = merged(&dirty.iter().collect::<Vec<_>>(), shape);
+        for index in 0..clean.lse.len() {
+            let all = [result.lse[index]].into_iter().chain(result.row(index).iter().copied());
+            let nan: Vec<bool> = all.map(f32::is_nan).collect();
+            assert!(nan.iter().all(|&nan| nan == (index == hit)), "row {index}, {value} in {hit}");
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use super::cases::{Case, Inputs, Spot, Values, spots};
 use crate::common::Tensor;
 use proptest::prelude::*;
 use star_attention::cpu::reference::sees;
-use star_attention::{AttentionConfig, Element, Mask};
+use star_attention::{AttentionConfig, DType, Element, Mask};
 
 /// A call on normal values, and up to four elements of one of its inputs that are not finite.
 pub fn spotted(cases: impl Strategy<Value = Case>) -> impl Strategy<Value = (Case, Vec<Spot>)> {
@@ -21,7 +21,7 @@ pub fn spotted(cases: impl Strategy<Value = Case>) -> impl Strategy<Value = (Cas
 /// Where the definition is not finite, neither is the result, in the same way; elsewhere it is right. Rows that see
 /// none of the spots keep their bits. `keys_keep_bits`: also where the spot is in a query or key, whose
 /// scores may move the base of other rows.
-pub fn spots_stay_in_their_rows<T: Element>(
+pub fn spots_stay_in_their_rows<T: Element, O: Element>(
     by: &impl Attend<T>,
     case: &Case,
     spots: &[Spot],
@@ -32,7 +32,7 @@ pub fn spots_stay_in_their_rows<T: Element>(
         return Ok(());
     }
     let run = |inputs: &Inputs<T>| {
-        let mut out = case.output::<f32>();
+        let mut out = case.output::<O>();
         let mut lse = vec![f32::NAN; shape.lse_len()];
         by.attend(&case.config, None, inputs, &mut out, Some(&mut lse));
         (out, lse)
@@ -71,7 +71,7 @@ pub fn spots_stay_in_their_rows<T: Element>(
                 let at = (b * shape.query_heads + h) * shape.query_len + row;
                 prop_assert_eq!(clean_lse[at].to_bits(), lse[at].to_bits(), "lse[{}, {}, {}]", b, h, row);
                 for d in 0..shape.head_dim {
-                    let bits = [&clean_out, &out].map(|out| out.get([b, row, h, d]).to_bits());
+                    let bits = [&clean_out, &out].map(|out| out.get([b, row, h, d]).to_f32().to_bits());
                     prop_assert_eq!(bits[0], bits[1], "out[{}, {}, {}, {}]", b, row, h, d);
                 }
             }
@@ -80,42 +80,61 @@ pub fn spots_stay_in_their_rows<T: Element>(
     Ok(())
 }
 
-/// Under a causal mask the last value of each head is seen by the last row alone (flash-attention#1745). Rows before it are
-/// as if that value were 0, bit for bit.
-pub fn the_last_value_reaches_the_last_row_alone<T: Element>(
+/// Rows, keys, and a key: few rows and many, more than a block of rows has, few over so many keys that these are split; the
+/// key is among the last, or the last one that the first row sees, where that ends a tile of keys.
+pub const PLACES: [(usize, usize, usize); 8] = [
+    (2, 2, 0),
+    (16, 16, 14),
+    (64, 64, 62),
+    (200, 200, 198),
+    (3, 1100, 1098),
+    (16, 1100, 1098),
+    (3, 514, 511),
+    (40, 423, 383),
+];
+
+/// Under a causal mask the values of two keys, `at` and the next, reach the rows that see them and no other
+/// (flash-attention#1745). Where they are not finite, a row becomes what the sum of those is that it sees. Rows that see neither
+/// are as if both were 0, bit for bit.
+pub fn values_reach_the_rows_that_see_them<T: Element, O: Element>(
     by: &impl Attend<T>,
     head_dim: usize,
-    rows: usize,
+    (rows, keys, at): (usize, usize, usize),
 ) {
+    const HEADS: usize = 2;
     let config = AttentionConfig::new(Mask::Causal);
-    let shape = [1, rows, 2, head_dim];
-    let value = |name, last: f32| {
-        Tensor::<T>::contiguous(name, shape, |[_, s, h, d]| {
-            if s + 1 == rows { last } else { ((s * 7 + h * 3 + d) % 13) as f32 / 13.0 - 0.5 }
+    let tensor = |name, seq, two: [f32; 2]| {
+        Tensor::<T>::contiguous(name, [1, seq, HEADS, head_dim], |[_, s, h, d]| match s.wrapping_sub(at) {
+            i @ 0..2 => two[i],
+            _ => ((s * 7 + h * 3 + d) % 13) as f32 / 13.0 - 0.5,
         })
     };
-    let inputs = |last| Inputs::<T> {
-        query: value("query", 0.25),
-        key: value("key", 0.5),
-        value: value("value", last),
-    };
-    let run = |last| {
-        let mut out = Tensor::<f32>::contiguous("out", shape, |_| f32::NAN);
-        by.attend(&config, None, &inputs(last), &mut out, None);
+    let run = |two| {
+        let (query, key) = (tensor("query", rows, [0.25; 2]), tensor("key", keys, [0.5; 2]));
+        let mut out = Tensor::<O>::contiguous("out", query.shape(), |_| f32::NAN);
+        by.attend(&config, None, &Inputs { query, key, value: tensor("value", keys, two) }, &mut out, None);
         out
     };
-    let zero = run(0.0);
-    for last in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let out = run(last);
-        for (i, (got, clean)) in out.values().zip(zero.values()).enumerate() {
-            if i / (2 * head_dim) + 1 < rows {
-                assert!(got.to_bits() == clean.to_bits(), "{got} for {clean} in row {}", i / (2 * head_dim));
-            } else {
-                assert!(
-                    got.to_bits() == last.to_bits() || (got.is_nan() && last.is_nan()),
-                    "{got} for {last}"
-                );
-            }
+    let zero = run([0.0; 2]);
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    // With an exponent near the largest, but finite: it counts by its weight.
+    let large = if T::DTYPE == DType::F16 { 2f32.powi(15) } else { 2f32.powi(122) };
+    let one = [[nan, 0.0], [0.0, nan], [0.0, inf], [0.0, -inf], [0.0, large]];
+    let both = [[inf, inf], [inf, -inf], [-inf, inf]];
+    for two in one.into_iter().chain(both) {
+        for (i, (got, clean)) in run(two).values().zip(zero.values()).enumerate() {
+            let row = i / (HEADS * head_dim);
+            let seen = |key: usize| if key <= keys - rows + row { two[key - at] } else { 0.0 };
+            let right = match seen(at) + seen(at + 1) {
+                x if x.is_nan() => got.is_nan(),
+                x if x.is_infinite() => got == x,
+                x if x > 0.0 => 0.0 < got && got < x,
+                _ => got.to_bits() == clean.to_bits(),
+            };
+            assert!(
+                right,
+                "{got} in row {row} of {rows} over {keys} keys, d {head_dim}, {two:?} from {at} on"
+            );
         }
     }
 }

@@ -116,3 +116,31 @@ pub fn each_sequence_stands_alone<T: Element, O: Element>(
     prop_assert_eq!(out.bits(), again.bits(), "no log-sum-exp changes the output");
     Ok(())
 }
+
+/// What is not finite in the keys and values of one of the sequences changes no bit of another's rows.
+pub fn a_sequence_of_nan_stays_alone<T: Element, O: Element>(
+    by: &impl Attend<T>,
+    packed: &Packed,
+    index: prop::sample::Index,
+    value: f32,
+) -> Result<(), TestCaseError> {
+    if packed.lens.is_empty() {
+        return Ok(());
+    }
+    let (query_offsets, key_offsets) = (packed.query_offsets(), packed.key_offsets());
+    let hit = index.index(packed.lens.len());
+    let run = |inputs: &Inputs<T>| {
+        let mut out = packed.output::<O>();
+        by.attend(&packed.config, Some([&query_offsets, &key_offsets]), inputs, &mut out, None);
+        out
+    };
+    let mut inputs = packed.inputs::<T>();
+    let clean = run(&inputs);
+    inputs.poison(key_offsets[hit]..key_offsets[hit + 1], value);
+    let poisoned = run(&inputs);
+    for (sequence, rows) in query_offsets.windows(2).enumerate().filter(|(sequence, _)| *sequence != hit) {
+        let [clean, poisoned] = [&clean, &poisoned].map(|out| out.gather(rows[0]..rows[1]).bits());
+        prop_assert!(clean == poisoned, "sequence {sequence} sees what is not finite in sequence {hit}");
+    }
+    Ok(())
+}

@@ -145,7 +145,7 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
     let (query, scratch) = scratch.split_at_mut(ROWS * width);
     let (out, scratch) = scratch.split_at_mut(ROWS * width);
     let scores = &mut scratch[..ROWS * STRIDE];
-    let (factor, softcap) = inputs.factors();
+    let (factor, softcap) = inputs.factors;
     let (mut max, mut sum) = ([f32::NEG_INFINITY; ROWS], [0f32; ROWS]);
 
     query.fill(0.0);

@@ -230,8 +230,7 @@ impl Plan {
             key: Rows::new(key),
             value: Rows::new(value),
             head_dim,
-            scale: self.score.scale_for(head_dim),
-            softcap: self.score.softcap_for(head_dim),
+            factors: self.score.factors_for(head_dim),
         };
 
         let aligned = workspace.as_ptr().align_offset(ALIGNMENT * size_of::<f32>()).min(ALIGNMENT);

@@ -13,8 +13,8 @@ pub(super) struct Inputs<'a> {
     pub key: Rows<'a>,
     pub value: Rows<'a>,
     pub head_dim: usize,
-    pub scale: f32,
-    pub softcap: Option<f32>,
+    /// The factor of `q·k`, and the log2-domain softcap that follows it.
+    pub factors: (f32, Option<f32>),
 }
 
 /// A piece of work: some rows of one segment against some entries of its list of keys.
@@ -68,16 +68,5 @@ impl Piece<'_> {
     #[inline(always)]
     pub fn key_row<'a>(&self, source: &Rows<'a>, entry: usize) -> AnySlice<'a> {
         source.row(self.key_place(entry))
-    }
-}
-
-impl Inputs<'_> {
-    /// The factor of `q·k`, and the log2-domain softcap that follows it.
-    pub fn factors(&self) -> (f32, Option<f32>) {
-        let log2_e = std::f32::consts::LOG2_E;
-        match self.softcap {
-            None => (self.scale * log2_e, None),
-            Some(cap) => (self.scale / cap, Some(cap * log2_e)),
-        }
     }
 }

@@ -96,7 +96,7 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
     let columns = inputs.head_dim.next_multiple_of(panel_rows);
     let rows = piece.rows();
     let panels = rows.div_ceil(panel_rows);
-    let (factor, softcap) = inputs.factors();
+    let (factor, softcap) = inputs.factors;
     let tile = Tile { simd, product, words, columns, factor, softcap };
     let scratch = Scratch::new(scratch, words, columns);
 

@@ -107,14 +107,13 @@ impl<D: Device> Prepared<'_, D> {
         let Plan {
             query: [_, seq, heads, dim], key: [_, page_len, kv_heads, _], score, pack, ref pages, ..
         } = *self.plan;
-        // A scale of 0 would make NaN of the -inf of hidden keys; this one makes 0 of every score.
-        let scale = score.scale_for(dim).max(f32::MIN_POSITIVE);
-        let log2_e = std::f32::consts::LOG2_E;
-        let (cap_scale, scale_log2) = match score.softcap_for(dim) {
+        let (cap_scale, scale_log2) = match score.factors_for(dim) {
             // The kernels compute tanh(ln 2 / 2 · x).
-            Some(cap) => (scale / cap * (2.0 * log2_e), cap * log2_e),
-            None => (0.0, scale * log2_e),
+            (factor, Some(cap)) => (factor * (2.0 * std::f32::consts::LOG2_E), cap),
+            (factor, None) => (0.0, factor),
         };
+        // A scale of 0 would make NaN of the -inf of hidden keys; this one makes 0 of every score.
+        let scale_log2 = scale_log2.max(f32::MIN_POSITIVE);
         let mut params = StarFlashParams {
             query,
             key,
