@@ -17,8 +17,11 @@ use std::time::Instant;
 fn planned(properties: &Properties, call: &Call) -> Vec<(&'static str, Result<Plan>)> {
     let mut plans = vec![("default", call.plan(properties))];
     if call.shape.query_len * call.shape.group() > FEW_ROWS && call.offsets.is_none() {
-        let variant = |name| (name, Plan::variant(properties, &call.config, &call.shape, name));
-        plans.extend(variants(call.shape.head_dim).map(variant));
+        // A variant that needs more shared memory than the chip has is no choice there. What else is wrong with a call, the
+        // default says.
+        let variant =
+            |name| Some((name, Ok(Plan::variant(properties, &call.config, &call.shape, name).ok()?)));
+        plans.extend(variants(call.shape.head_dim).filter_map(variant));
     }
     plans
 }
