@@ -132,7 +132,7 @@ measure() {
     local kind
     step 100 "kernels against the oracle" "$here/kernels" "${kernel_tests[@]}"
     if faulted "kernels against the oracle"; then
-        for kind in edges oracle phases nonfinite paged offsets merge append hosts errors; do
+        for kind in edges oracle phases nonfinite batches paged offsets merge append hosts errors; do
             step 10 "kernels against the oracle: $kind" "$here/kernels" --ignored "$kind::"
         done
     fi
