@@ -2,8 +2,9 @@
 //
 //     m = max_i lse_i     w_i = exp(lse_i - m)     out = Σ w_i out_i / Σ w_i     lse = m + ln Σ w_i
 //
-// in f32. A partial with lse = -inf counts for nothing, whatever its output holds; a NaN stays in its row. Each element is read once, by the thread
-// that writes it, so that `out` may be one of the partials.
+// in f32. A partial with lse = -inf counts for nothing, whatever its output holds; a NaN stays in
+// its row. Each element is read once, by the thread that writes it, so that `out` may be one of the
+// partials.
 #include "include/eight.cuh"
 
 struct F32 {};

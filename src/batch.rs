@@ -1,8 +1,8 @@
 //! What a call attends to: sequences of any lengths, each with its own keys and its own mask.
 //!
-//! A [`Batch`] describes the tensors of a call and the sequences in them. It holds no data and decides nothing about
-//! the work; plans of every backend are made from it. One batch can hold context encoding under star masks of
-//! different layouts, dense prefill and decodes:
+//! A [`Batch`] describes the tensors of a call and the sequences in them. It holds no data and
+//! decides nothing about the work; plans of every backend are made from it. One batch can hold
+//! context encoding under star masks of different layouts, dense prefill and decodes:
 //!
 //! ```
 //! use star_attention::{Batch, Keys, Mask, Sequence};
@@ -31,7 +31,8 @@ pub enum Keys {
     Rows {
         /// Index on the batch axis of keys and values.
         batch: usize,
-        /// Rows on their seq axis: as many as the sequence has keys, which may be fewer than the tensor holds.
+        /// Rows on their seq axis: as many as the sequence has keys, which may be fewer than the
+        /// tensor holds.
         rows: Range<usize>,
     },
     /// Pages: each is one index of the batch axis, and the seq axis is the page's length.
@@ -109,8 +110,8 @@ impl Sequence {
 
 /// The sequences of a call, and the extents of its tensors.
 ///
-/// Query rows that belong to no sequence are padding: they are neither read nor written. Keys may be shared by any
-/// number of sequences.
+/// Query rows that belong to no sequence are padding: they are neither read nor written. Keys may
+/// be shared by any number of sequences.
 #[derive(Clone, Debug)]
 pub struct Batch {
     query: [usize; 4],
@@ -121,11 +122,13 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// A batch without sequences, over queries and outputs `[batch, seq, query_heads, head_dim]` and keys and values
-    /// `[batch, seq, kv_heads, head_dim]`, which are `[pages, page_len, kv_heads, head_dim]` where they lie in pages.
+    /// A batch without sequences, over queries and outputs `[batch, seq, query_heads, head_dim]`
+    /// and keys and values `[batch, seq, kv_heads, head_dim]`, which are `[pages, page_len,
+    /// kv_heads, head_dim]` where they lie in pages.
     ///
     /// # Errors
-    /// [`Error::Shape`] if heads or head dims are 0 or do not fit together, or a tensor could not be addressed.
+    /// [`Error::Shape`] if heads or head dims are 0 or do not fit together, or a tensor could not
+    /// be addressed.
     pub fn new(query: [usize; 4], key: [usize; 4]) -> Result<Self> {
         if query[3] != key[3] {
             let expected = format!("head_dim {} as the queries'", query[3]);
@@ -137,7 +140,8 @@ impl Batch {
         Ok(Self { query, key, sequences: Vec::new(), taken: BTreeMap::new() })
     }
 
-    /// Sequences of one length under one mask: `shape.batch` times `query_len` rows over `key_len` keys.
+    /// Sequences of one length under one mask: `shape.batch` times `query_len` rows over `key_len`
+    /// keys.
     ///
     /// # Errors
     /// [`Error::Shape`] for extents out of range, [`Error::Value`] for a mask out of range.
@@ -155,12 +159,14 @@ impl Batch {
         Ok(batch)
     }
 
-    /// Sequences packed one after the other on the seq axes of a batch of 1, under one mask: sequence `i` has the query rows
-    /// `query_offsets[i]..query_offsets[i + 1]` and the keys `key_offsets[i]..key_offsets[i + 1]`.
+    /// Sequences packed one after the other on the seq axes of a batch of 1, under one mask:
+    /// sequence `i` has the query rows `query_offsets[i]..query_offsets[i + 1]` and the keys
+    /// `key_offsets[i]..key_offsets[i + 1]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for extents out of range, a batch other than 1, or offsets of different counts, [`Error::Value`] for offsets
-    /// that do not ascend from 0 to the total or a mask out of range.
+    /// [`Error::Shape`] for extents out of range, a batch other than 1, or offsets of different
+    /// counts, [`Error::Value`] for offsets that do not ascend from 0 to the total or a mask out of
+    /// range.
     pub fn packed(
         shape: &AttentionShape,
         query_offsets: &[usize],
@@ -187,8 +193,9 @@ impl Batch {
     /// Adds a sequence.
     ///
     /// # Errors
-    /// [`Error::Sequence`], naming its index: with [`Error::Value`] for a mask out of range, rows or keys outside of the
-    /// tensors, rows that another sequence has, a page that is not there, or too few pages for its keys. The batch is as it was.
+    /// [`Error::Sequence`], naming its index: with [`Error::Value`] for a mask out of range, rows
+    /// or keys outside of the tensors, rows that another sequence has, a page that is not there, or
+    /// too few pages for its keys. The batch is as it was.
     pub fn push(&mut self, sequence: Sequence) -> Result<()> {
         let index = self.sequences.len();
         self.check(&sequence).map_err(|source| Error::Sequence { index, source: Box::new(source) })?;
@@ -246,7 +253,8 @@ impl Batch {
         self.query
     }
 
-    /// The shape of keys and values, `[batch, seq, kv_heads, head_dim]` or `[pages, page_len, kv_heads, head_dim]`.
+    /// The shape of keys and values, `[batch, seq, kv_heads, head_dim]` or `[pages, page_len,
+    /// kv_heads, head_dim]`.
     pub fn key_shape(&self) -> [usize; 4] {
         self.key
     }

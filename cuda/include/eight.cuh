@@ -30,8 +30,8 @@ DEVICE void write8(float* to, const float (&x)[8]) {
     store(reinterpret_cast<float4*>(to) + 1, float4{x[4], x[5], x[6], x[7]});
 }
 
-// All bits of each of two elements whose exponent is all ones: NaN or infinity. One more in the exponent's last place then carries
-// into the sign's.
+// All bits of each of two elements whose exponent is all ones: NaN or infinity. One more in the
+// exponent's last place then carries into the sign's.
 template <class Element>
 DEVICE uint32_t not_finite2(uint32_t x) {
     constexpr uint32_t ones = Element::exponents & ~(Element::exponents << 1);

@@ -2,13 +2,15 @@
 //
 //     out = softmax(scale · q kᵀ + mask) v        lse = ln Σ_j exp(scale · q k_j)
 //
-// A block has `rows` query rows in shared memory and walks its keys in tiles of `keys`, K and V in turn through a ring that asynchronous
-// copies fill ahead. Its warps divide the rows (row_warps), or the keys (key_warps: each has a ring of its own, and their results
-// are merged at the end). S = QKᵀ stays in registers and, as probabilities, is the left operand of PV.
+// A block has `rows` query rows in shared memory and walks its keys in tiles of `keys`, K and V in
+// turn through a ring that asynchronous copies fill ahead. Its warps divide the rows (row_warps),
+// or the keys (key_warps: each has a ring of its own, and their results are merged at the end). S =
+// QKᵀ stays in registers and, as probabilities, is the left operand of PV.
 //
-// First come the tiles of keys that every row sees whole, then the border: the tiles that the mask or the end of the keys crosses.
-// A hidden key has the weight 0, but 0 · NaN is NaN. So in the border values that are not finite enter the product as zeros, and
-// are added at the end to the rows that see them.
+// First come the tiles of keys that every row sees whole, then the border: the tiles that the mask
+// or the end of the keys crosses. A hidden key has the weight 0, but 0 · NaN is NaN. So in the
+// border values that are not finite enter the product as zeros, and are added at the end to the
+// rows that see them.
 #pragma once
 
 #include "eight.cuh"
@@ -25,7 +27,8 @@ struct Policy {
     static constexpr int rows = 16 * RowTiles * RowWarps;
     static constexpr int keys = Keys;
     static constexpr int slots = Slots;
-    // Whether a step waits for its values before the softmax, so that no barrier parts that from the products of other warps.
+    // Whether a step waits for its values before the softmax, so that no barrier parts that from
+    // the products of other warps.
     static constexpr bool values_first = ValuesFirst;
     // Whether outputs of f32 go through shared memory, as those of 16 bits do.
     static constexpr bool staged_f32 = StagedF32;
@@ -34,11 +37,13 @@ struct Policy {
     static constexpr int threads = team * KeyWarps;
     static constexpr int query_bytes = rows * HeadDim * 2;
     static constexpr int slot_bytes = Keys * HeadDim * 2;
-    // What is kept of the list of keys: its ends, each row's limit, and for each thread two addresses and whether it zeroed a value.
+    // What is kept of the list of keys: its ends, each row's limit, and for each thread two
+    // addresses and whether it zeroed a value.
     static constexpr int list_bytes = (16 + 4 * rows + (16 + 4) * threads + 127) / 128 * 128;
     static constexpr int shared_bytes = list_bytes + query_bytes + KeyWarps * Slots * slot_bytes;
     static_assert(KeyWarps == 1 || RowWarps == 1, "warps divide the rows or the keys");
-    // Of f32 outputs in shared memory: eight more than a row has, so that the rows of a store begin at other banks.
+    // Of f32 outputs in shared memory: eight more than a row has, so that the rows of a store begin
+    // at other banks.
     static constexpr int merged_row_bytes = (HeadDim + 8) * 4;
     static_assert(KeyWarps * rows * (merged_row_bytes + 8) <= shared_bytes - list_bytes || KeyWarps == 1,
                   "the merge reuses the rings");
@@ -138,7 +143,8 @@ DEVICE void multiply_keys(float (&scores)[P::row_tiles][Columns][4], MatrixWalk<
     }
 }
 
-// Probabilities in 16 bits: the accumulators of two 16×8 products lie as the left operand of one 16×16 does.
+// Probabilities in 16 bits: the accumulators of two 16×8 products lie as the left operand of one
+// 16×16 does.
 template <class Element, int RowTiles, int Columns>
 DEVICE void pack(uint32_t (&to)[RowTiles][Columns / 2][4], const float (&scores)[RowTiles][Columns][4]) {
 #pragma unroll
@@ -251,7 +257,8 @@ struct Flash {
         }
         softmax.finish();
         copy_wait<0>();
-        // All are done with the rings, or, without any key, with the copy of the queries: their memory is used again.
+        // All are done with the rings, or, without any key, with the copy of the queries: their
+        // memory is used again.
         const bool cleared = sync_block_any(ring.cleared());
         if (P::key_warps == 1) {
             write(rows, query, out, softmax);
@@ -297,7 +304,8 @@ struct Flash {
         }
     }
 
-    // Rows of 16 bits go through shared memory, where the warp's own queries were, so that whole lines are written.
+    // Rows of 16 bits go through shared memory, where the warp's own queries were, so that whole
+    // lines are written.
     static DEVICE void write(const QueryRows& rows, Shared staging, float (&out)[P::row_tiles][outputs][4],
                              const Softmax<P::row_tiles>& softmax) {
         using Tile = SharedTile<P::head_dim>;
@@ -360,7 +368,8 @@ struct Flash {
         }
     }
 
-    // Eight f32 of a staged row. Rows start at the same bank: each has its pieces of 32 bytes in another order.
+    // Eight f32 of a staged row. Rows start at the same bank: each has its pieces of 32 bytes in
+    // another order.
     static DEVICE Shared f32_at(Shared staging, uint32_t row, uint32_t eight) {
         return staging + row * P::head_dim * 4 + ((eight ^ row % 4) << 5);
     }
@@ -426,8 +435,8 @@ struct Flash {
         }
     }
 
-    // Adds the values that were zeroed to the outputs of the rows that see them: the weight of such a key is above 0, and the sum
-    // is what the value makes it, NaN or infinite.
+    // Adds the values that were zeroed to the outputs of the rows that see them: the weight of such
+    // a key is above 0, and the sum is what the value makes it, NaN or infinite.
     static DEVICE void add_cleared(const QueryRows& rows, const KeyList& list) {
         const uint32_t begin = rows.tile.begin, open = rows.limit(0);
         const bool paged = rows.p.page_table != 0;

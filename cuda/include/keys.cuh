@@ -1,4 +1,5 @@
-// From the entries of a tile's list to rows of keys and values, and from there through a ring of slots in shared memory.
+// From the entries of a tile's list to rows of keys and values, and from there through a ring of
+// slots in shared memory.
 #pragma once
 
 #include "eight.cuh"
@@ -10,8 +11,8 @@ struct KeyList {
     const StarTile& tile;
     uint32_t kv_head;
 
-    // `paged`: whether there is a page table. The caller says so, because the compiler tests a parameter in every step,
-    // also in those that need no page.
+    // `paged`: whether there is a page table. The caller says so, because the compiler tests a
+    // parameter in every step, also in those that need no page.
     DEVICE const uint16_t* row(const StarTensor& tensor, uint32_t entry, bool paged) const {
         uint32_t key = tile.key_start + (entry < tile.prefix ? entry : tile.start + (entry - tile.prefix));
         uint64_t batch = tile.key_batch;
@@ -26,9 +27,11 @@ struct KeyList {
     }
 };
 
-// Tiles of keys and values, in turn K, V, K, V: always slots - 1 of them are loaded or on their way.
+// Tiles of keys and values, in turn K, V, K, V: always slots - 1 of them are loaded or on their
+// way.
 //
-// What a step must know of the list is in shared memory: in registers it would displace accumulators, and the cache is far.
+// What a step must know of the list is in shared memory: in registers it would displace
+// accumulators, and the cache is far.
 template <class P>
 struct Ring {
     using Tile = SharedTile<P::head_dim>;
@@ -63,7 +66,8 @@ struct Ring {
         return shared_list + sources_at + Values * 8 * P::threads + thread_index() * 8;
     }
 
-    // Stores the list's ends and shift, for all to use after a barrier, and where this thread's part of entry `row` is.
+    // Stores the list's ends and shift, for all to use after a barrier, and where this thread's
+    // part of entry `row` is.
     DEVICE void store_list() const {
         const StarTile& tile = list.tile;
         if (thread_index() == 0) {
@@ -97,7 +101,8 @@ struct Ring {
         }
     }
 
-    // The keys or values at `entry`, the next in turn, once all of the team may read them; valid until the next call.
+    // The keys or values at `entry`, the next in turn, once all of the team may read them; valid
+    // until the next call.
     template <bool Values>
     DEVICE Shared next(uint32_t entry) {
         constexpr int ahead = Values + P::slots - 1;
@@ -108,12 +113,13 @@ struct Ring {
         return take<Values>(read_slot);
     }
 
-    // Before `next` gives values of the border: those that are not finite become zeros. Each thread looks at what it copied itself,
-    // which it sees before the others do.
+    // Before `next` gives values of the border: those that are not finite become zeros. Each thread
+    // looks at what it copied itself, which it sees before the others do.
     template <class Element>
     DEVICE void clear_values() {
         copy_wait<P::slots - 2>();
-        // Where the mask hides nothing, the end of the keys alone makes the border, and every row sees all of them.
+        // Where the mask hides nothing, the end of the keys alone makes the border, and every row
+        // sees all of them.
         if (limit(0) == end()) {
             return;
         }
@@ -164,7 +170,8 @@ struct Ring {
 
     // Rows at equal distances.
     DEVICE void copy_uniform(Shared to, uint64_t source, uint64_t step) const {
-        // After eight rows the chunks have the same order again, and after `lanes` chunks the same places.
+        // After eight rows the chunks have the same order again, and after `lanes` chunks the same
+        // places.
         constexpr int orders = row_step < 8 ? 8 / row_step : 1;
         Shared places[orders];
 #pragma unroll

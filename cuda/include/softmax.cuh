@@ -1,12 +1,13 @@
-// The online softmax of the rows that a warp's accumulators hold, in powers of 2 (log2 e is folded into the scale):
+// The online softmax of the rows that a warp's accumulators hold, in powers of 2 (log2 e is folded
+// into the scale):
 //
 //     p_j = 2^(scale · (s_j - base))     sum = Σ_j p_j     out = Σ_j p_j v_j
 //
-// `base` is a score near the row's maximum. It follows the maximum only when that runs away by more than `slack`, so that sum and out are seldom
-// rescaled.
+// `base` is a score near the row's maximum. It follows the maximum only when that runs away by more
+// than `slack`, so that sum and out are seldom rescaled.
 //
-// Row 16 i + l / 4 + 8 half of a warp's rows is shared by the four lanes of l / 4: each has the columns 8 j + 2 (l % 4) and the next one, in
-// [i][j][2 half] and [i][j][2 half + 1].
+// Row 16 i + l / 4 + 8 half of a warp's rows is shared by the four lanes of l / 4: each has the
+// columns 8 j + 2 (l % 4) and the next one, in [i][j][2 half] and [i][j][2 half + 1].
 #pragma once
 
 #include "device.cuh"
@@ -26,8 +27,9 @@ DEVICE float power(float score, float base, float scale_log2) {
     return exp2_approx(score * scale_log2 - (base == -infinity() ? 0.0f : base * scale_log2));
 }
 
-// tanh(ln 2 / 2 · x) = 1 - 2 / (1 + 2^x), to 4 units in the last place; NaN stays. Near 0 that difference cancels, and the odd
-// polynomial of the least relative error (3e-8 below tanh 0.55) does not.
+// tanh(ln 2 / 2 · x) = 1 - 2 / (1 + 2^x), to 4 units in the last place; NaN stays. Near 0 that
+// difference cancels, and the odd polynomial of the least relative error (3e-8 below tanh 0.55)
+// does not.
 DEVICE float tanh_log2(float x) {
     const float square = x * x;
     float near = 1.17695015e-6f;

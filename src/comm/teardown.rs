@@ -25,7 +25,8 @@ pub(super) trait Communicator: Send + Sized + 'static {
 
 /// A communicator until its first failure. That, or dropping this, ends it.
 ///
-/// It ends on a thread of its own. If that thread is not done within the timeout, it is left behind with the communicator.
+/// It ends on a thread of its own. If that thread is not done within the timeout, it is left behind
+/// with the communicator.
 #[derive(Debug)]
 pub(super) struct Guarded<C: Communicator> {
     alive: RefCell<Option<C>>,
@@ -38,7 +39,8 @@ impl<C: Communicator> Guarded<C> {
         Self { alive: RefCell::new(Some(communicator)), rank, timeout }
     }
 
-    /// Calls the library. After an error the communicator is aborted, which takes up to the timeout.
+    /// Calls the library. After an error the communicator is aborted, which takes up to the
+    /// timeout.
     ///
     /// # Errors
     /// [`Error::Disconnected`] after an earlier failure; those of `call`.
@@ -56,7 +58,8 @@ impl<C: Communicator> Guarded<C> {
     /// Waits until `done`, up to the timeout.
     ///
     /// # Errors
-    /// As [`call`](Self::call); those of `done` and of the communicator; [`Error::Transport`] after the timeout.
+    /// As [`call`](Self::call); those of `done` and of the communicator; [`Error::Transport`] after
+    /// the timeout.
     pub fn wait(&self, done: impl Fn(&C) -> Result<bool>) -> Result<()> {
         self.call(|communicator| {
             let start = Instant::now();
@@ -88,7 +91,8 @@ impl<C: Communicator> Guarded<C> {
     }
 }
 
-/// Waits for work that was started, up to the timeout, unless this thread panics: then peers should learn of it at once.
+/// Waits for work that was started, up to the timeout, unless this thread panics: then peers should
+/// learn of it at once.
 impl<C: Communicator> Drop for Guarded<C> {
     fn drop(&mut self) {
         if std::thread::panicking() {

@@ -4,8 +4,8 @@ use crate::{Error, Result};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError, RwLock};
 
-/// Handles of kernels by context and name. Each is loaded once and never dropped: a graph may launch its kernel at any time
-/// later.
+/// Handles of kernels by context and name. Each is loaded once and never dropped: a graph may
+/// launch its kernel at any time later.
 #[derive(Debug)]
 pub(super) struct Functions<H> {
     loaded: RwLock<HashMap<(usize, &'static str), H>>,
@@ -20,11 +20,12 @@ impl<H> Default for Functions<H> {
 }
 
 impl<H: Clone> Functions<H> {
-    /// The handle of a kernel. The first call for it in a context runs `load`, which returns the handles of all kernels of its
-    /// module; threads that come meanwhile wait for that.
+    /// The handle of a kernel. The first call for it in a context runs `load`, which returns the
+    /// handles of all kernels of its module; threads that come meanwhile wait for that.
     ///
     /// # Errors
-    /// Those of `load`, after which the next call loads again; [`Error::Value`] if `kernel` is not among what it returns.
+    /// Those of `load`, after which the next call loads again; [`Error::Value`] if `kernel` is not
+    /// among what it returns.
     pub fn get(
         &self,
         context: usize,

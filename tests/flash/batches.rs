@@ -1,4 +1,5 @@
-//! Batches on the CPU: sequences of any lengths, places and masks, and the bits of a row under a fixed split length.
+//! Batches on the CPU: sequences of any lengths, places and masks, and the bits of a row under a
+//! fixed split length.
 
 use crate::common::Tensor;
 use crate::properties::batches::{BatchCase, batches, each_sequence_of_a_batch_stands_alone};

@@ -1,4 +1,5 @@
-//! Batches of sequences by kernels: masks, lengths and places of their own, padding, pages of any length.
+//! Batches of sequences by kernels: masks, lengths and places of their own, padding, pages of any
+//! length.
 
 use crate::backend::Backend;
 use crate::call::{aligned, kernel_dims, on_each_device, run_plan};

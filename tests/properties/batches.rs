@@ -36,7 +36,8 @@ pub struct BatchCase {
     pub seed: u64,
 }
 
-/// Up to six sequences, none among them; all of few rows in half of the cases, and one over many keys in a third of these.
+/// Up to six sequences, none among them; all of few rows in half of the cases, and one over many
+/// keys in a third of these.
 pub fn batches(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = BatchCase> {
     let page_len = prop_oneof![
         2 => Just(None),
@@ -216,8 +217,8 @@ fn gather<T: Element>(from: &Tensor<T>, len: usize, place: impl Fn(usize) -> [us
     })
 }
 
-/// `run` computes attention for a batch into an output and, if asked for, its log-sum-exp. Each of the sequences gets what
-/// it gets alone, and nothing else is written.
+/// `run` computes attention for a batch into an output and, if asked for, its log-sum-exp. Each of
+/// the sequences gets what it gets alone, and nothing else is written.
 pub fn each_sequence_of_a_batch_stands_alone<T: Element, O: Element>(
     case: &BatchCase,
     run: impl Fn(&Batch, &ScoreConfig, &Inputs<T>, &mut Tensor<O>, Option<&mut [f32]>),

@@ -18,9 +18,9 @@ pub fn spotted(cases: impl Strategy<Value = Case>) -> impl Strategy<Value = (Cas
     })
 }
 
-/// Where the definition is not finite, neither is the result, in the same way; elsewhere it is right. Rows that see
-/// none of the spots keep their bits. `keys_keep_bits`: also where the spot is in a query or key, whose
-/// scores may move the base of other rows.
+/// Where the definition is not finite, neither is the result, in the same way; elsewhere it is
+/// right. Rows that see none of the spots keep their bits. `keys_keep_bits`: also where the spot is
+/// in a query or key, whose scores may move the base of other rows.
 pub fn spots_stay_in_their_rows<T: Element, O: Element>(
     by: &impl Attend<T>,
     case: &Case,
@@ -80,8 +80,9 @@ pub fn spots_stay_in_their_rows<T: Element, O: Element>(
     Ok(())
 }
 
-/// Rows, keys, and a key: few rows and many, more than a block of rows has, few over so many keys that these are split; the
-/// key is among the last, or the last one that the first row sees, where that ends a tile of keys.
+/// Rows, keys, and a key: few rows and many, more than a block of rows has, few over so many keys
+/// that these are split; the key is among the last, or the last one that the first row sees, where
+/// that ends a tile of keys.
 pub const PLACES: [(usize, usize, usize); 8] = [
     (2, 2, 0),
     (16, 16, 14),
@@ -93,9 +94,9 @@ pub const PLACES: [(usize, usize, usize); 8] = [
     (40, 423, 383),
 ];
 
-/// Under a causal mask the values of two keys, `at` and the next, reach the rows that see them and no other
-/// (flash-attention#1745). Where they are not finite, a row becomes what the sum of those is that it sees. Rows that see neither
-/// are as if both were 0, bit for bit.
+/// Under a causal mask the values of two keys, `at` and the next, reach the rows that see them and
+/// no other (flash-attention#1745). Where they are not finite, a row becomes what the sum of those
+/// is that it sees. Rows that see neither are as if both were 0, bit for bit.
 pub fn values_reach_the_rows_that_see_them<T: Element, O: Element>(
     by: &impl Attend<T>,
     head_dim: usize,

@@ -5,16 +5,16 @@ use super::cases::Inputs;
 use crate::common::Tensor;
 use star_attention::{AttentionConfig, Element, Mask};
 
-/// Scores 0 and 1 under caps that are far larger: `cap · tanh(score / cap)` is the score itself, so that the second
-/// key's weight is e / (1 + e) = 0.7311 (vllm#56578).
+/// Scores 0 and 1 under caps that are far larger: `cap · tanh(score / cap)` is the score itself, so
+/// that the second key's weight is e / (1 + e) = 0.7311 (vllm#56578).
 pub fn large_caps_change_nothing<T: Element>(by: &impl Attend<T>, head_dim: usize, rows: usize) {
     for cap in [1e3, 1e6, 1e8, 1e20, 1e30, 1e37, f32::MAX] {
         two_keys(by, head_dim, rows, 1.0, cap, 0.731_058_6, 1.313_261_7);
     }
 }
 
-/// The same under caps so small that both scores are 0, also where `scale / cap` is beyond f32. A cap that
-/// is not that small holds, however large the scale.
+/// The same under caps so small that both scores are 0, also where `scale / cap` is beyond f32. A
+/// cap that is not that small holds, however large the scale.
 pub fn small_caps_hold<T: Element>(by: &impl Attend<T>, head_dim: usize, rows: usize) {
     let ln_2 = std::f32::consts::LN_2;
     for (scale, cap) in [
@@ -35,8 +35,8 @@ pub fn small_caps_hold<T: Element>(by: &impl Attend<T>, head_dim: usize, rows: u
     }
 }
 
-/// The log-sum-exp of a single key is its capped score: right to a few units of f32's roundoff at every score, on
-/// either side of where the approximation of tanh changes.
+/// The log-sum-exp of a single key is its capped score: right to a few units of f32's roundoff at
+/// every score, on either side of where the approximation of tanh changes.
 pub fn one_key_has_its_capped_score<T: Element>(by: &impl Attend<T>, head_dim: usize) {
     // All bf16 numbers from 2^-8 to 8, which f16 has too.
     let scores: Vec<f32> = (0x3b80u32..0x4100).map(|bits| f32::from_bits(bits << 16)).collect();

@@ -1,8 +1,9 @@
 //! The work of a plan, cut into pieces that threads take one after another.
 //!
-//! A task is a tile of query rows of one sequence, with the list of keys that they walk. Its keys are cut into splits of one
-//! length, the same for all tasks, so that a long sequence gives more pieces than a short one. A piece is one split of a task for
-//! one KV head (or for a part of its query heads, where they are too many for a tile).
+//! A task is a tile of query rows of one sequence, with the list of keys that they walk. Its keys
+//! are cut into splits of one length, the same for all tasks, so that a long sequence gives more
+//! pieces than a short one. A piece is one split of a task for one KV head (or for a part of its
+//! query heads, where they are too many for a tile).
 
 use super::piece::Piece;
 use super::tile;
@@ -11,7 +12,8 @@ use crate::schedule::{self, Segment};
 use std::cmp::Reverse;
 use std::ops::Range;
 
-/// Keys are split until there are this many pieces of work, enough for the threads of a large machine...
+/// Keys are split until there are this many pieces of work, enough for the threads of a large
+/// machine...
 const PIECES: usize = 128;
 /// ...but not below this many keys, where the merge would begin to count.
 const SPLIT_KEYS: usize = 512;
@@ -27,7 +29,8 @@ struct Task {
     partials: usize,
 }
 
-/// Pieces that follow each other: for each KV head (or part of one), the same split of some tasks of one sequence.
+/// Pieces that follow each other: for each KV head (or part of one), the same split of some tasks
+/// of one sequence.
 #[derive(Clone, Debug)]
 struct Group {
     /// Index of the first piece.
@@ -64,8 +67,8 @@ pub(super) struct Place {
 }
 
 impl Work {
-    /// The tasks of a batch. With `split_keys` the keys of each row are cut at multiples of that, whatever else is in
-    /// the batch; otherwise so that there are enough pieces for many threads.
+    /// The tasks of a batch. With `split_keys` the keys of each row are cut at multiples of that,
+    /// whatever else is in the batch; otherwise so that there are enough pieces for many threads.
     pub fn new(batch: &Batch, split_keys: Option<usize>) -> Self {
         let heads = batch.group().min(tile::ROWS);
         let parts = batch.group().div_ceil(heads);
@@ -102,7 +105,8 @@ impl Work {
                 start..work.tasks.len()
             })
             .collect();
-        // All heads of a split before the next: in [seq, heads] layouts they share their pages of memory.
+        // All heads of a split before the next: in [seq, heads] layouts they share their pages of
+        // memory.
         let most = work.tasks.iter().map(|task| task.splits).max().unwrap_or(0);
         for split in 0..most {
             for tasks in &of_sequences {
@@ -187,7 +191,8 @@ impl Work {
         self.split.len() * self.planes()
     }
 
-    /// A merge: the first of the pieces whose partials become one, the rows of these, and the rows from one split's to the next.
+    /// A merge: the first of the pieces whose partials become one, the rows of these, and the rows
+    /// from one split's to the next.
     pub fn merge<'a>(&self, batch: &'a Batch, index: usize) -> (Piece<'a>, Range<usize>, usize) {
         let (task, plane) = (self.split[index / self.planes()], index % self.planes());
         let Task { splits, partials, ref segment, .. } = self.tasks[task];

@@ -1,11 +1,12 @@
 //! Division by multiplication, for kernels: the length of a page is known only at run time.
 
-/// What divides by `divisor`, which is in `1..2³¹`: `(magic, shift)` such that `n / divisor` is the high word of
-/// `2 n · magic`, shifted right by `shift`, for every `n` below 2³¹.
+/// What divides by `divisor`, which is in `1..2³¹`: `(magic, shift)` such that `n / divisor` is the
+/// high word of `2 n · magic`, shifted right by `shift`, for every `n` below 2³¹.
 ///
-/// With `d` the divisor, `l = ⌈log2 d⌉` and `magic = ⌈2^(31 + l) / d⌉` the excess `e = magic · d - 2^(31 + l)` is less
-/// than `d ≤ 2^l`. So `n · magic / 2^(31 + l) = n / d + (n / 2³¹) (e / 2^l) / d` lies above `n / d` by less than `1 / d`,
-/// and no integer is between them. As `2^(l - 1) < d`, `magic` fits 32 bits.
+/// With `d` the divisor, `l = ⌈log2 d⌉` and `magic = ⌈2^(31 + l) / d⌉` the excess `e = magic · d -
+/// 2^(31 + l)` is less than `d ≤ 2^l`. So `n · magic / 2^(31 + l) = n / d + (n / 2³¹) (e / 2^l) /
+/// d` lies above `n / d` by less than `1 / d`, and no integer is between them. As `2^(l - 1) < d`,
+/// `magic` fits 32 bits.
 pub(super) fn divide_by(divisor: u32) -> (u32, u32) {
     let shift = divisor.next_power_of_two().ilog2();
     ((1u64 << (31 + shift)).div_ceil(divisor.into()) as u32, shift)

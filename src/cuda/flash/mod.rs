@@ -5,14 +5,15 @@
 //!       → one launch: tiles × heads → out and lse, or partials, which a second launch merges
 //! ```
 //!
-//! Up to [`FEW_ROWS`] rows for each KV head, counted over the query heads that share it, are query attention: bound by reading keys, so the heads of a
-//! group are rows of one tile. More rows are context encoding: bound by products; there too the heads of a group share tiles if the tokens
+//! Up to [`FEW_ROWS`] rows for each KV head, counted over the query heads that share it, are query
+//! attention: bound by reading keys, so the heads of a group are rows of one tile. More rows are
+//! context encoding: bound by products; there too the heads of a group share tiles if the tokens
 //! alone do not fill one.
 //!
 //! Keys are split where there are too few tiles for the multiprocessors (`splits`).
 //!
-//! One batch has one kernel and one count of splits: the sequence with the most rows chooses the kernel, and that with
-//! the most keys limits the splits.
+//! One batch has one kernel and one count of splits: the sequence with the most rows chooses the
+//! kernel, and that with the most keys limits the splits.
 
 mod division;
 mod pages;
@@ -28,7 +29,8 @@ use crate::{AttentionConfig, AttentionShape, Batch, Error, Keys, Result, ScoreCo
 pub use pages::PageTable;
 pub use prepared::Prepared;
 
-/// Rows of a KV head up to which attention is bound by reading its keys: two tiles of 16, which find the keys in the cache.
+/// Rows of a KV head up to which attention is bound by reading its keys: two tiles of 16, which
+/// find the keys in the cache.
 pub const FEW_ROWS: usize = 32;
 
 /// Names of the variants of the kernel for many rows, for one head dim.
@@ -37,7 +39,8 @@ pub fn variants(head_dim: usize) -> impl Iterator<Item = &'static str> {
     Policy::variants(head_dim).into_iter().map(|policy| policy.kernel)
 }
 
-/// How a call of known sequences and extents is worked off on a device. Made once, it serves every layer of a model.
+/// How a call of known sequences and extents is worked off on a device. Made once, it serves every
+/// layer of a model.
 #[derive(Clone, Debug)]
 pub struct Plan {
     score: ScoreConfig,
@@ -53,27 +56,30 @@ pub struct Plan {
     tiles: Vec<StarTile>,
     /// Where keys lie in pages: those of each sequence in order, one sequence after another.
     pages: Vec<u32>,
-    /// Where keys are split and there are rows of padding: the rows of all sequences, as `batch · seq + row`.
+    /// Where keys are split and there are rows of padding: the rows of all sequences, as `batch ·
+    /// seq + row`.
     merged: Vec<u32>,
     /// Visible (row, key) pairs of one query head.
     pairs: u64,
 }
 
 impl Plan {
-    /// A plan for sequences of one length under one mask: [`for_batch`](Self::for_batch) of [`Batch::uniform`].
+    /// A plan for sequences of one length under one mask: [`for_batch`](Self::for_batch) of
+    /// [`Batch::uniform`].
     ///
     /// # Errors
-    /// [`Error::Value`] for a config out of range or a head dim without kernels, [`Error::Shape`] for extents out of range.
+    /// [`Error::Value`] for a config out of range or a head dim without kernels, [`Error::Shape`]
+    /// for extents out of range.
     pub fn new(properties: &Properties, config: &AttentionConfig, shape: &AttentionShape) -> Result<Self> {
         Self::for_batch(properties, &config.score(), &uniform(config, shape)?)
     }
 
-    /// [`new`](Self::new) by a variant of the kernel for many rows: one of [`variants`] for this head dim. Few rows take the
-    /// kernel for few rows.
+    /// [`new`](Self::new) by a variant of the kernel for many rows: one of [`variants`] for this
+    /// head dim. Few rows take the kernel for few rows.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and [`Error::Value`] for a name that is no variant, or one that needs more shared memory than
-    /// the device has.
+    /// As [`new`](Self::new), and [`Error::Value`] for a name that is no variant, or one that needs
+    /// more shared memory than the device has.
     #[cfg(feature = "variants")]
     pub fn variant(
         properties: &Properties,
@@ -90,12 +96,13 @@ impl Plan {
         Self::with_encode(properties, &config.score(), &uniform(config, shape)?, |_| policy)
     }
 
-    /// A plan for packed sequences of different lengths under one mask: [`for_batch`](Self::for_batch) of
-    /// [`Batch::packed`].
+    /// A plan for packed sequences of different lengths under one mask:
+    /// [`for_batch`](Self::for_batch) of [`Batch::packed`].
     ///
     /// # Errors
-    /// [`Error::Value`] for a config out of range, a head dim without kernels or offsets that do not ascend from 0 to the total;
-    /// [`Error::Shape`] for extents out of range, a batch other than 1, or offsets of different counts.
+    /// [`Error::Value`] for a config out of range, a head dim without kernels or offsets that do
+    /// not ascend from 0 to the total; [`Error::Shape`] for extents out of range, a batch other
+    /// than 1, or offsets of different counts.
     pub fn packed(
         properties: &Properties,
         config: &AttentionConfig,
@@ -107,12 +114,14 @@ impl Plan {
         Self::for_batch(properties, &config.score(), &batch)
     }
 
-    /// A plan for the sequences of a batch. Their keys are all rows or all in pages; a batch without sequences is no work.
+    /// A plan for the sequences of a batch. Their keys are all rows or all in pages; a batch
+    /// without sequences is no work.
     ///
     /// # Errors
-    /// [`Error::Value`] for a score config out of range, a head dim without kernels, or more than 2³¹ - 1 pages in use;
-    /// [`Error::Shape`] for extents that kernels cannot count; [`Error::Sequence`] with [`Error::Value`] for a sequence of
-    /// 2³¹ keys or more, or whose keys are rows where others' are in pages.
+    /// [`Error::Value`] for a score config out of range, a head dim without kernels, or more than
+    /// 2³¹ - 1 pages in use; [`Error::Shape`] for extents that kernels cannot count;
+    /// [`Error::Sequence`] with [`Error::Value`] for a sequence of 2³¹ keys or more, or whose keys
+    /// are rows where others' are in pages.
     pub fn for_batch(properties: &Properties, score: &ScoreConfig, batch: &Batch) -> Result<Self> {
         Self::with_encode(properties, score, batch, Policy::encode)
     }
@@ -224,12 +233,14 @@ impl Plan {
         self.splits
     }
 
-    /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for every key a row sees.
+    /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for
+    /// every key a row sees.
     pub fn flops(&self) -> u64 {
         4 * self.pairs * (self.query[2] * self.query[3]) as u64
     }
 
-    /// Bytes of the workspace: the tiles, the page table, and, where keys are split, the rows to merge and their partials.
+    /// Bytes of the workspace: the tiles, the page table, and, where keys are split, the rows to
+    /// merge and their partials.
     pub fn workspace_len(&self) -> usize {
         let elements = if self.splits > 1 { self.splits * (self.out_len() + self.lse_len()) } else { 0 };
         self.workspace().partials + 4 * elements
@@ -250,11 +261,13 @@ impl Plan {
         self.query[..3].iter().product()
     }
 
-    /// Copies the plan to a workspace of [`workspace_len`](Self::workspace_len) bytes on a device, for calls on one stream.
+    /// Copies the plan to a workspace of [`workspace_len`](Self::workspace_len) bytes on a device,
+    /// for calls on one stream.
     ///
     /// # Errors
-    /// [`Error::Workspace`] if it is too small, [`Error::Value`] if it is not aligned to 16 bytes or was borrowed for another stream, or if the
-    /// stream is being captured in a graph; errors of the driver. Nothing was written then.
+    /// [`Error::Workspace`] if it is too small, [`Error::Value`] if it is not aligned to 16 bytes
+    /// or was borrowed for another stream, or if the stream is being captured in a graph; errors of
+    /// the driver. Nothing was written then.
     pub fn prepare<'a, D: Device>(
         &'a self,
         device: &'a D,
@@ -297,7 +310,8 @@ fn uniform(config: &AttentionConfig, shape: &AttentionShape) -> Result<Batch> {
     Batch::uniform(shape, config.mask)
 }
 
-/// Refuses extents that the kernels do not count, in 32 bits: of an axis, or of query rows times the heads of a group.
+/// Refuses extents that the kernels do not count, in 32 bits: of an axis, or of query rows times
+/// the heads of a group.
 fn check_countable(query: [usize; 4], key: [usize; 4]) -> Result<()> {
     let group = query[2] / key[2];
     let rows = query[1].saturating_mul(group);

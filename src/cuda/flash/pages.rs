@@ -4,7 +4,8 @@ use super::Plan;
 use crate::cuda::Properties;
 use crate::{AttentionConfig, AttentionShape, Batch, Keys, Result, Sequence};
 
-/// Keys and values in pages, as engines with a paged cache keep them: tensors `[pages, page_len, kv_heads, head_dim]`.
+/// Keys and values in pages, as engines with a paged cache keep them: tensors `[pages, page_len,
+/// kv_heads, head_dim]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageTable {
     /// Pages of the tensors.
@@ -16,13 +17,14 @@ pub struct PageTable {
 }
 
 impl Plan {
-    /// A plan for keys and values in pages, under one mask: [`for_batch`](Self::for_batch) of sequences whose queries are
-    /// packed as in [`packed`](Self::packed), `query_offsets` for the sequences of `table` in order. `shape.key_len` is the
-    /// sum of their keys.
+    /// A plan for keys and values in pages, under one mask: [`for_batch`](Self::for_batch) of
+    /// sequences whose queries are packed as in [`packed`](Self::packed), `query_offsets` for the
+    /// sequences of `table` in order. `shape.key_len` is the sum of their keys.
     ///
     /// # Errors
     /// As [`packed`](Self::packed), and [`Error::Sequence`](crate::Error::Sequence) with
-    /// [`Error::Value`](crate::Error::Value) if a page is none of the table's, or a sequence has too few of them for its keys.
+    /// [`Error::Value`](crate::Error::Value) if a page is none of the table's, or a sequence has
+    /// too few of them for its keys.
     pub fn paged(
         properties: &Properties,
         config: &AttentionConfig,

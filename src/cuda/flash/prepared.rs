@@ -8,12 +8,12 @@ use crate::cuda::merge::{MergeLaunch, launch_merge};
 use crate::cuda::params::{StarFlashParams, StarTensor};
 use crate::{DType, Element, Error, Result};
 
-/// Probabilities stay below 2 to this power, far inside the range of 16-bit floats. As a score it is kept finite, so that it does not cancel a base
-/// of -inf.
+/// Probabilities stay below 2 to this power, far inside the range of 16-bit floats. As a score it
+/// is kept finite, so that it does not cancel a base of -inf.
 const SLACK_LOG2: f32 = 8.0;
 
-/// A [`Plan`] in a device's memory. Calls are ordered by its stream, wait for nothing and allocate nothing; on a GPU they can be captured in
-/// a graph.
+/// A [`Plan`] in a device's memory. Calls are ordered by its stream, wait for nothing and allocate
+/// nothing; on a GPU they can be captured in a graph.
 #[derive(Debug)]
 pub struct Prepared<'a, D: Device> {
     pub(super) plan: &'a Plan,
@@ -23,13 +23,15 @@ pub struct Prepared<'a, D: Device> {
 }
 
 impl<D: Device> Prepared<'_, D> {
-    /// Attention of `query` over `key` and `value`, of the batch's shapes, into `out` as `query`, of its type or f32, and, if
-    /// given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees no key. Rows of no sequence are
-    /// neither read nor written.
+    /// Attention of `query` over `key` and `value`, of the batch's shapes, into `out` as `query`,
+    /// of its type or f32, and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm,
+    /// -inf where a row sees no key. Rows of no sequence are neither read nor written.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes contiguous, the others at multiples of 16 bytes),
-    /// [`Error::Value`] for addresses that are not or memory borrowed for another stream, [`Error::DType`] for an output of another type; errors of the driver. Nothing was written then.
+    /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes
+    /// contiguous, the others at multiples of 16 bytes), [`Error::Value`] for addresses that are
+    /// not or memory borrowed for another stream, [`Error::DType`] for an output of another type;
+    /// errors of the driver. Nothing was written then.
     pub fn run<T: HalfElement, O: Element>(
         &mut self,
         query: &DeviceTensor<'_, D, T>,
@@ -82,7 +84,8 @@ impl<D: Device> Prepared<'_, D> {
             shared_bytes: policy.shared_bytes() as u32,
             params: bytes_of(std::slice::from_ref(&params)),
         };
-        // SAFETY: the tensors have the extents of the plan, whose tiles and pages, checked when it was made, are in the workspace.
+        // SAFETY: the tensors have the extents of the plan, whose tiles and pages, checked when it
+        // was made, are in the workspace.
         unsafe { self.device.launch(self.stream, &launch)? };
         if splits > 1 {
             let merge = MergeLaunch {
@@ -97,7 +100,8 @@ impl<D: Device> Prepared<'_, D> {
                 out: out.params(),
                 lse,
             };
-            // SAFETY: the partials and the list of tokens are in the workspace, and the output was checked.
+            // SAFETY: the partials and the list of tokens are in the workspace, and the output was
+            // checked.
             unsafe { launch_merge(self.device, self.stream, &merge)? };
         }
         Ok(())

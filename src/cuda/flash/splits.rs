@@ -1,8 +1,9 @@
 //! Into how many parts the keys of tiles are split.
 //!
-//! Keys are split where there are too few tiles for the multiprocessors. With `w(s) = tiles · s / places` waves of blocks for `s` splits, the GPU is
-//! busy for `w / ⌈w⌉` of the time: the smallest count within 85% of the best is taken (FlashAttention's rule), from one up to as many as
-//! leave four tiles of keys for each.
+//! Keys are split where there are too few tiles for the multiprocessors. With `w(s) = tiles · s /
+//! places` waves of blocks for `s` splits, the GPU is busy for `w / ⌈w⌉` of the time: the smallest
+//! count within 85% of the best is taken (FlashAttention's rule), from one up to as many as leave
+//! four tiles of keys for each.
 
 use super::Plan;
 use crate::Sequence;
@@ -24,7 +25,8 @@ impl Plan {
         if i32::try_from(self.lse_len()).is_err() {
             most = 1;
         }
-        // A multiprocessor keeps a KB of each block's shared memory for itself, and has registers for two blocks of these kernels.
+        // A multiprocessor keeps a KB of each block's shared memory for itself, and has registers
+        // for two blocks of these kernels.
         let resident = (properties.shared_bytes / (self.policy.shared_bytes() + 1024)).clamp(1, 2);
         let places = properties.multiprocessors.max(1) * resident;
         self.splits = split_count(self.tiles.len() * self.heads(), places, most);
@@ -43,7 +45,8 @@ impl Plan {
         }
     }
 
-    /// Lists the rows that the merge of the splits is for, if they are not all there are: partials of padding hold nothing.
+    /// Lists the rows that the merge of the splits is for, if they are not all there are: partials
+    /// of padding hold nothing.
     fn list_merged(&mut self, sequences: &[Sequence]) {
         let seq = self.query[1];
         if sequences.iter().map(|sequence| sequence.rows.len()).sum::<usize>() < self.query[0] * seq {
