@@ -126,11 +126,26 @@ pub(crate) struct Strided {
 }
 
 impl Strided {
-    /// Accepts strides under which every index lies inside `len` elements and no two indices meet.
+    /// Accepts strides under which every index lies inside `len` elements and no two indices meet: for tensors that are
+    /// written.
     ///
     /// Axes must nest: taken from the smallest stride up, each one steps over all that lies below it. Any
     /// permutation and any padding passes; only interleaved axes, which no framework makes, are refused.
     pub(crate) fn new(
+        argument: &'static str,
+        len: usize,
+        shape: [usize; 4],
+        strides: [usize; 4],
+    ) -> Result<Self> {
+        if (0..4).any(|axis| shape[axis] > 1 && strides[axis] == 0) && !shape.contains(&0) {
+            let got = format!("{strides:?} for shape {shape:?}");
+            return Err(Error::stride(argument, "that never overlap", got));
+        }
+        Self::read_only(argument, len, shape, strides)
+    }
+
+    /// The same for tensors that are only read: an axis of stride 0 repeats its elements.
+    pub(crate) fn read_only(
         argument: &'static str,
         len: usize,
         shape: [usize; 4],
@@ -151,7 +166,7 @@ impl Strided {
         axes.sort_by_key(|&axis| strides[axis]);
         let mut last = 0usize; // the offset of the last element over the axes seen so far
         for axis in axes {
-            if shape[axis] == 1 {
+            if strides[axis] == 0 {
                 continue;
             }
             if strides[axis] <= last {
@@ -229,17 +244,18 @@ pub struct TensorView<'a, T> {
 }
 
 impl<'a, T: Element> TensorView<'a, T> {
-    /// A view of `data` with explicit strides, in elements.
+    /// A view of `data` with explicit strides, in elements. An axis of stride 0 repeats its elements: one context serves
+    /// many queries without a copy.
     ///
     /// # Errors
-    /// [`Error::Stride`], naming `argument`, if an index leaves `data` or two indices meet.
+    /// [`Error::Stride`], naming `argument`, if an index leaves `data`, or two indices meet along axes of other strides.
     pub fn new(
         argument: &'static str,
         data: &'a [T],
         shape: [usize; 4],
         strides: [usize; 4],
     ) -> Result<Self> {
-        Ok(Self { data, layout: Strided::new(argument, data.len(), shape, strides)? })
+        Ok(Self { data, layout: Strided::read_only(argument, data.len(), shape, strides)? })
     }
 
     /// A row-major view of the whole of `data`.

@@ -112,8 +112,8 @@ impl<'a> Borrowed<'a> {
     /// The elements in place.
     ///
     /// # Errors
-    /// [`Error::DType`] if they are not `T`, [`Error::Shape`] if there are not four axes, [`Error::Stride`] if elements overlap,
-    /// as those of a broadcast tensor do.
+    /// [`Error::DType`] if they are not `T`, [`Error::Shape`] if there are not four axes, [`Error::Stride`] if elements overlap
+    /// in another way than those of a broadcast tensor.
     pub fn view<T: Element + WithDType>(&self) -> Result<TensorView<'_, T>> {
         let rank = |_| Error::shape(self.argument, "of 4 axes", format!("{:?}", self.layout.dims()));
         let shape = <[usize; 4]>::try_from(self.layout.dims()).map_err(rank)?;

@@ -227,9 +227,9 @@ pub struct DeviceTensorMut<'a, D: Device, T> {
 }
 
 macro_rules! tensor {
-    ($Tensor:ident, $Span:ident) => {
+    ($Tensor:ident, $Span:ident, $check:ident, $like:literal) => {
         impl<'a, D: Device, T: Element> $Tensor<'a, D, T> {
-            /// A view of `span` with explicit strides, in elements, as [`TensorView::new`](crate::TensorView::new).
+            #[doc = concat!("A view of `span` with explicit strides, in elements, as ", $like, ".")]
             ///
             /// # Errors
             /// [`Error::Stride`], naming `argument`, if an index leaves `span` or two indices meet.
@@ -239,7 +239,7 @@ macro_rules! tensor {
                 shape: [usize; 4],
                 strides: [usize; 4],
             ) -> Result<Self> {
-                let layout = Strided::new(argument, span.len, shape, strides)?;
+                let layout = Strided::$check(argument, span.len, shape, strides)?;
                 Ok(Self { span, layout })
             }
 
@@ -321,8 +321,13 @@ macro_rules! tensor {
     };
 }
 
-tensor!(DeviceTensor, Span);
-tensor!(DeviceTensorMut, SpanMut);
+tensor!(
+    DeviceTensor,
+    Span,
+    read_only,
+    "[`TensorView::new`](crate::TensorView::new): an axis of stride 0 repeats its elements"
+);
+tensor!(DeviceTensorMut, SpanMut, new, "[`TensorViewMut::new`](crate::TensorViewMut::new)");
 
 /// The bytes of a parameter struct.
 pub(crate) fn bytes_of<P: Copy>(params: &[P]) -> &[u8] {

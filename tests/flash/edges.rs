@@ -197,3 +197,22 @@ fn views_of_nothing_never_overflow() {
         }
     }
 }
+
+/// Keys and values of stride 0 on the batch axis are those of every sequence.
+#[test]
+fn one_context_serves_many_queries_without_a_copy() {
+    let mut rng = Rng::new(5);
+    let query = Tensor::<f32>::normal("query", [3, 5, 4, 24], &mut rng);
+    let one = Tensor::<f32>::normal("key", [1, 40, 2, 24], &mut rng);
+    let copies = Tensor::<f32>::contiguous("key", [3, 40, 2, 24], |[_, s, h, d]| one.get([0, s, h, d]));
+    let repeated = TensorView::new("key", one.buffer(), copies.shape(), [0, 48, 24, 1]).unwrap();
+    for mask in MASKS {
+        let [first, second] = [repeated, copies.view()].map(|keys| {
+            let mut out = Tensor::<f32>::contiguous("out", query.shape(), |_| f32::NAN);
+            let config = AttentionConfig::new(mask);
+            flash::attention(&config, query.view(), keys, keys, out.view_mut(), None).unwrap();
+            out.bits()
+        });
+        assert_eq!(first, second, "{mask:?}");
+    }
+}

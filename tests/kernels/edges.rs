@@ -1,14 +1,14 @@
 //! Every kernel by name; nothing to see, nothing to do, one of everything, uneven tails, and strides far larger than the data.
 
 use crate::backend::Backend;
-use crate::call::{Kernels, Variant, merge_on, on_each_device};
+use crate::call::{Kernels, Memory, Variant, merge_on, on_each_device};
 use crate::common::{Layout, Rng, Tensor};
 use crate::properties::Attend;
 use crate::properties::cases::Inputs;
 use crate::properties::expected::Expected;
 use star_attention::cuda::flash::{Plan, variants};
 use star_attention::cuda::simt::{self, Simt};
-use star_attention::cuda::{Device, HEAD_DIMS, HalfElement};
+use star_attention::cuda::{Device, DeviceTensor, HEAD_DIMS, HalfElement};
 use star_attention::{AttentionConfig, AttentionShape, Element, Mask, bf16, f16};
 
 const STAR: Mask = Mask::Star { anchor_len: 33, block_len: 80, first_block_len: 33 };
@@ -169,5 +169,33 @@ on_each_device! {
         let expected = Expected::of(&config, &inputs.query, &inputs.key, &inputs.value, false);
         expected.check_out(out.values()).unwrap();
         assert!(out.padding_is(0.0));
+    }
+
+    /// Keys and values of stride 0 on the batch axis are those of every sequence.
+    fn one_context_serves_many_queries_without_a_copy() {
+        let (backend, mut rng) = (B::open(5), Rng::new(5));
+        for query_len in [2, 40] {
+            let query = Tensor::<bf16>::normal("query", [3, query_len, 4, 64], &mut rng);
+            let one = Tensor::<bf16>::normal("key", [1, 40, 2, 64], &mut rng);
+            let keys = Tensor::<bf16>::contiguous("key", [3, 40, 2, 64], |[_, s, h, d]| one.get([0, s, h, d]).to_f32());
+            let mut copied = Tensor::<f32>::contiguous("out", query.shape(), |_| f32::NAN);
+            let config = AttentionConfig::new(Mask::Causal);
+            let inputs = Inputs { query: query.clone(), key: keys.clone(), value: keys.clone() };
+            Kernels(B::open(5)).attend(&config, None, &inputs, &mut copied, None);
+
+            let [batch, _, query_heads, head_dim] = query.shape();
+            let shape = AttentionShape { batch, query_len, key_len: 40, query_heads, kv_heads: 2, head_dim };
+            let plan = Plan::new(&backend.device().properties(), &config, &shape).unwrap();
+            let (query, one) = (Memory::of(&backend, &query), Memory::of(&backend, &one));
+            let repeated = DeviceTensor::new("key", backend.span(&one.memory), keys.shape(), [0, 128, 64, 1]).unwrap();
+            let mut out = Memory::of(&backend, &copied);
+            let mut workspace = backend.memory(&vec![0xffu8; plan.workspace_len()]);
+            let workspace = backend.span_mut(&mut workspace);
+            let (query, mut to) = (query.view(&backend, "query"), out.view_mut(&backend, "out"));
+            let mut prepared = plan.prepare(backend.device(), backend.stream(), workspace).unwrap();
+            prepared.run(&query, &repeated, &repeated, &mut to, None).unwrap();
+            let bits: Vec<u32> = backend.read(&out.memory).into_iter().map(f32::to_bits).collect();
+            assert_eq!(bits, copied.bits());
+        }
     }
 }
