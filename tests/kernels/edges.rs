@@ -191,9 +191,9 @@ on_each_device! {
             let mut out = Memory::of(&backend, &copied);
             let mut workspace = backend.memory(&vec![0xffu8; plan.workspace_len()]);
             let workspace = backend.span_mut(&mut workspace);
-            let (query, mut to) = (query.view(&backend, "query"), out.view_mut(&backend, "out"));
+            let query = query.view(&backend, "query");
             let mut prepared = plan.prepare(backend.device(), backend.stream(), workspace).unwrap();
-            prepared.run(&query, &repeated, &repeated, &mut to, None).unwrap();
+            prepared.run(&query, &repeated, &repeated, &mut out.view_mut(&backend, "out"), None).unwrap();
             let bits: Vec<u32> = backend.read(&out.memory).into_iter().map(f32::to_bits).collect();
             assert_eq!(bits, copied.bits());
         }
