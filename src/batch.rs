@@ -87,6 +87,17 @@ impl Keys {
     }
 }
 
+/// Where the first keys of a sequence lie, if apart from the others: consecutive rows of the call's
+/// prefix tensors, as a received anchor or a prefix that many sequences share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Prefix {
+    /// Index on the batch axis of the prefix tensors.
+    pub batch: usize,
+    /// Rows on their seq axis.
+    pub rows: Range<usize>,
+}
+
 /// One sequence of a [`Batch`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -95,7 +106,9 @@ pub struct Sequence {
     pub batch: usize,
     /// Its query rows on their seq axis.
     pub rows: Range<usize>,
-    /// Its keys and values.
+    /// Its first keys and values, where they lie in tensors of their own.
+    pub prefix: Option<Prefix>,
+    /// Its keys and values; those after the prefix, if there is one.
     pub keys: Keys,
     /// Which keys each of its rows sees.
     pub mask: Mask,
@@ -104,7 +117,24 @@ pub struct Sequence {
 impl Sequence {
     /// The query rows `rows` of index `batch`, over `keys`, under `mask`.
     pub fn new(batch: usize, rows: Range<usize>, keys: Keys, mask: Mask) -> Self {
-        Self { batch, rows, keys, mask }
+        Self { batch, rows, prefix: None, keys, mask }
+    }
+
+    /// The same with the rows `rows` of index `batch` of the call's prefix tensors as its first
+    /// keys. Masks count from the first of them.
+    #[must_use]
+    pub fn with_prefix(self, batch: usize, rows: Range<usize>) -> Self {
+        Self { prefix: Some(Prefix { batch, rows }), ..self }
+    }
+
+    /// Keys of the prefix; 0 without one.
+    pub fn prefix_len(&self) -> usize {
+        self.prefix.as_ref().map_or(0, |prefix| prefix.rows.len())
+    }
+
+    /// All keys of the sequence, those of the prefix among them.
+    pub fn key_len(&self) -> usize {
+        self.prefix_len() + self.keys.len()
     }
 }
 
@@ -116,6 +146,8 @@ impl Sequence {
 pub struct Batch {
     query: [usize; 4],
     key: [usize; 4],
+    /// Extents batch and seq of the prefix tensors.
+    prefix: [usize; 2],
     sequences: Vec<Sequence>,
     /// Query rows that have a sequence: from (batch, start) to (end, sequence).
     taken: BTreeMap<(usize, usize), (usize, usize)>,
@@ -137,7 +169,21 @@ impl Batch {
         check_heads(query[2], key[2], query[3])?;
         check_addressable("query", query)?;
         check_addressable("key", key)?;
-        Ok(Self { query, key, sequences: Vec::new(), taken: BTreeMap::new() })
+        Ok(Self { query, key, prefix: [0, 0], sequences: Vec::new(), taken: BTreeMap::new() })
+    }
+
+    /// The same batch with prefix tensors `[batch, seq, kv_heads, head_dim]`, where the first keys
+    /// and values of sequences may lie.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if such a tensor could not be addressed, [`Error::Value`] if there are
+    /// sequences already.
+    pub fn with_prefix(self, batch: usize, seq: usize) -> Result<Self> {
+        if !self.sequences.is_empty() {
+            return Err(Error::value("prefix", "before the first sequence", self.sequences.len()));
+        }
+        check_addressable("prefix", [batch, seq, self.key[2], self.key[3]])?;
+        Ok(Self { prefix: [batch, seq], ..self })
     }
 
     /// Sequences of one length under one mask: `shape.batch` times `query_len` rows over `key_len`
@@ -208,7 +254,7 @@ impl Batch {
     }
 
     fn check(&self, sequence: &Sequence) -> Result<()> {
-        let Sequence { batch, rows, keys, mask } = sequence;
+        let Sequence { batch, rows, prefix, keys, mask } = sequence;
         mask.validate()?;
         check_rows("rows", self.query, *batch, rows)?;
         // The last range that starts before these rows end is the only one that can meet them.
@@ -219,6 +265,12 @@ impl Batch {
         {
             let expected = format!("rows of no other sequence (sequence {index} ends at row {end})");
             return Err(Error::value("rows", expected, format!("{rows:?}")));
+        }
+        if let Some(Prefix { batch, rows }) = prefix {
+            check_rows("prefix", self.prefix_shape(), *batch, rows)?;
+            if rows.len().checked_add(keys.len()).is_none() {
+                return Err(Error::value("keys", "a count that fits the address space", keys.len()));
+            }
         }
         match keys {
             Keys::Rows { batch, rows } => check_rows("keys", self.key, *batch, rows),
@@ -259,6 +311,12 @@ impl Batch {
         self.key
     }
 
+    /// The shape of the prefix tensors, `[batch, seq, kv_heads, head_dim]`: no row of them, if the
+    /// batch was made without.
+    pub fn prefix_shape(&self) -> [usize; 4] {
+        [self.prefix[0], self.prefix[1], self.key[2], self.key[3]]
+    }
+
     /// Query heads that share a KV head.
     pub fn group(&self) -> usize {
         self.query[2] / self.key[2]
@@ -267,6 +325,34 @@ impl Batch {
     /// Elements of the log-sum-exp, `[batch, query_heads, seq]` of the queries.
     pub fn lse_len(&self) -> usize {
         self.query[..3].iter().product()
+    }
+}
+
+/// The tensors that a call reads: `Q` is a backend's view of queries, `K` its view of keys and
+/// values.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Inputs<Q, K> {
+    /// Queries, of the shape [`Batch::query_shape`].
+    pub query: Q,
+    /// Keys, of the shape [`Batch::key_shape`].
+    pub key: K,
+    /// Values, of the shape [`Batch::key_shape`].
+    pub value: K,
+    /// Keys and values of the shape [`Batch::prefix_shape`], where a sequence has a prefix.
+    pub prefix: Option<[K; 2]>,
+}
+
+impl<Q, K> Inputs<Q, K> {
+    /// The tensors of a call without prefixes.
+    pub fn new(query: Q, key: K, value: K) -> Self {
+        Self { query, key, value, prefix: None }
+    }
+
+    /// The same with the keys and values of prefixes.
+    #[must_use]
+    pub fn with_prefix(self, key: K, value: K) -> Self {
+        Self { prefix: Some([key, value]), ..self }
     }
 }
 

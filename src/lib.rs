@@ -16,7 +16,7 @@ pub mod merge;
 mod schedule;
 mod tensor;
 
-pub use batch::{Batch, Keys, Sequence};
+pub use batch::{Batch, Inputs, Keys, Prefix, Sequence};
 pub use config::{AttentionConfig, AttentionShape, Mask, ScoreConfig};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
