@@ -149,6 +149,75 @@ impl ScoreConfig {
     }
 }
 
+/// How a plan computes attention: what becomes of the scores, and what is promised about bits.
+///
+/// By default the results of a row may differ in their last bits with what else is in the batch.
+/// Both promises hold within one backend, instruction set, element type and head dim.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct PlanConfig {
+    /// What becomes of the scores.
+    pub score: ScoreConfig,
+    /// If `Some(n)`, the keys of each row are split at multiples of `n`, rounded up to whole tiles
+    /// of keys: the bits of a row depend neither on the rest of the batch, nor on the number of
+    /// threads, nor on where keys lie. At least 1.
+    pub split_keys: Option<usize>,
+    /// Whether the bits of a row do not depend either on how many rows of its sequence are in the
+    /// call, so that a causal row of a prefill equals its decode. Implies a fixed split length,
+    /// [`ROW_INVARIANT_SPLIT_KEYS`] unless `split_keys` gives one. Decodes are slower.
+    pub row_invariant: bool,
+}
+
+/// The split length of row-invariant plans, unless another is given: long enough that a merge
+/// hardly counts, short enough that one long sequence fills a GPU.
+pub const ROW_INVARIANT_SPLIT_KEYS: usize = 4096;
+
+impl PlanConfig {
+    /// Plain scores, and no promise about bits.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The same with other scores.
+    #[must_use]
+    pub fn with_score(self, score: ScoreConfig) -> Self {
+        Self { score, ..self }
+    }
+
+    /// The same with keys split at multiples of `split_keys`.
+    #[must_use]
+    pub fn with_split_keys(self, split_keys: usize) -> Self {
+        Self { split_keys: Some(split_keys), ..self }
+    }
+
+    /// The same for bits that do not depend on the number of rows in a call.
+    #[must_use]
+    pub fn with_row_invariant(self) -> Self {
+        Self { row_invariant: true, ..self }
+    }
+
+    /// The fixed split length, if there is one.
+    pub fn fixed_split_keys(&self) -> Option<usize> {
+        self.split_keys.or(self.row_invariant.then_some(ROW_INVARIANT_SPLIT_KEYS))
+    }
+
+    /// # Errors
+    /// [`Error::Value`] for a scale, softcap or split length outside its range.
+    pub fn validate(&self) -> Result<()> {
+        self.score.validate()?;
+        match self.split_keys {
+            Some(0) => Err(Error::value("split_keys", "at least 1", 0)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl From<ScoreConfig> for PlanConfig {
+    fn from(score: ScoreConfig) -> Self {
+        Self::new().with_score(score)
+    }
+}
+
 /// The extents of an attention call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionShape {

@@ -17,7 +17,7 @@ mod schedule;
 mod tensor;
 
 pub use batch::{Batch, Inputs, Keys, Prefix, Sequence};
-pub use config::{AttentionConfig, AttentionShape, Mask, ScoreConfig};
+pub use config::{AttentionConfig, AttentionShape, Mask, PlanConfig, ROW_INVARIANT_SPLIT_KEYS, ScoreConfig};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use kv::KvShard;
