@@ -1,6 +1,7 @@
 //! What there is to compile: each source with the definitions that make a module of it.
 
 use crate::policy::{APPEND_THREADS, HEAD_DIMS, MERGE_THREADS, Policy};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// One compilation of a source of `cuda/`.
 pub struct Module {
@@ -11,6 +12,21 @@ pub struct Module {
     pub defines: Vec<(&'static str, String)>,
     /// Entry points.
     pub kernels: Vec<String>,
+}
+
+/// Calls `compile` for each module, as many at a time as cargo allows.
+pub fn for_each(modules: &[Module], compile: impl Fn(&Module) + Sync) {
+    let jobs = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize);
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.min(modules.len()) {
+            scope.spawn(|| {
+                while let Some(module) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    compile(module);
+                }
+            });
+        }
+    });
 }
 
 /// All modules for the given head dims.

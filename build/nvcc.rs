@@ -1,12 +1,11 @@
 //! The kernels as fatbins, by nvcc.
 
-use crate::kernels::{Module, head_dims, modules};
+use crate::kernels::{Module, for_each, head_dims, modules};
 use std::env;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Machine code for the Ampere and Ada families (8.x runs 8.0) and for Hopper, and PTX that the driver compiles for newer chips.
 const ARCHS: &str = "80,90,90+ptx";
@@ -81,19 +80,12 @@ fn arch_flags() -> Result<Vec<String>, String> {
 }
 
 fn compile_all(nvcc: &Path, archs: &[String], modules: &[Module], out: &Path) -> Result<(), String> {
-    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize);
-    let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
-    std::thread::scope(|scope| {
-        for _ in 0..jobs.min(modules.len()) {
-            scope.spawn(|| {
-                while let Some(module) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(reason) = compile(nvcc, archs, module, out)
-                        && let Ok(mut failed) = failed.lock()
-                    {
-                        failed.get_or_insert(reason);
-                    }
-                }
-            });
+    let failed = Mutex::new(None);
+    for_each(modules, |module| {
+        if let Err(reason) = compile(nvcc, archs, module, out)
+            && let Ok(mut failed) = failed.lock()
+        {
+            failed.get_or_insert(reason);
         }
     });
     failed.into_inner().ok().flatten().map_or(Ok(()), Err)

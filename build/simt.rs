@@ -1,6 +1,6 @@
 //! The kernels as C++ for the host, with `cuda/simt/device.h` in the place of a GPU.
 
-use crate::kernels::{ALL_HEAD_DIMS, Module, modules};
+use crate::kernels::{ALL_HEAD_DIMS, Module, for_each, modules};
 use std::fmt::Write;
 use std::path::PathBuf;
 
@@ -8,11 +8,7 @@ use std::path::PathBuf;
 pub fn build() {
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
     let modules = modules(&ALL_HEAD_DIMS);
-    std::thread::scope(|scope| {
-        for module in &modules {
-            scope.spawn(|| compile(module, &out.join(&module.name)));
-        }
-    });
+    for_each(&modules, |module| compile(module, &out.join(&module.name)));
     let mut table = String::from("unsafe extern \"C\" {\n");
     for kernel in modules.iter().flat_map(|module| &module.kernels) {
         writeln!(table, "    fn {kernel}(params: *const u8);").expect("a string");
