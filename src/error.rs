@@ -75,6 +75,13 @@ pub enum Error {
         /// Tokens that were to be appended.
         requested: usize,
     },
+    /// Every slot of a ring of staging memory is still being copied from. Try again after the
+    /// stream has moved on.
+    #[error("staging: all {slots} slots are in flight")]
+    Busy {
+        /// Slots of the ring.
+        slots: usize,
+    },
     /// A peer left the group (dropped or panicked) before a collective was complete.
     /// The receive buffer's contents are unspecified.
     #[error("collective: rank {rank} left the group")]

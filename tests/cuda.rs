@@ -3,14 +3,17 @@
 #![cfg(feature = "cuda")]
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaSlice, CudaStream};
+use cudarc::driver::{CudaSlice, CudaStream, result};
 use star_attention::cpu::reference;
 use star_attention::cuda::driver::{Driver, kernels};
 use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Launch, Span, SpanMut};
+use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Launch, Span, SpanMut, Staging};
 use star_attention::{AttentionConfig, AttentionShape, Error, Mask, TensorView, bf16};
+use std::ffi::c_void;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 
 const SHAPE: AttentionShape =
     AttentionShape { batch: 1, query_len: 4, key_len: 3000, query_heads: 8, kv_heads: 2, head_dim: 128 };
@@ -256,6 +259,76 @@ fn a_plan_is_not_prepared_on_a_captured_stream() {
     }
 }
 
+/// What memory holds after all work of the stream.
+fn read(stream: &Arc<CudaStream>, memory: &CudaSlice<u8>) -> Vec<u8> {
+    let bytes = stream.clone_dtoh(memory).unwrap();
+    stream.synchronize().unwrap();
+    bytes
+}
+
+/// While a stream is captured its ring is left alone; afterwards it serves as before.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn staged_copies_are_not_captured() {
+    let driver = Driver::open(0).unwrap();
+    // SAFETY: all work below is on one stream; events cannot be waited for in a capture.
+    unsafe { driver.context().disable_event_tracking() };
+    let stream = driver.context().new_stream().unwrap();
+    let mut staging = Staging::new(&driver, 1, 16).unwrap();
+    let mut memory = stream.alloc_zeros::<u8>(16).unwrap();
+    stream.synchronize().unwrap();
+    let mut to = SpanMut::of(&mut memory, &stream);
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let refused = staging.copy(&driver, &stream, &mut to, &[(0, &[1; 16])]);
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    stream.end_capture(flags).unwrap();
+    let error = refused.unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "stream", .. }), "{error}");
+    staging.copy(&driver, &stream, &mut to, &[(3, &[2; 5])]).unwrap();
+    drop(to);
+    let mut expected = [0; 16];
+    expected[3..8].fill(2);
+    assert_eq!(read(&stream, &memory), expected);
+}
+
+/// Opened by the test, or after a time that only a call that waits for the stream takes.
+static GATE: AtomicBool = AtomicBool::new(false);
+
+unsafe extern "C" fn wait_for_gate(_: *mut c_void) {
+    let start = Instant::now();
+    while !GATE.load(Ordering::Acquire) && start.elapsed() < Duration::from_secs(20) {
+        std::thread::yield_now();
+    }
+}
+
+/// The ring is full while the stream stands still, and has free slots when its work is done.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn staged_copies_do_not_wait_for_the_stream() {
+    let driver = Driver::open(0).unwrap();
+    let stream = driver.context().new_stream().unwrap();
+    let mut staging = Staging::new(&driver, 2, 4).unwrap();
+    let mut memory = stream.alloc_zeros::<u8>(4).unwrap();
+    let mut copy = |byte| {
+        let to = &mut SpanMut::of(&mut memory, &stream);
+        staging.copy(&driver, &stream, to, &[(0, &[byte; 4])])
+    };
+    driver.context().bind_to_thread().unwrap();
+    // SAFETY: a function that may be called at any time, with any argument.
+    let launched = unsafe {
+        result::stream::launch_host_function(stream.cu_stream(), wait_for_gate, std::ptr::null_mut())
+    };
+    launched.unwrap();
+    let [first, second, third] = [1, 2, 3].map(&mut copy);
+    GATE.store(true, Ordering::Release);
+    stream.synchronize().unwrap();
+    first.unwrap();
+    second.unwrap();
+    assert!(matches!(third, Err(Error::Busy { slots: 2 })), "{third:?}");
+    copy(4).unwrap();
+    assert_eq!(read(&stream, &memory), [4; 4]);
+}
+
 /// Memory borrowed for one stream does not go to another: nothing would order the two.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
@@ -275,6 +348,11 @@ fn memory_for_another_stream_is_refused() {
     let mut to = DeviceTensorMut::contiguous("out", to, SHAPE.query_shape()).unwrap();
     let error = prepared.run(&query, &key, &key, &mut to, None).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "key", .. }), "{error}");
+    let mut staging = Staging::new(&driver, 1, 4).unwrap();
+    let mut bytes = stream.alloc_zeros::<u8>(4).unwrap();
+    let to = &mut SpanMut::of(&mut bytes, &stream);
+    let error = staging.copy(&driver, &other, to, &[(0, &[1; 4])]).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "to", .. }), "{error}");
 }
 
 /// Of another device, where there is one.
@@ -295,6 +373,8 @@ fn streams_of_other_devices_are_refused() {
 #[test]
 fn handles_are_send_and_sync() {
     fn check<T: Send + Sync>() {}
+    fn check_send<T: Send>() {}
     check::<Driver>();
     check::<Plan>();
+    check_send::<Staging<Driver>>();
 }

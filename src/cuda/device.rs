@@ -1,7 +1,8 @@
 //! Where kernels run, and the memory they run on.
 //!
-//! A [`Device`] is what plans need of a GPU: its extents, copies to and from its memory, launches by name, and whether a stream is being
-//! captured. It is a GPU through its driver, or the host itself.
+//! A [`Device`] is what plans need of a GPU: its extents, copies to and from its memory, events,
+//! launches by name, and whether a stream is being captured. It is a GPU through its driver, or the
+//! host itself.
 
 use crate::tensor::Strided;
 use crate::{Element, Error, Result, bf16, f16};
@@ -47,6 +48,10 @@ pub trait Device: Send + Sync {
     type Stream;
     /// Kept as long as work may be asked for on a piece of memory.
     type Guard<'a>: std::fmt::Debug;
+    /// Memory of the host that the device copies from while the host goes on. Freed when dropped.
+    type Pinned: AsMut<[u8]> + Send + std::fmt::Debug;
+    /// A point in the order of a stream. One that was never recorded has passed.
+    type Event: Send + std::fmt::Debug;
 
     /// What plans must know.
     fn properties(&self) -> Properties;
@@ -76,6 +81,7 @@ pub trait Device: Send + Sync {
     ///
     /// # Safety
     /// `to..to + bytes.len()` is memory of this device, left alone by others until the copy has ended.
+    /// `bytes` are not [`Pinned`](Self::Pinned).
     unsafe fn upload(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()>;
 
     /// Copies device memory to `bytes` after all earlier work of the stream, and waits until that is done.
@@ -86,6 +92,50 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// `from..from + bytes.len()` is memory of this device, written by nobody until this returns.
     unsafe fn download(&self, stream: &Self::Stream, from: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// Pinned memory of exactly `bytes` zeros. This may take long, and may wait for the device.
+    ///
+    /// # Errors
+    /// [`Error::Value`], naming `bytes`, for more than memory has room for; errors of the driver.
+    fn pinned(&self, bytes: usize) -> Result<Self::Pinned>;
+
+    /// An event that was never recorded.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    fn event(&self) -> Result<Self::Event>;
+
+    /// Copies `bytes` of pinned memory to device memory after all earlier work of the stream. They
+    /// are read at any time until the copy has ended.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if the stream is being captured: a graph would read `bytes` whenever it is
+    /// replayed. Errors of the driver.
+    ///
+    /// # Safety
+    /// `bytes` lies in a [`Pinned`](Self::Pinned) of this device, which is neither written nor
+    /// dropped until the copy has ended. `to..to + bytes.len()` is memory of this device, left
+    /// alone by others until then.
+    unsafe fn upload_pinned(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Puts an event behind all earlier work of the stream. It passes when that is done, and stands
+    /// for nothing that it was recorded behind before.
+    ///
+    /// # Errors
+    /// Errors of the driver. The event may then stand where it stood.
+    fn record(stream: &Self::Stream, event: &Self::Event) -> Result<()>;
+
+    /// Whether all work before an event is done. This does not wait.
+    ///
+    /// # Errors
+    /// Errors of the driver, those of the work before included.
+    fn has_passed(event: &Self::Event) -> Result<bool>;
+
+    /// Waits until all work before an event is done.
+    ///
+    /// # Errors
+    /// Errors of the driver. The work may then still go on.
+    fn wait(event: &Self::Event) -> Result<()>;
 }
 
 /// Refuses a stream that is being captured in a graph, for copies from or to the host's memory.

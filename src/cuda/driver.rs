@@ -34,7 +34,8 @@ use super::functions::Functions;
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum, CUstreamCaptureStatus};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop, result,
+    CudaContext, CudaEvent, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
+    result,
 };
 use cudarc::nvrtc::Ptx;
 use std::sync::{Arc, LazyLock};
@@ -194,9 +195,40 @@ impl Driver {
     }
 }
 
+/// Memory of the host whose pages stay where they are, so that a GPU copies from it by itself.
+#[derive(Debug)]
+pub struct Pinned {
+    start: *mut u8,
+    bytes: usize,
+    /// Lives until the memory is freed.
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: the memory is owned, and any thread may use and free it.
+unsafe impl Send for Pinned {}
+
+impl AsMut<[u8]> for Pinned {
+    fn as_mut(&mut self) -> &mut [u8] {
+        // SAFETY: memory of so many initialised bytes, which `self` owns.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // An error is returned by a later call on the context.
+        self.context.record_err(self.context.bind_to_thread());
+        // SAFETY: from `malloc_host`, and freed nowhere else. No copy reads it, as those who asked
+        // for copies have promised.
+        self.context.record_err(unsafe { result::free_host(self.start.cast()) });
+    }
+}
+
 impl Device for Driver {
     type Stream = Arc<CudaStream>;
     type Guard<'a> = SyncOnDrop<'a>;
+    type Pinned = Pinned;
+    type Event = CudaEvent;
 
     fn properties(&self) -> Properties {
         self.properties
@@ -252,6 +284,40 @@ impl Device for Driver {
                 .map_err(driver("copy from the device"))?;
         }
         stream.synchronize().map_err(driver("wait for the stream"))
+    }
+
+    fn pinned(&self, bytes: usize) -> Result<Pinned> {
+        self.context.bind_to_thread().map_err(driver("bind the context"))?;
+        // The driver gives no memory of no size.
+        // SAFETY: initialised below, before anything reads it.
+        let start = unsafe { result::malloc_host(bytes.max(1), 0) };
+        let start = start.map_err(driver("allocate pinned memory"))?.cast::<u8>();
+        // SAFETY: new memory of at least so many bytes.
+        unsafe { start.write_bytes(0, bytes) };
+        Ok(Pinned { start, bytes, context: self.context.clone() })
+    }
+
+    fn event(&self) -> Result<CudaEvent> {
+        self.context.new_event(None).map_err(driver("make an event"))
+    }
+
+    unsafe fn upload_pinned(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()> {
+        // The same call of the driver: it returns before pinned memory is read.
+        // SAFETY: the caller's promise.
+        unsafe { self.upload(stream, to, bytes) }
+    }
+
+    fn record(stream: &Self::Stream, event: &CudaEvent) -> Result<()> {
+        event.record(stream).map_err(driver("record an event"))
+    }
+
+    fn has_passed(event: &CudaEvent) -> Result<bool> {
+        event.context().bind_to_thread().map_err(driver("bind the context"))?;
+        event.try_is_complete().map_err(driver("ask whether an event has passed"))
+    }
+
+    fn wait(event: &CudaEvent) -> Result<()> {
+        event.synchronize().map_err(driver("wait for an event"))
     }
 }
 

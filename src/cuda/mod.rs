@@ -2,7 +2,8 @@
 //!
 //! - [`flash`]: context encoding and query attention, under every mask of the crate;
 //! - [`merge()`]: n partials to one, of the splits of one call or of many hosts; [`HostsMerge`]: with the messages between these;
-//! - [`append()`]: new keys and values to a shard, contiguous or in pages.
+//! - [`append()`]: new keys and values to a shard, contiguous or in pages;
+//! - [`Staging`]: tables that change from step to step, copied without waiting.
 //!
 //! Kernels run on a [`Device`]: a GPU (`driver`, feature `cuda`), or the host, slowly and with every access checked (`simt`, feature `simt`).
 //! Memory comes as a [`Span`], for work on one stream: of the device's own buffers safely, of other frameworks' by
@@ -24,6 +25,7 @@ mod params;
 mod policy;
 #[cfg(feature = "simt")]
 pub mod simt;
+mod staging;
 
 pub use append::{Rotation, ShardMut, append};
 #[cfg(feature = "nccl")]
@@ -36,3 +38,4 @@ pub use hosts::{HostsMerge, PreparedMerge};
 pub use merge::{Partials, merge};
 pub use policy::HEAD_DIMS;
 use policy::{APPEND_THREADS, MERGE_THREADS};
+pub use staging::Staging;

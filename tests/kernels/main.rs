@@ -25,3 +25,4 @@ mod oracle;
 mod paged;
 mod phases;
 mod recorder;
+mod staging;

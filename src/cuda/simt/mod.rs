@@ -147,6 +147,9 @@ impl<T: Copy> Drop for Buffer<T> {
 impl Device for Simt {
     type Stream = ();
     type Guard<'a> = ();
+    type Pinned = Vec<u8>;
+    /// Work is done when it is asked for, so that every event has passed.
+    type Event = ();
 
     /// Of a device so small that plans split keys already for small shapes.
     fn properties(&self) -> Properties {
@@ -194,6 +197,35 @@ impl Device for Simt {
         let from = std::ptr::with_exposed_provenance::<u8>(from as usize);
         // SAFETY: the caller's promise.
         unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn pinned(&self, bytes: usize) -> Result<Vec<u8>> {
+        let mut memory = Vec::new();
+        let room = memory.try_reserve_exact(bytes);
+        room.map_err(|_| Error::value("bytes", "a size that memory has room for", bytes))?;
+        memory.resize(bytes, 0);
+        Ok(memory)
+    }
+
+    fn event(&self) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn upload_pinned(&self, stream: &(), to: u64, bytes: &[u8]) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.upload(stream, to, bytes) }
+    }
+
+    fn record((): &(), (): &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn has_passed((): &()) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn wait((): &()) -> Result<()> {
         Ok(())
     }
 }
