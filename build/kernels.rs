@@ -52,6 +52,7 @@ pub fn modules(head_dims: &[usize]) -> Vec<Module> {
     ];
     for &head_dim in head_dims {
         modules.extend([Policy::encode(head_dim), Policy::query(head_dim)].map(|p| flash(&p)));
+        modules.extend(Policy::encode_64(head_dim).iter().map(flash));
         #[cfg(feature = "variants")]
         modules.extend(Policy::variants(head_dim).iter().map(flash));
     }

@@ -64,22 +64,29 @@ DEVICE void merge(const StarMergeParams& p) {
     const uint32_t lane = thread_index() % p.lanes;
     const uint32_t row = block_index() * (THREADS / p.lanes) + thread_index() / p.lanes;
     const bool within = row < p.rows;
-    uint32_t token = row / p.heads;
-    const uint32_t head = row % p.heads;
-    if (p.tokens != 0 && within) {
-        token = load(reinterpret_cast<const uint32_t*>(p.tokens) + token);
-    }
-    const uint32_t batch = token / p.seq, seq = token % p.seq;
-    const uint64_t lse_at = (static_cast<uint64_t>(batch) * p.heads + head) * p.seq + seq;
-    const float* lse = reinterpret_cast<const float*>(p.partials_lse) + lse_at;
 
     float max = -infinity(), sum = 0;
+    uint64_t lse_at = 0;
     if (within) {
+        uint32_t batch, seq, head, partial = 0, n = p.n;
+        if (p.merged != 0) {
+            const StarMergedRow& merged = refer(reinterpret_cast<const StarMergedRow*>(p.merged) + row);
+            batch = merged.batch, seq = merged.row, head = merged.head;
+            partial = merged.first, n = merged.count;
+        } else {
+            const uint32_t token = row / p.heads;
+            batch = token / p.seq, seq = token % p.seq, head = row % p.heads;
+        }
+        lse_at = (static_cast<uint64_t>(batch) * p.heads + head) * p.seq + seq;
+        const uint64_t first = p.merged != 0
+                                   ? partial * p.partial_stride
+                                   : batch * p.partials.batch + seq * p.partials.seq + head * p.partials.head;
+        const float* lse =
+            reinterpret_cast<const float*>(p.partials_lse) + (p.merged != 0 ? partial * p.lse_stride : lse_at);
 #pragma unroll 4
-        for (uint32_t i = 0; i < p.n; i++) {
+        for (uint32_t i = 0; i < n; i++) {
             max = maximum(max, load(lse + i * p.lse_stride));
         }
-        const uint64_t first = batch * p.partials.batch + seq * p.partials.seq + head * p.partials.head;
         const uint64_t out = batch * p.out.batch + seq * p.out.seq + head * p.out.head;
         const void* from = reinterpret_cast<const void*>(p.partials.data);
         void* to = reinterpret_cast<void*>(p.out.data);
@@ -88,7 +95,7 @@ DEVICE void merge(const StarMergeParams& p) {
             sum = 0;
             uint64_t at = first + column;
             const float* its_lse = lse;
-            for (uint32_t left = p.n; left > 0; left -= left < together ? left : together) {
+            for (uint32_t left = n; left > 0; left -= left < together ? left : together) {
                 float lses[together];
                 Piece<In, Unit> pieces[together];
 #pragma unroll

@@ -12,27 +12,40 @@ typedef struct {
     uint64_t head;
 } StarTensor;
 
-/* Rows that walk one list of keys: entries 0..prefix are the sequence's keys from its start on (the anchor), the others its keys from
- * `start` on. Where the query heads of a KV head share a tile, a row is one head of one token, heads fastest. */
+/* Rows that walk one list of keys: entries 0..anchor are the sequence's keys from its first on, the
+ * others its keys from `start` on. The first `prefix_len` keys of the sequence lie in the prefix
+ * tensors, the others after them in the tensors of keys and values. Where the query heads of a KV
+ * head share a tile, a row is one head of one token, heads fastest. */
 typedef struct {
     /* Index on the batch axis of queries and outputs. */
     uint32_t batch;
-    /* Index on the batch axis of keys and values or, where they lie in pages, of the sequence's first page in the page table. */
+    /* Index on the batch axis of keys and values or, where they lie in pages, of the sequence's
+     * first page in the page table. */
     uint32_t key_batch;
     /* First row, on the seq axis times `pack`, and how many. */
     uint32_t row;
     uint32_t rows;
-    /* Where the sequence's keys start on their seq axis; 0 where they lie in pages. */
+    /* Where the sequence's keys after its prefix start on their seq axis; 0 where they lie in
+     * pages. */
     uint32_t key_start;
-    uint32_t prefix;
+    uint32_t anchor;
     uint32_t start;
-    /* Entries that the first row's token sees; with `causal` = 1 each token sees one more than the last. */
+    /* Entries that the first row's token sees; with `causal` = 1 each token sees one more than the
+     * last. */
     uint32_t visible;
     uint32_t causal;
-    /* The entries of this tile, and which of the partial results it gives. */
+    /* The entries of this tile. */
     uint32_t begin;
     uint32_t end;
-    uint32_t split;
+    /* In how many parts the list is walked. With 1, results go to `out`. With more, partial results
+     * of row r of head h go to the partial row `partial` + (h · rows + r) · splits. */
+    uint32_t splits;
+    uint32_t partial;
+    /* Where the prefix is on the axes batch and seq of its tensors; `prefix_len` 0 if there is
+     * none. */
+    uint32_t prefix_batch;
+    uint32_t prefix_start;
+    uint32_t prefix_len;
 } StarTile;
 
 /* flash.cuh: attention of tiles × heads, one block each, heads fastest. */
@@ -40,19 +53,23 @@ typedef struct {
     StarTensor query;
     StarTensor key;
     StarTensor value;
+    /* The prefixes' keys and values. */
+    StarTensor prefix_key;
+    StarTensor prefix_value;
     /* 16-bit as the queries, or f32. */
     StarTensor out;
     /* f32 [batch, query_heads, query_len], or 0. */
     uint64_t lse;
     /* StarTile[]. */
     uint64_t tiles;
-    /* u32[]: the pages of each sequence in order, one sequence after another; a page is an index on the batch axis of keys and
-     * values. 0 where these do not lie in pages. */
+    /* u32[]: the pages of each sequence in order, one sequence after another; a page is an index on
+     * the batch axis of keys and values. 0 where these do not lie in pages. */
     uint64_t page_table;
-    /* Elements from the results of one split to those of the next. */
-    uint64_t out_split;
-    uint64_t lse_split;
-    /* Rows of a page, and what divides by them: n / page_len is the high word of 2 n · page_magic, shifted right by page_shift. */
+    /* f32 [partial row, head_dim] and [partial row]. */
+    uint64_t partials;
+    uint64_t partials_lse;
+    /* Rows of a page, and what divides by them: n / page_len is the high word of 2 n · page_magic,
+     * shifted right by page_shift. */
     uint32_t page_len;
     uint32_t page_magic;
     uint32_t page_shift;
@@ -72,22 +89,34 @@ typedef struct {
     uint32_t padding;
 } StarFlashParams;
 
-/* merge.cu: n partials to one. */
+/* A row of the output that is merged from partial rows, which lie one after another. */
 typedef struct {
-    /* [batch, seq, heads, dim] for each partial, `partial_stride` elements apart. */
+    /* On the axes batch, seq and heads of the output. */
+    uint32_t batch;
+    uint32_t row;
+    uint32_t head;
+    /* The first partial row, and how many. */
+    uint32_t first;
+    uint32_t count;
+} StarMergedRow;
+
+/* merge.cu: partials to one, the same number for each row or as `merged` says. */
+typedef struct {
+    /* [batch, seq, heads, dim] for each partial, `partial_stride` elements apart; with `merged`
+     * [partial row, dim]. */
     StarTensor partials;
     /* [batch, seq, heads, dim]. */
     StarTensor out;
-    /* f32 [batch, heads, seq] for each partial, `lse_stride` apart. */
+    /* f32 [batch, heads, seq] for each partial, `lse_stride` apart; with `merged` [partial row]. */
     uint64_t partials_lse;
     uint64_t partial_stride;
     uint64_t lse_stride;
     /* f32 [batch, heads, seq], or 0. */
     uint64_t lse;
-    /* u32[]: the tokens to merge, batch · seq + row; 0 for all of them in order. */
-    uint64_t tokens;
+    /* StarMergedRow[]; 0 where every row has `n` partials. */
+    uint64_t merged;
     uint32_t n;
-    /* Tokens to merge times heads. */
+    /* Rows to merge: of `merged`, or tokens times heads. */
     uint32_t rows;
     uint32_t seq;
     uint32_t heads;

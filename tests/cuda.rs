@@ -8,7 +8,7 @@ use star_attention::cpu::reference;
 use star_attention::cuda::driver::{Driver, kernels};
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Launch, Span, SpanMut, Staging};
-use star_attention::{AttentionConfig, AttentionShape, Error, Mask, TensorView, bf16};
+use star_attention::{AttentionConfig, AttentionShape, Error, Inputs, Mask, TensorView, bf16};
 use std::ffi::c_void;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -89,9 +89,11 @@ fn run(
     let [query, key, value] = inputs;
     let key = key.slice(..);
     plan.prepare(driver, stream, SpanMut::of(workspace, stream))?.run(
-        &DeviceTensor::contiguous("query", Span::of(query, stream), SHAPE.query_shape())?,
-        &DeviceTensor::contiguous("key", Span::of(&key, stream), SHAPE.key_shape())?,
-        &DeviceTensor::contiguous("value", Span::of(value, stream), SHAPE.key_shape())?,
+        Inputs::new(
+            &DeviceTensor::contiguous("query", Span::of(query, stream), SHAPE.query_shape())?,
+            &DeviceTensor::contiguous("key", Span::of(&key, stream), SHAPE.key_shape())?,
+            &DeviceTensor::contiguous("value", Span::of(value, stream), SHAPE.key_shape())?,
+        ),
         &mut DeviceTensorMut::contiguous("out", SpanMut::of(out, stream), SHAPE.query_shape())?,
         None,
     )
@@ -101,7 +103,7 @@ fn on_stream(driver: &Driver, stream: &Arc<CudaStream>, case: &Case) -> Vec<f32>
     let [query, key, value] =
         [&case.query, &case.key, &case.value].map(|data| stream.clone_htod(data).unwrap());
     let mut out = stream.alloc_zeros::<f32>(case.query.len()).unwrap();
-    let mut workspace = stream.alloc_zeros::<u8>(plan(driver).workspace_len()).unwrap();
+    let mut workspace = stream.alloc_zeros::<u8>(plan(driver).workspace_bytes()).unwrap();
     run(driver, stream, [&query, &key, &value], &mut out, &mut workspace).unwrap();
     let out = stream.clone_dtoh(&out).unwrap();
     stream.synchronize().unwrap();
@@ -157,7 +159,7 @@ fn calls_can_be_captured_in_a_graph() {
         [&first.query, &first.key, &first.value].map(|data| stream.clone_htod(data).unwrap());
     let mut out = stream.alloc_zeros::<f32>(first.query.len()).unwrap();
     let plan = plan(&driver);
-    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_len()).unwrap();
+    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_bytes()).unwrap();
     let graph = {
         let mut prepared = plan.prepare(&driver, &stream, SpanMut::of(&mut workspace, &stream)).unwrap();
         let tensor =
@@ -171,7 +173,7 @@ fn calls_can_be_captured_in_a_graph() {
         let mut to = DeviceTensorMut::contiguous("out", to, SHAPE.query_shape()).unwrap();
         stream.synchronize().unwrap();
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-        prepared.run(&q, &k, &v, &mut to, None).unwrap();
+        prepared.run(Inputs::new(&q, &k, &v), &mut to, None).unwrap();
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         stream.end_capture(flags).unwrap().expect("a graph")
     };
@@ -242,7 +244,7 @@ fn a_plan_is_not_prepared_on_a_captured_stream() {
     unsafe { driver.context().disable_event_tracking() };
     let stream = driver.context().new_stream().unwrap();
     let plan = plan(&driver);
-    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_len()).unwrap();
+    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_bytes()).unwrap();
     stream.synchronize().unwrap();
     let workspace = SpanMut::of(&mut workspace, &stream);
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
@@ -338,7 +340,7 @@ fn memory_for_another_stream_is_refused() {
     let (plan, elements) = (plan(&driver), SHAPE.key_shape().iter().product::<usize>());
     let data = stream.alloc_zeros::<bf16>(elements).unwrap();
     let mut out = stream.alloc_zeros::<f32>(elements).unwrap();
-    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_len()).unwrap();
+    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_bytes()).unwrap();
     let mut prepared = plan.prepare(&driver, &stream, SpanMut::of(&mut workspace, &stream)).unwrap();
     let rows = SHAPE.query_shape().iter().product();
     let query = Span::of(&data, &stream).range(0..rows);
@@ -346,7 +348,7 @@ fn memory_for_another_stream_is_refused() {
     let key = DeviceTensor::contiguous("key", Span::of(&data, &other), SHAPE.key_shape()).unwrap();
     let to = SpanMut::of(&mut out, &stream).range(0..rows);
     let mut to = DeviceTensorMut::contiguous("out", to, SHAPE.query_shape()).unwrap();
-    let error = prepared.run(&query, &key, &key, &mut to, None).unwrap_err();
+    let error = prepared.run(Inputs::new(&query, &key, &key), &mut to, None).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "key", .. }), "{error}");
     let mut staging = Staging::new(&driver, 1, 4).unwrap();
     let mut bytes = stream.alloc_zeros::<u8>(4).unwrap();

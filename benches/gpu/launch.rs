@@ -8,7 +8,7 @@ use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
     Device, DeviceTensor, DeviceTensorMut, Partials, Rotation, ShardMut, append, merge,
 };
-use star_attention::{Element, Result, bf16};
+use star_attention::{Element, Inputs, Result, bf16};
 
 /// Measures one row.
 pub fn figures<B: Bench>(backend: &B, effort: &Effort, work: &Work) -> std::result::Result<Figures, Failure> {
@@ -82,7 +82,7 @@ pub fn with_launcher<B: Bench, R>(
     let mut wide = backend.empty::<f32>(if call.f32_out { queries } else { 0 })?;
     let mut lse = backend.empty::<f32>(call.shape.lse_len())?;
     let mut workspaces: Vec<_> =
-        plans.iter().map(|plan| backend.empty::<u8>(plan.workspace_len())).collect::<Result<_>>()?;
+        plans.iter().map(|plan| backend.empty::<u8>(plan.workspace_bytes())).collect::<Result<_>>()?;
     let mut prepared: Vec<_> = plans
         .iter()
         .zip(&mut workspaces)
@@ -112,9 +112,9 @@ pub fn with_launcher<B: Bench, R>(
     body(&mut |plan, n| {
         let (key, value) = &kv[n % kv.len()];
         if call.f32_out {
-            prepared[plan].run(&query, key, value, &mut wide, Some(&mut lse))
+            prepared[plan].run(Inputs::new(&query, key, value), &mut wide, Some(&mut lse))
         } else {
-            prepared[plan].run(&query, key, value, &mut out, Some(&mut lse))
+            prepared[plan].run(Inputs::new(&query, key, value), &mut out, Some(&mut lse))
         }
     })
 }

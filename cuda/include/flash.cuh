@@ -50,7 +50,9 @@ struct Policy {
     static_assert(!StagedF32 || rows * HeadDim * 4 <= shared_bytes - list_bytes, "staged outputs reuse the rings");
 };
 
-// The query rows of a block's tile.
+// The query rows of a block's tile. Results go to the output or, where the tile's list is split, to
+// partial rows.
+template <class P>
 struct QueryRows {
     const StarFlashParams& p;
     const StarTile& tile;
@@ -61,37 +63,52 @@ struct QueryRows {
     DEVICE uint64_t offset(const StarTensor& tensor, uint32_t row) const {
         return tile.batch * tensor.batch + token(row) * tensor.seq + query_head(row) * tensor.head;
     }
-    DEVICE uint64_t out_offset(uint32_t row) const { return tile.split * p.out_split + offset(p.out, row); }
+    DEVICE bool partial() const { return tile.splits > 1; }
+    DEVICE uint64_t partial_row(uint32_t row) const {
+        return tile.partial + (static_cast<uint64_t>(head) * tile.rows + row) * tile.splits;
+    }
+    // Whether results are f32.
+    DEVICE bool wide() const { return p.out_f32 || partial(); }
+    // The address of a row of f32 results.
+    DEVICE float* wide_row(uint32_t row) const {
+        return partial() ? reinterpret_cast<float*>(p.partials) + partial_row(row) * P::head_dim
+                         : reinterpret_cast<float*>(p.out.data) + offset(p.out, row);
+    }
+    DEVICE uint16_t* narrow_row(uint32_t row) const {
+        return reinterpret_cast<uint16_t*>(p.out.data) + offset(p.out, row);
+    }
     // The row sees the entries before this one.
     DEVICE uint32_t limit(uint32_t row) const {
         const uint32_t visible = tile.visible + tile.causal * (token(row) - token(0));
         return visible < tile.end ? visible : tile.end;
     }
+    DEVICE bool has_lse() const { return p.lse != 0 || partial(); }
     DEVICE void store_lse(uint32_t row, float lse) const {
-        const uint64_t plane = static_cast<uint64_t>(tile.batch) * p.query_heads + query_head(row);
-        store(reinterpret_cast<float*>(p.lse) + tile.split * p.lse_split + plane * p.query_len + token(row), lse);
+        if (partial()) {
+            store(reinterpret_cast<float*>(p.partials_lse) + partial_row(row), lse);
+        } else {
+            const uint64_t plane = static_cast<uint64_t>(tile.batch) * p.query_heads + query_head(row);
+            store(reinterpret_cast<float*>(p.lse) + plane * p.query_len + token(row), lse);
+        }
     }
     // Eight elements of an output row from `column` on.
     template <class Element>
     DEVICE void store_out(uint32_t row, uint32_t column, const float (&x)[8]) const {
-        const uint64_t at = out_offset(row) + column;
-        if (p.out_f32) {
-            write8(reinterpret_cast<float*>(p.out.data) + at, x);
+        if (wide()) {
+            write8(wide_row(row) + column, x);
         } else {
-            uint4* to = reinterpret_cast<uint4*>(reinterpret_cast<uint16_t*>(p.out.data) + at);
-            store(to, pack8<Element>(x));
+            store(reinterpret_cast<uint4*>(narrow_row(row) + column), pack8<Element>(x));
         }
     }
     // Adds to what `store_out` stored.
     template <class Element>
     DEVICE void add_out(uint32_t row, uint32_t column, const uint4& more) const {
-        const uint64_t at = out_offset(row) + column;
         float x[8], y[8];
-        if (p.out_f32) {
-            const float4* from = reinterpret_cast<const float4*>(reinterpret_cast<const float*>(p.out.data) + at);
+        if (wide()) {
+            const float4* from = reinterpret_cast<const float4*>(wide_row(row) + column);
             unpack8(load(from), load(from + 1), x);
         } else {
-            unpack8<Element>(load(reinterpret_cast<const uint4*>(reinterpret_cast<const uint16_t*>(p.out.data) + at)), x);
+            unpack8<Element>(load(reinterpret_cast<const uint4*>(narrow_row(row) + column)), x);
         }
         unpack8<Element>(more, y);
 #pragma unroll
@@ -104,7 +121,7 @@ struct QueryRows {
 
 // Rows after the tile's last become zeros.
 template <class P>
-DEVICE void load_query(const QueryRows& rows, Shared to) {
+DEVICE void load_query(const QueryRows<P>& rows, Shared to) {
     using Tile = SharedTile<P::head_dim>;
     const uint32_t lane = thread_index() % Tile::orders;
     for (uint32_t row = thread_index() / Tile::orders; row < P::rows; row += P::threads / Tile::orders) {
@@ -195,7 +212,7 @@ struct Flash {
         // Left in memory and its cache: registers are scarcer.
         const StarTile& tile = refer(reinterpret_cast<const StarTile*>(p.tiles) + block_index() / heads);
         const uint32_t head = block_index() % heads;
-        const QueryRows rows{p, tile, head};
+        const QueryRows<P> rows{p, tile, head};
         const KeyList list{p, tile, head * p.pack / p.group};
         // Kept, because on Hopper its address takes several instructions.
         const Shared memory = opaque(shared_memory());
@@ -306,7 +323,7 @@ struct Flash {
 
     // Rows of 16 bits go through shared memory, where the warp's own queries were, so that whole
     // lines are written.
-    static DEVICE void write(const QueryRows& rows, Shared staging, float (&out)[P::row_tiles][outputs][4],
+    static DEVICE void write(const QueryRows<P>& rows, Shared staging, float (&out)[P::row_tiles][outputs][4],
                              const Softmax<P::row_tiles>& softmax) {
         using Tile = SharedTile<P::head_dim>;
 #pragma unroll
@@ -316,42 +333,42 @@ struct Flash {
                 const uint32_t row = lane_row() + 16 * i + 8 * half;
                 const bool within = row < rows.tile.rows;
                 const float scale = normaliser(softmax.sum[i][half]);
-                if (within && thread_index() % 4 == 0 && rows.p.lse != 0) {
+                if (within && thread_index() % 4 == 0 && rows.has_lse()) {
                     rows.store_lse(row, log_sum_exp(softmax.base[i][half], softmax.sum[i][half], softmax.scale_log2));
                 }
-                if (P::staged_f32 && rows.p.out_f32) {
+                if (P::staged_f32 && rows.wide()) {
 #pragma unroll
                     for (int j = 0; j < outputs; j++) {
                         shared_store(f32_at(staging, row, j) + lane_column() * 4,
-                                     float2{out[i][j][2 * half] * scale, out[i][j][2 * half + 1] * scale});
+                                     float2{normalised(out[i][j][2 * half], scale), normalised(out[i][j][2 * half + 1], scale)});
                     }
-                } else if (!rows.p.out_f32) {
+                } else if (!rows.wide()) {
 #pragma unroll
                     for (int j = 0; j < outputs; j++) {
                         shared_store(Tile::at(staging, row, j) + lane_column() * 2,
-                                     Element::pack(out[i][j][2 * half] * scale, out[i][j][2 * half + 1] * scale));
+                                     Element::pack(normalised(out[i][j][2 * half], scale), normalised(out[i][j][2 * half + 1], scale)));
                     }
                 } else if (within) {
-                    float* to = reinterpret_cast<float*>(rows.p.out.data) + rows.out_offset(row) + lane_column();
+                    float* to = rows.wide_row(row) + lane_column();
 #pragma unroll
                     for (int j = 0; j < outputs; j++) {
                         store(reinterpret_cast<float2*>(to + 8 * j),
-                              float2{out[i][j][2 * half] * scale, out[i][j][2 * half + 1] * scale});
+                              float2{normalised(out[i][j][2 * half], scale), normalised(out[i][j][2 * half + 1], scale)});
                     }
                 }
             }
         }
-        if (rows.p.out_f32 && !P::staged_f32) {
+        if (rows.wide() && !P::staged_f32) {
             return;
         }
         sync_warp();
         const uint32_t first = lane_row() - thread_index() % 32 / 4;
-        if (rows.p.out_f32) {
+        if (rows.wide()) {
             // A lane moves 16 bytes: the warp together whole rows, or parts of them.
             for (uint32_t c = thread_index() % 32; c < 16 * P::row_tiles * (P::head_dim / 4); c += 32) {
                 const uint32_t row = first + c / (P::head_dim / 4), quad = c % (P::head_dim / 4);
                 if (row < rows.tile.rows) {
-                    float* to = reinterpret_cast<float*>(rows.p.out.data) + rows.out_offset(row) + quad * 4;
+                    float* to = rows.wide_row(row) + quad * 4;
                     store(reinterpret_cast<float4*>(to), shared_load_float4(f32_at(staging, row, quad / 2) + quad % 2 * 16));
                 }
             }
@@ -360,7 +377,7 @@ struct Flash {
         const uint32_t lane = thread_index() % Tile::orders;
         for (uint32_t r = thread_index() % 32 / Tile::orders; r < 16 * P::row_tiles; r += 32 / Tile::orders) {
             if (first + r < rows.tile.rows) {
-                uint16_t* to = reinterpret_cast<uint16_t*>(rows.p.out.data) + rows.out_offset(first + r) + lane * 8;
+                uint16_t* to = rows.narrow_row(first + r) + lane * 8;
                 for (int c = 0; c < Tile::chunks; c += Tile::orders) {
                     store(reinterpret_cast<uint4*>(to + c * 8), shared_load16(Tile::at(staging, first + r, lane + c)));
                 }
@@ -375,7 +392,7 @@ struct Flash {
     }
 
     // Merges what the key warps have of the same rows.
-    static DEVICE void write_merged(const QueryRows& rows, Shared memory, float (&out)[P::row_tiles][outputs][4],
+    static DEVICE void write_merged(const QueryRows<P>& rows, Shared memory, float (&out)[P::row_tiles][outputs][4],
                                     const Softmax<P::row_tiles>& softmax) {
         const uint32_t warp = thread_index() / 32;
         const auto base_at = [&](uint32_t w, uint32_t row) { return memory + (w * P::rows + row) * 8; };
@@ -426,10 +443,10 @@ struct Flash {
             const float scale = normaliser(sum);
 #pragma unroll
             for (int c = 0; c < 8; c++) {
-                total[c] *= scale;
+                total[c] = normalised(total[c], scale);
             }
             rows.template store_out<Element>(row, column, total);
-            if (column == 0 && rows.p.lse != 0) {
+            if (column == 0 && rows.has_lse()) {
                 rows.store_lse(row, log_sum_exp(base, sum, softmax.scale_log2));
             }
         }
@@ -437,7 +454,7 @@ struct Flash {
 
     // Adds the values that were zeroed to the outputs of the rows that see them: the weight of such
     // a key is above 0, and the sum is what the value makes it, NaN or infinite.
-    static DEVICE void add_cleared(const QueryRows& rows, const KeyList& list) {
+    static DEVICE void add_cleared(const QueryRows<P>& rows, const KeyList& list) {
         const uint32_t begin = rows.tile.begin, open = rows.limit(0);
         const bool paged = rows.p.page_table != 0;
         const uint32_t border = open < begin ? begin : begin + (open - begin) / P::keys * P::keys;
@@ -447,7 +464,7 @@ struct Flash {
             const uint32_t limit = rows.limit(row);
 #pragma unroll 1
             for (uint32_t entry = border; entry < limit; entry++) {
-                const uint4 value = load(reinterpret_cast<const uint4*>(list.row(rows.p.value, entry, paged) + column));
+                const uint4 value = load(reinterpret_cast<const uint4*>(list.template row<true>(entry, paged) + column));
                 const uint4 special = not_finite8<Element>(value);
                 if (any_bit(special)) {
                     rows.template add_out<Element>(

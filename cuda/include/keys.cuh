@@ -5,16 +5,36 @@
 #include "eight.cuh"
 #include "shared_tile.cuh"
 
-// The keys and values of a tile's list, contiguous or in pages.
+// The keys and values of a tile's list: the first perhaps in the prefix tensors, the others
+// contiguous or in pages.
 struct KeyList {
     const StarFlashParams& p;
     const StarTile& tile;
     uint32_t kv_head;
 
+    // The sequence's key that an entry is.
+    DEVICE uint32_t key(uint32_t entry) const {
+        return entry < tile.anchor ? entry : tile.start + (entry - tile.anchor);
+    }
+
     // `paged`: whether there is a page table. The caller says so, because the compiler tests a
     // parameter in every step, also in those that need no page.
-    DEVICE const uint16_t* row(const StarTensor& tensor, uint32_t entry, bool paged) const {
-        uint32_t key = tile.key_start + (entry < tile.prefix ? entry : tile.start + (entry - tile.prefix));
+    template <bool Values>
+    DEVICE const uint16_t* row(uint32_t entry, bool paged) const {
+        const uint32_t at = key(entry);
+        return at < tile.prefix_len ? prefix_row<Values>(at) : main_row<Values>(at - tile.prefix_len, paged);
+    }
+
+    // Of key `at` of the prefix.
+    template <bool Values>
+    DEVICE const uint16_t* prefix_row(uint32_t at) const {
+        return at_row(Values ? p.prefix_value : p.prefix_key, tile.prefix_batch, tile.prefix_start + at);
+    }
+
+    // Of key `at` of those after the prefix.
+    template <bool Values>
+    DEVICE const uint16_t* main_row(uint32_t at, bool paged) const {
+        uint32_t key = tile.key_start + at;
         uint64_t batch = tile.key_batch;
         if (paged) {
             const uint64_t product = static_cast<uint64_t>(2 * key) * p.page_magic;
@@ -22,7 +42,11 @@ struct KeyList {
             batch = load(reinterpret_cast<const uint32_t*>(p.page_table) + batch + page);
             key -= page * p.page_len;
         }
-        const uint64_t offset = batch * tensor.batch + key * tensor.seq + kv_head * tensor.head;
+        return at_row(Values ? p.value : p.key, batch, key);
+    }
+
+    DEVICE const uint16_t* at_row(const StarTensor& tensor, uint64_t batch, uint64_t row) const {
+        const uint64_t offset = batch * tensor.batch + row * tensor.seq + kv_head * tensor.head;
         return reinterpret_cast<const uint16_t*>(tensor.data) + offset;
     }
 };
@@ -45,6 +69,11 @@ struct Ring {
     static constexpr Shared sources_at = limits_at + 4 * P::rows;
     static constexpr Shared cleared_from = sources_at + 2 * 8 * P::threads;
     static_assert(cleared_from + 4 * P::threads <= P::list_bytes, "");
+
+    // Ends of what is contiguous, less than a tile of keys: of a list in pages, and of one with a
+    // prefix.
+    static constexpr uint32_t paged = 0;
+    static constexpr uint32_t prefixed = 1;
 
     const KeyList& list;
     Shared shared_list;
@@ -71,8 +100,10 @@ struct Ring {
     DEVICE void store_list() const {
         const StarTile& tile = list.tile;
         if (thread_index() == 0) {
-            const uint32_t contiguous_end = list.p.page_table == 0 ? tile.end : 0;
-            shared_store(shared_list, uint4{tile.end, contiguous_end, tile.prefix, tile.start - tile.prefix});
+            const uint32_t contiguous_end = tile.prefix_len != 0        ? prefixed
+                                            : list.p.page_table == 0 ? tile.end
+                                                                     : paged;
+            shared_store(shared_list, uint4{tile.end, contiguous_end, tile.anchor, tile.start - tile.anchor});
         }
         shared_store(cleared_at(), 0u);
         if (list.p.page_table == 0) {
@@ -156,14 +187,14 @@ struct Ring {
         const StarTensor& from = Values ? list.p.value : list.p.key;
         const Shared slot = take<Values>(load_slot);
         const uint4 ends = shared_load16(shared_list);
-        const uint32_t end = ends.x, contiguous_end = ends.y, prefix = ends.z, shift = ends.w;
+        const uint32_t end = ends.x, contiguous_end = ends.y, anchor = ends.z, shift = ends.w;
         const uint32_t next = first + P::keys;
-        if (next <= contiguous_end && (first >= prefix || next <= prefix)) {
-            const uint64_t key = first + (first >= prefix ? shift : 0);
+        if (next <= contiguous_end && (first >= anchor || next <= anchor)) {
+            const uint64_t key = first + (first >= anchor ? shift : 0);
             copy_uniform(slot, shared_load8(source_at<Values>()) + 2 * key * from.seq, 2 * row_step * from.seq);
         } else if (first < end) {
-            // With a page table nothing is contiguous.
-            copy_each(slot, from, first, end, contiguous_end == 0);
+            contiguous_end == prefixed ? copy_prefixed<Values>(slot, first, end)
+                                       : copy_each<Values>(slot, first, end, contiguous_end == paged);
         }
         copy_commit();
     }
@@ -189,16 +220,47 @@ struct Ring {
         }
     }
 
-    // Each entry by itself; those from the end on become zeros. `paged` as in KeyList::row.
-    DEVICE void copy_each(Shared to, const StarTensor& from, uint32_t first, uint32_t end, bool paged) const {
+    // Each entry by itself; those from the end on become zeros. `paged` as in KeyList::row. The list
+    // has no prefix.
+    template <bool Values>
+    DEVICE void copy_each(Shared to, uint32_t first, uint32_t end, bool paged) const {
 #pragma unroll 1
         for (uint32_t r = row(); r < P::keys; r += row_step) {
             const bool beyond = first + r >= end;
-            const uint16_t* source = list.row(from, beyond ? first : first + r, paged) + lane() * 8;
-#pragma unroll
-            for (int c = 0; c < Tile::chunks / lanes; c++) {
-                copy_async(Tile::at(to, r, lane() + c * lanes), source + c * lanes * 8, beyond);
+            copy_row(to, r, list.template main_row<Values>(list.key(beyond ? first : first + r), paged), beyond);
+        }
+    }
+
+    // The same for a list with a prefix. Whole tiles of the prefix, and of contiguous rows after it,
+    // are rows at equal distances.
+    template <bool Values>
+    DEVICE void copy_prefixed(Shared to, uint32_t first, uint32_t end) const {
+        const bool paged = list.p.page_table != 0;
+        const uint32_t prefix = list.tile.prefix_len;
+        const uint32_t low = list.key(first), high = list.key(first + P::keys - 1);
+        const bool whole = first + P::keys <= end && high - low == P::keys - 1;
+        if (whole && (high < prefix || (low >= prefix && !paged))) {
+            const StarTensor& from = high < prefix ? (Values ? list.p.prefix_value : list.p.prefix_key)
+                                                   : (Values ? list.p.value : list.p.key);
+            const uint16_t* source = list.template row<Values>(first + row(), false);
+#pragma unroll 1
+            for (uint32_t r = row(); r < P::keys; r += row_step, source += row_step * from.seq) {
+                copy_row(to, r, source, false);
             }
+            return;
+        }
+#pragma unroll 1
+        for (uint32_t r = row(); r < P::keys; r += row_step) {
+            const bool beyond = first + r >= end;
+            copy_row(to, r, list.template row<Values>(beyond ? first : first + r, paged), beyond);
+        }
+    }
+
+    // This thread's part of a tile's row, or zeros.
+    DEVICE void copy_row(Shared to, uint32_t r, const uint16_t* from, bool zeros) const {
+#pragma unroll
+        for (int c = 0; c < Tile::chunks / lanes; c++) {
+            copy_async(Tile::at(to, r, lane() + c * lanes), from + (lane() + c * lanes) * 8, zeros);
         }
     }
 };

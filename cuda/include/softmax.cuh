@@ -83,9 +83,10 @@ struct Softmax {
         for (int i = 0; i < RowTiles; i++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float next = max_ignoring_nan(base[i][half], highest[i][half]);
-                const float rescale = power(base[i][half], next, scale_log2);
-                base[i][half] = next;
+                // A row that is not stale itself keeps its base: its bits do not depend on others'.
+                const bool follows = highest[i][half] > base[i][half] + slack;
+                const float rescale = follows ? power(base[i][half], highest[i][half], scale_log2) : 1.0f;
+                base[i][half] = follows ? highest[i][half] : base[i][half];
                 sum[i][half] *= rescale;
 #pragma unroll
                 for (int j = 0; j < Outputs; j++) {
@@ -134,3 +135,6 @@ DEVICE float log_sum_exp(float base, float sum, float scale_log2) {
 
 // What a row's sum of outputs is multiplied by; 0 if it saw no key.
 DEVICE float normaliser(float sum) { return sum == 0 ? 0.0f : reciprocal_approx(sum); }
+
+// An output from its sum. -0 becomes 0: a step in which a row sees nothing may change that sign.
+DEVICE float normalised(float out, float scale) { return out * scale + 0.0f; }

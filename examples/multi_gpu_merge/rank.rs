@@ -10,7 +10,7 @@ use star_attention::cuda::{
     Device, DeviceCollective, DeviceTensor, DeviceTensorMut, HalfElement, HostsMerge,
 };
 use star_attention::merge::Partial;
-use star_attention::{AttentionConfig, Element, KvShard, Result, TensorView, TensorViewMut};
+use star_attention::{AttentionConfig, Element, Inputs, KvShard, Result, TensorView, TensorViewMut};
 use std::time::{Duration, Instant};
 
 /// What came of a rank.
@@ -112,7 +112,7 @@ pub fn on_device<B: Backend, T: HalfElement>(
     let elements: usize = extents.iter().product();
     let [query, key, value] =
         [&query.data, &shard.key.data, &shard.value.data].map(|data| backend.memory(data));
-    let mut workspace = backend.memory(&vec![0u8; plan.workspace_len()]);
+    let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
     let mut scratch = backend.memory(&vec![0u8; merge.scratch_len()]);
     let (mut partial, mut lse) =
         (backend.memory(&vec![0f32; elements]), backend.memory(&vec![0f32; shape.lse_len()]));
@@ -130,9 +130,11 @@ pub fn on_device<B: Backend, T: HalfElement>(
             let mut to = DeviceTensorMut::contiguous("partial", backend.span_mut(&mut partial), stored)?
                 .swap_seq_heads();
             plan.prepare(device, stream, backend.span_mut(&mut workspace))?.run(
-                &tensor(&query, extents)?,
-                &tensor(&key, shape.key_shape())?,
-                &tensor(&value, shape.key_shape())?,
+                Inputs::new(
+                    &tensor(&query, extents)?,
+                    &tensor(&key, shape.key_shape())?,
+                    &tensor(&value, shape.key_shape())?,
+                ),
                 &mut to,
                 Some(&mut backend.span_mut(&mut lse)),
             )?;

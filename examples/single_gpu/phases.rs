@@ -158,7 +158,7 @@ fn encode<B: Backend, T: HalfElement>(
         [&inputs.query, &inputs.key, &inputs.value].map(|t| backend.memory(&t.gather(host.tokens())));
     let mut out = backend.memory(&vec![T::default(); shape.query_shape().iter().product()]);
     let mut lse = backend.memory(&vec![0f32; shape.lse_len()]);
-    let mut workspace = backend.memory(&vec![0u8; plan.workspace_len()]);
+    let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
     let view = |name, memory, extents| DeviceTensor::contiguous(name, backend.span(memory), extents);
     let (q, k, v) = (
         view("query", &query, shape.query_shape())?,
@@ -171,7 +171,9 @@ fn encode<B: Backend, T: HalfElement>(
         let mut lse = backend.span_mut(&mut lse);
         let workspace = backend.span_mut(&mut workspace);
         let mut prepared = plan.prepare(backend.device(), backend.stream(), workspace)?;
-        measure(backend, sizes.repeats, || prepared.run(&q, &k, &v, &mut out, Some(&mut lse)))?
+        measure(backend, sizes.repeats, || {
+            prepared.run(star_attention::Inputs::new(&q, &k, &v), &mut out, Some(&mut lse))
+        })?
     };
 
     let kept = host.kept();
@@ -268,7 +270,7 @@ fn attend<B: Backend, T: HalfElement>(
         let mask = if rank == query_host { Mask::Causal } else { Mask::Full };
         let shape = attention_shape(sizes, query_len, shard.len);
         let plan = Plan::new(&backend.device().properties(), &AttentionConfig::new(mask), &shape)?;
-        let mut workspace = backend.memory(&vec![0u8; plan.workspace_len()]);
+        let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
         let view = |memory| DeviceTensor::contiguous("shard", backend.span(memory), shape.key_shape());
         let (k, v) = (view(&shard.key)?, view(&shard.value)?);
         let stacked = [sizes.hosts, query_len, heads, head_dim];
@@ -277,7 +279,9 @@ fn attend<B: Backend, T: HalfElement>(
         let mut lse = backend.span_mut(&mut partials_lse).range(rank * lse_len..(rank + 1) * lse_len);
         let workspace = backend.span_mut(&mut workspace);
         let mut prepared = plan.prepare(backend.device(), backend.stream(), workspace)?;
-        let seconds = measure(backend, sizes.repeats, || prepared.run(&q, &k, &v, &mut out, Some(&mut lse)))?;
+        let seconds = measure(backend, sizes.repeats, || {
+            prepared.run(star_attention::Inputs::new(&q, &k, &v), &mut out, Some(&mut lse))
+        })?;
         steps.push(Step {
             name: format!("phase 2, host {rank}"),
             seconds,

@@ -4,7 +4,7 @@ use super::own_rows;
 use crate::cuda::driver::Driver;
 use crate::cuda::flash::Plan;
 use crate::cuda::{self, Device as _, DeviceTensor, DeviceTensorMut, HalfElement, Partials, Span, SpanMut};
-use crate::{AttentionConfig, AttentionShape, DType, Element, Error, Result};
+use crate::{AttentionConfig, AttentionShape, DType, Element, Error, Inputs, Result};
 use candle_core::cuda_backend::CudaDType;
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DeviceLocation, Layout, Storage, StorageRef, Tensor};
@@ -103,13 +103,11 @@ pub fn run<T: HalfElement + CudaDType, O: Element + CudaDType + DeviceRepr>(
     let (q, k, v) = (query.elements::<T>()?, key.elements::<T>()?, value.elements::<T>()?);
     let mut out = uninitialised::<O>(device, shape.query_shape().iter().product())?;
     let mut lse = uninitialised::<f32>(device, shape.lse_len())?;
-    let mut workspace = uninitialised::<u8>(device, plan.workspace_len())?;
+    let mut workspace = uninitialised::<u8>(device, plan.workspace_bytes())?;
     {
         let to = SpanMut::of(&mut out, &stream).range(0..shape.query_shape().iter().product());
         plan.prepare(&*driver, &stream, SpanMut::of(&mut workspace, &stream))?.run(
-            &query.view(&q, &stream)?,
-            &key.view(&k, &stream)?,
-            &value.view(&v, &stream)?,
+            Inputs::new(&query.view(&q, &stream)?, &key.view(&k, &stream)?, &value.view(&v, &stream)?),
             &mut DeviceTensorMut::contiguous("out", to, shape.query_shape())?,
             Some(&mut SpanMut::of(&mut lse, &stream).range(0..shape.lse_len())),
         )?;

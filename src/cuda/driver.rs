@@ -4,7 +4,7 @@
 //! use star_attention::cuda::driver::Driver;
 //! use star_attention::cuda::flash::Plan;
 //! use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Span, SpanMut};
-//! use star_attention::{AttentionConfig, AttentionShape, Mask, bf16};
+//! use star_attention::{AttentionConfig, AttentionShape, Inputs, Mask, bf16};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let device = Driver::open(0)?;
@@ -15,13 +15,13 @@
 //! let query = stream.alloc_zeros::<bf16>(4096 * 32 * 128)?;
 //! let key = stream.alloc_zeros::<bf16>(4096 * 8 * 128)?;
 //! let mut out = stream.alloc_zeros::<bf16>(4096 * 32 * 128)?;
-//! let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_len())?;
+//! let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_bytes())?;
 //!
 //! let mut prepared = plan.prepare(&device, &stream, SpanMut::of(&mut workspace, &stream))?;
+//! let query = DeviceTensor::contiguous("query", Span::of(&query, &stream), shape.query_shape())?;
+//! let key = DeviceTensor::contiguous("key", Span::of(&key, &stream), shape.key_shape())?;
 //! prepared.run(
-//!     &DeviceTensor::contiguous("query", Span::of(&query, &stream), shape.query_shape())?,
-//!     &DeviceTensor::contiguous("key", Span::of(&key, &stream), shape.key_shape())?,
-//!     &DeviceTensor::contiguous("value", Span::of(&key, &stream), shape.key_shape())?,
+//!     Inputs::new(&query, &key, &key),
 //!     &mut DeviceTensorMut::contiguous("out", SpanMut::of(&mut out, &stream), shape.query_shape())?,
 //!     None,
 //! )?;

@@ -70,7 +70,7 @@ pub fn merge<D: Device, T: Element, O: Element>(
         lse_stride: partials.lse_stride,
         n,
         shape,
-        tokens: None,
+        merged: None,
         dtypes: [T::DTYPE, O::DTYPE],
         out: out.params(),
         lse: lse.map_or(0, |lse| lse.address),
@@ -92,8 +92,9 @@ pub(super) struct MergeLaunch {
     pub lse_stride: usize,
     pub n: usize,
     pub shape: [usize; 4],
-    /// The address of a list of tokens, `batch · seq + row` in 32 bits, and its length: the others are left alone.
-    pub tokens: Option<(u64, usize)>,
+    /// The address of a list of `StarMergedRow`s and its length: other rows are left alone, and the
+    /// partials are `[partial row, dim]`.
+    pub merged: Option<(u64, usize)>,
     /// Of partials and output.
     pub dtypes: [DType; 2],
     pub out: StarTensor,
@@ -108,7 +109,7 @@ pub(super) unsafe fn launch_merge<D: Device>(
     merge: &MergeLaunch,
 ) -> Result<()> {
     let [_, seq, heads, dim] = merge.shape;
-    let rows = merge.tokens.map_or(rows_of(merge.shape), |(_, count)| count * heads);
+    let rows = merge.merged.map_or(rows_of(merge.shape), |(_, count)| count);
     if rows == 0 {
         return Ok(());
     }
@@ -131,7 +132,7 @@ pub(super) unsafe fn launch_merge<D: Device>(
         partial_stride: merge.partial_stride,
         lse_stride: merge.lse_stride as u64,
         lse: merge.lse,
-        tokens: merge.tokens.map_or(0, |(address, _)| address),
+        merged: merge.merged.map_or(0, |(address, _)| address),
         n: narrow(merge.n)?,
         rows,
         seq: narrow(seq)?,

@@ -34,17 +34,21 @@ pub struct StarTile {
     pub row: u32,
     pub rows: u32,
     pub key_start: u32,
-    pub prefix: u32,
+    pub anchor: u32,
     pub start: u32,
     pub visible: u32,
     pub causal: u32,
     pub begin: u32,
     pub end: u32,
-    pub split: u32,
+    pub splits: u32,
+    pub partial: u32,
+    pub prefix_batch: u32,
+    pub prefix_start: u32,
+    pub prefix_len: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StarTile"][::std::mem::size_of::<StarTile>() - 48usize];
+    ["Size of StarTile"][::std::mem::size_of::<StarTile>() - 64usize];
     ["Alignment of StarTile"][::std::mem::align_of::<StarTile>() - 4usize];
     [
         "Offset of field: StarTile::batch",
@@ -60,8 +64,8 @@ const _: () = {
         "Offset of field: StarTile::key_start",
     ][::std::mem::offset_of!(StarTile, key_start) - 16usize];
     [
-        "Offset of field: StarTile::prefix",
-    ][::std::mem::offset_of!(StarTile, prefix) - 20usize];
+        "Offset of field: StarTile::anchor",
+    ][::std::mem::offset_of!(StarTile, anchor) - 20usize];
     [
         "Offset of field: StarTile::start",
     ][::std::mem::offset_of!(StarTile, start) - 24usize];
@@ -76,8 +80,20 @@ const _: () = {
     ][::std::mem::offset_of!(StarTile, begin) - 36usize];
     ["Offset of field: StarTile::end"][::std::mem::offset_of!(StarTile, end) - 40usize];
     [
-        "Offset of field: StarTile::split",
-    ][::std::mem::offset_of!(StarTile, split) - 44usize];
+        "Offset of field: StarTile::splits",
+    ][::std::mem::offset_of!(StarTile, splits) - 44usize];
+    [
+        "Offset of field: StarTile::partial",
+    ][::std::mem::offset_of!(StarTile, partial) - 48usize];
+    [
+        "Offset of field: StarTile::prefix_batch",
+    ][::std::mem::offset_of!(StarTile, prefix_batch) - 52usize];
+    [
+        "Offset of field: StarTile::prefix_start",
+    ][::std::mem::offset_of!(StarTile, prefix_start) - 56usize];
+    [
+        "Offset of field: StarTile::prefix_len",
+    ][::std::mem::offset_of!(StarTile, prefix_len) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -85,12 +101,14 @@ pub struct StarFlashParams {
     pub query: StarTensor,
     pub key: StarTensor,
     pub value: StarTensor,
+    pub prefix_key: StarTensor,
+    pub prefix_value: StarTensor,
     pub out: StarTensor,
     pub lse: u64,
     pub tiles: u64,
     pub page_table: u64,
-    pub out_split: u64,
-    pub lse_split: u64,
+    pub partials: u64,
+    pub partials_lse: u64,
     pub page_len: u32,
     pub page_magic: u32,
     pub page_shift: u32,
@@ -106,7 +124,7 @@ pub struct StarFlashParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 216usize];
+    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 280usize];
     ["Alignment of StarFlashParams"][::std::mem::align_of::<StarFlashParams>() - 8usize];
     [
         "Offset of field: StarFlashParams::query",
@@ -118,59 +136,94 @@ const _: () = {
         "Offset of field: StarFlashParams::value",
     ][::std::mem::offset_of!(StarFlashParams, value) - 64usize];
     [
+        "Offset of field: StarFlashParams::prefix_key",
+    ][::std::mem::offset_of!(StarFlashParams, prefix_key) - 96usize];
+    [
+        "Offset of field: StarFlashParams::prefix_value",
+    ][::std::mem::offset_of!(StarFlashParams, prefix_value) - 128usize];
+    [
         "Offset of field: StarFlashParams::out",
-    ][::std::mem::offset_of!(StarFlashParams, out) - 96usize];
+    ][::std::mem::offset_of!(StarFlashParams, out) - 160usize];
     [
         "Offset of field: StarFlashParams::lse",
-    ][::std::mem::offset_of!(StarFlashParams, lse) - 128usize];
+    ][::std::mem::offset_of!(StarFlashParams, lse) - 192usize];
     [
         "Offset of field: StarFlashParams::tiles",
-    ][::std::mem::offset_of!(StarFlashParams, tiles) - 136usize];
+    ][::std::mem::offset_of!(StarFlashParams, tiles) - 200usize];
     [
         "Offset of field: StarFlashParams::page_table",
-    ][::std::mem::offset_of!(StarFlashParams, page_table) - 144usize];
+    ][::std::mem::offset_of!(StarFlashParams, page_table) - 208usize];
     [
-        "Offset of field: StarFlashParams::out_split",
-    ][::std::mem::offset_of!(StarFlashParams, out_split) - 152usize];
+        "Offset of field: StarFlashParams::partials",
+    ][::std::mem::offset_of!(StarFlashParams, partials) - 216usize];
     [
-        "Offset of field: StarFlashParams::lse_split",
-    ][::std::mem::offset_of!(StarFlashParams, lse_split) - 160usize];
+        "Offset of field: StarFlashParams::partials_lse",
+    ][::std::mem::offset_of!(StarFlashParams, partials_lse) - 224usize];
     [
         "Offset of field: StarFlashParams::page_len",
-    ][::std::mem::offset_of!(StarFlashParams, page_len) - 168usize];
+    ][::std::mem::offset_of!(StarFlashParams, page_len) - 232usize];
     [
         "Offset of field: StarFlashParams::page_magic",
-    ][::std::mem::offset_of!(StarFlashParams, page_magic) - 172usize];
+    ][::std::mem::offset_of!(StarFlashParams, page_magic) - 236usize];
     [
         "Offset of field: StarFlashParams::page_shift",
-    ][::std::mem::offset_of!(StarFlashParams, page_shift) - 176usize];
+    ][::std::mem::offset_of!(StarFlashParams, page_shift) - 240usize];
     [
         "Offset of field: StarFlashParams::query_len",
-    ][::std::mem::offset_of!(StarFlashParams, query_len) - 180usize];
+    ][::std::mem::offset_of!(StarFlashParams, query_len) - 244usize];
     [
         "Offset of field: StarFlashParams::query_heads",
-    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 184usize];
+    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 248usize];
     [
         "Offset of field: StarFlashParams::group",
-    ][::std::mem::offset_of!(StarFlashParams, group) - 188usize];
+    ][::std::mem::offset_of!(StarFlashParams, group) - 252usize];
     [
         "Offset of field: StarFlashParams::pack",
-    ][::std::mem::offset_of!(StarFlashParams, pack) - 192usize];
+    ][::std::mem::offset_of!(StarFlashParams, pack) - 256usize];
     [
         "Offset of field: StarFlashParams::out_f32",
-    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 196usize];
+    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 260usize];
     [
         "Offset of field: StarFlashParams::scale_log2",
-    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 200usize];
+    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 264usize];
     [
         "Offset of field: StarFlashParams::cap_scale",
-    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 204usize];
+    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 268usize];
     [
         "Offset of field: StarFlashParams::slack",
-    ][::std::mem::offset_of!(StarFlashParams, slack) - 208usize];
+    ][::std::mem::offset_of!(StarFlashParams, slack) - 272usize];
     [
         "Offset of field: StarFlashParams::padding",
-    ][::std::mem::offset_of!(StarFlashParams, padding) - 212usize];
+    ][::std::mem::offset_of!(StarFlashParams, padding) - 276usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct StarMergedRow {
+    pub batch: u32,
+    pub row: u32,
+    pub head: u32,
+    pub first: u32,
+    pub count: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarMergedRow"][::std::mem::size_of::<StarMergedRow>() - 20usize];
+    ["Alignment of StarMergedRow"][::std::mem::align_of::<StarMergedRow>() - 4usize];
+    [
+        "Offset of field: StarMergedRow::batch",
+    ][::std::mem::offset_of!(StarMergedRow, batch) - 0usize];
+    [
+        "Offset of field: StarMergedRow::row",
+    ][::std::mem::offset_of!(StarMergedRow, row) - 4usize];
+    [
+        "Offset of field: StarMergedRow::head",
+    ][::std::mem::offset_of!(StarMergedRow, head) - 8usize];
+    [
+        "Offset of field: StarMergedRow::first",
+    ][::std::mem::offset_of!(StarMergedRow, first) - 12usize];
+    [
+        "Offset of field: StarMergedRow::count",
+    ][::std::mem::offset_of!(StarMergedRow, count) - 16usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -181,7 +234,7 @@ pub struct StarMergeParams {
     pub partial_stride: u64,
     pub lse_stride: u64,
     pub lse: u64,
-    pub tokens: u64,
+    pub merged: u64,
     pub n: u32,
     pub rows: u32,
     pub seq: u32,
@@ -212,8 +265,8 @@ const _: () = {
         "Offset of field: StarMergeParams::lse",
     ][::std::mem::offset_of!(StarMergeParams, lse) - 88usize];
     [
-        "Offset of field: StarMergeParams::tokens",
-    ][::std::mem::offset_of!(StarMergeParams, tokens) - 96usize];
+        "Offset of field: StarMergeParams::merged",
+    ][::std::mem::offset_of!(StarMergeParams, merged) - 96usize];
     [
         "Offset of field: StarMergeParams::n",
     ][::std::mem::offset_of!(StarMergeParams, n) - 104usize];

@@ -54,6 +54,13 @@ impl Policy {
         Self { kernel: "encode", head_dim, row_tiles, row_warps: 4, keys, ..PLAIN }
     }
 
+    /// For 33 to 64 rows, where tiles of `encode` have 128: as that with half the rows and the same tiles of keys. The products of a row
+    /// accumulate in the same order, so both give it the same bits.
+    pub const fn encode_64(head_dim: usize) -> Option<Self> {
+        let encode = Self::encode(head_dim);
+        if encode.rows() == 128 { Some(Self { kernel: "encode_64", row_tiles: 1, ..encode }) } else { None }
+    }
+
     /// Other divisions of `encode`, which only a GPU can tell the worth of. They are built with the feature
     /// `variants` and timed side by side by the bench `gpu`.
     ///
@@ -89,6 +96,11 @@ impl Policy {
     /// Query rows of a block.
     pub const fn rows(&self) -> usize {
         16 * self.row_tiles * self.row_warps
+    }
+
+    /// Keys that a block walks in one step. Splits are whole steps.
+    pub const fn step_keys(&self) -> usize {
+        self.keys * self.key_warps
     }
 
     pub const fn threads(&self) -> usize {

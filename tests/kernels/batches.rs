@@ -9,12 +9,12 @@ use crate::properties::cases::{Inputs, RUBBISH};
 use proptest::prelude::*;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{Device, HalfElement};
-use star_attention::{Batch, Element, Keys, Mask, ScoreConfig, Sequence, bf16, f16};
+use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16, f16};
 
 fn stands_alone<B: Backend, T: HalfElement, O: Element>(case: &BatchCase) -> Result<(), TestCaseError> {
     let backend = B::open(case.seed);
     each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
-        let plan = Plan::for_batch(&backend.device().properties(), score, batch).unwrap();
+        let plan = Plan::for_batch(&backend.device().properties(), &(*score).into(), batch).unwrap();
         run_plan(&backend, &plan, inputs, out, lse).unwrap();
     })
 }
@@ -22,7 +22,7 @@ fn stands_alone<B: Backend, T: HalfElement, O: Element>(case: &BatchCase) -> Res
 /// Output and log-sum-exp of a batch, in memory that held rubbish.
 fn attend<B: Backend>(batch: &Batch, inputs: &Inputs<bf16>, splits: bool) -> (Tensor<f32>, Vec<f32>) {
     let backend = B::open(5);
-    let plan = Plan::for_batch(&backend.device().properties(), &ScoreConfig::new(), batch).unwrap();
+    let plan = Plan::for_batch(&backend.device().properties(), &PlanConfig::new(), batch).unwrap();
     assert_eq!(plan.splits() > 1, splits);
     let mut out = Tensor::contiguous("out", batch.query_shape(), |_| RUBBISH);
     let mut lse = vec![RUBBISH; batch.lse_len()];

@@ -96,19 +96,37 @@ impl<B: Backend, T: Element> Memory<B, T> {
 pub fn run_plan<B: Backend, T: HalfElement, O: Element>(
     backend: &B,
     plan: &Plan,
+    inputs: &Inputs<T>,
+    out: &mut Tensor<O>,
+    lse: Option<&mut [f32]>,
+) -> Result<()> {
+    run_plan_with_prefix(backend, plan, inputs, None, out, lse)
+}
+
+/// The same with keys and values of prefixes.
+pub fn run_plan_with_prefix<B: Backend, T: HalfElement, O: Element>(
+    backend: &B,
+    plan: &Plan,
     Inputs { query, key, value }: &Inputs<T>,
+    prefix: Option<[&Tensor<T>; 2]>,
     out: &mut Tensor<O>,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
     crate::count::report_at_exit();
     let [query, key, value] = [query, key, value].map(|tensor| Memory::of(backend, tensor));
+    let prefix = prefix.map(|prefix| prefix.map(|tensor| Memory::of(backend, tensor)));
+    let prefix = prefix.as_ref().map(|prefix| prefix.each_ref().map(|memory| memory.view(backend, "prefix")));
     let mut out_memory = Memory::of(backend, out);
     let mut lse_memory = backend.memory(&vec![RUBBISH; lse.as_ref().map_or(0, |lse| lse.len())]);
-    let mut workspace = backend.memory(&vec![0xffu8; plan.workspace_len()]);
+    let mut workspace = backend.memory(&vec![0xffu8; plan.workspace_bytes()]);
+    let (query, key, value) =
+        (query.view(backend, "query"), key.view(backend, "key"), value.view(backend, "value"));
+    let mut inputs = star_attention::Inputs::new(&query, &key, &value);
+    if let Some([key, value]) = &prefix {
+        inputs = inputs.with_prefix(key, value);
+    }
     plan.prepare(backend.device(), backend.stream(), backend.span_mut(&mut workspace))?.run(
-        &query.view(backend, "query"),
-        &key.view(backend, "key"),
-        &value.view(backend, "value"),
+        inputs,
         &mut out_memory.view_mut(backend, "out"),
         lse.is_some().then(|| backend.span_mut(&mut lse_memory)).as_mut(),
     )?;

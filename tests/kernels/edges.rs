@@ -48,11 +48,11 @@ fn check_by<T: HalfElement>(
     (out.values().collect(), lse)
 }
 
-/// Few rows and many on every head dim under every mask.
+/// Few rows, some and many on every head dim under every mask.
 fn every_attention_kernel<B: Backend, T: HalfElement>() {
     for dim in HEAD_DIMS {
         for mask in MASKS {
-            for query_len in [3, 70] {
+            for query_len in [3, 20, 70] {
                 check::<B, T>(mask, [1, query_len, 150], [4, 2], dim);
             }
             for name in variants(dim) {
@@ -189,11 +189,12 @@ on_each_device! {
             let (query, one) = (Memory::of(&backend, &query), Memory::of(&backend, &one));
             let repeated = DeviceTensor::new("key", backend.span(&one.memory), keys.shape(), [0, 128, 64, 1]).unwrap();
             let mut out = Memory::of(&backend, &copied);
-            let mut workspace = backend.memory(&vec![0xffu8; plan.workspace_len()]);
+            let mut workspace = backend.memory(&vec![0xffu8; plan.workspace_bytes()]);
             let workspace = backend.span_mut(&mut workspace);
             let query = query.view(&backend, "query");
             let mut prepared = plan.prepare(backend.device(), backend.stream(), workspace).unwrap();
-            prepared.run(&query, &repeated, &repeated, &mut out.view_mut(&backend, "out"), None).unwrap();
+            let inputs = star_attention::Inputs::new(&query, &repeated, &repeated);
+            prepared.run(inputs, &mut out.view_mut(&backend, "out"), None).unwrap();
             let bits: Vec<u32> = backend.read(&out.memory).into_iter().map(f32::to_bits).collect();
             assert_eq!(bits, copied.bits());
         }

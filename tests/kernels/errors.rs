@@ -11,7 +11,8 @@ use star_attention::cuda::{
     SpanMut, append, merge,
 };
 use star_attention::{
-    AttentionConfig, AttentionShape, Batch, Element, Error, Keys, Mask, Result, ScoreConfig, Sequence,
+    AttentionConfig, AttentionShape, Batch, Element, Error, Inputs, Keys, Mask, PlanConfig, Result,
+    ScoreConfig, Sequence,
 };
 
 const PROPERTIES: Properties = Properties::new(132, 228 * 1024, 50 << 20);
@@ -78,7 +79,8 @@ impl Call {
             let workspace = backend.span_mut(&mut workspace).range(start..end);
             plan.prepare(backend.device(), backend.stream(), workspace).and_then(|mut prepared| {
                 let lse = &mut backend.span_mut(&mut lse);
-                prepared.run(&view(0, "q"), &view(1, "k"), &view(2, "v"), &mut out, Some(lse))
+                let (query, key, value) = (view(0, "q"), view(1, "k"), view(2, "v"));
+                prepared.run(Inputs::new(&query, &key, &value), &mut out, Some(lse))
             })
         };
         if result.is_err() {
@@ -129,7 +131,7 @@ on_each_device! {
 
     fn workspaces_too_small_or_not_aligned() {
         let plan = Plan::new(&B::open(0).device().properties(), &AttentionConfig::default(), &SHAPE).unwrap();
-        let needed = plan.workspace_len();
+        let needed = plan.workspace_bytes();
         GOOD.with(|call| call.workspace = [0, needed]).run::<B, f16>().unwrap();
         match GOOD.with(|call| call.workspace = [0, needed - 1]).run::<B, f16>() {
             Err(Error::Workspace { expected, got }) => assert_eq!((expected, got), (needed, needed - 1)),
@@ -215,7 +217,8 @@ fn packed_offsets_and_page_tables_that_do_not_fit() {
 
 #[test]
 fn batches_that_kernels_do_not_take() {
-    let plan = |score, batch: &Batch| Plan::for_batch(&PROPERTIES, &score, batch).unwrap_err();
+    let plan =
+        |score: ScoreConfig, batch: &Batch| Plan::for_batch(&PROPERTIES, &score.into(), batch).unwrap_err();
     let batch = Batch::new(QUERY, KEY).unwrap();
     assert_eq!(named(plan(ScoreConfig::new().with_scale(f32::NAN), &batch)), ("value", "scale"));
     assert_eq!(named(plan(ScoreConfig::new().with_softcap(-1.0), &batch)), ("value", "softcap"));
@@ -233,7 +236,14 @@ fn batches_that_kernels_do_not_take() {
     // One head's keys may be as many, whatever the group.
     let mut long = batch([1, 1, 128, 64], [1, END - 1, 1, 64]);
     long.push(Sequence::new(0, 0..1, Keys::rows(0, 0..END - 1), Mask::Full)).unwrap();
-    Plan::for_batch(&PROPERTIES, &score, &long).unwrap();
+    Plan::for_batch(&PROPERTIES, &score.into(), &long).unwrap();
+    // But not their partial rows, and no split is empty.
+    let fixed =
+        |split_keys| Plan::for_batch(&PROPERTIES, &PlanConfig::new().with_split_keys(split_keys), &long);
+    assert_eq!(named(fixed(1).unwrap_err()), ("value", "split_keys"));
+    assert_eq!(named(fixed(0).unwrap_err()), ("value", "split_keys"));
+    fixed(1 << 20).unwrap();
+    fixed(usize::MAX).unwrap();
 
     // One key for each, in order of the sequences.
     let of = |all: [Keys; 2]| {

@@ -127,7 +127,7 @@ fn global_memory_out_of_bounds() {
     for case in both_kernels() {
         let plan = case.device_plan(&simt);
         let Inputs { query, key, value } = case.inputs::<bf16>();
-        let mut workspace = simt.buffer(&vec![0u8; plan.workspace_len()]);
+        let mut workspace = simt.buffer(&vec![0u8; plan.workspace_bytes()]);
         for short in 0..4 {
             let [query, key, value] = [&query, &key, &value].map(Tensor::buffer);
             let cut = |i: usize, len: usize| if i == short { len - 8 } else { len };
@@ -149,9 +149,11 @@ fn global_memory_out_of_bounds() {
             };
             let mut out = DeviceTensorMut::contiguous("out", out, case.shape.query_shape()).unwrap();
             let result = plan.prepare(&simt, &(), workspace.span_mut()).unwrap().run(
-                &DeviceTensor::contiguous("query", q, case.shape.query_shape()).unwrap(),
-                &DeviceTensor::contiguous("key", k, case.shape.key_shape()).unwrap(),
-                &DeviceTensor::contiguous("value", v, case.shape.key_shape()).unwrap(),
+                star_attention::Inputs::new(
+                    &DeviceTensor::contiguous("query", q, case.shape.query_shape()).unwrap(),
+                    &DeviceTensor::contiguous("key", k, case.shape.key_shape()).unwrap(),
+                    &DeviceTensor::contiguous("value", v, case.shape.key_shape()).unwrap(),
+                ),
                 &mut out,
                 None,
             );
@@ -175,8 +177,8 @@ struct Edge {
 fn edges() -> Vec<Edge> {
     let edge = |name, up, field, applies| Edge { name, up, field, applies };
     vec![
-        edge("prefix", true, |tile| &mut tile.prefix, |_| true),
-        edge("prefix", false, |tile| &mut tile.prefix, |tile| tile.prefix > 0),
+        edge("anchor", true, |tile| &mut tile.anchor, |_| true),
+        edge("anchor", false, |tile| &mut tile.anchor, |tile| tile.anchor > 0),
         edge("start", true, |tile| &mut tile.start, |_| true),
         edge("start", false, |tile| &mut tile.start, |tile| tile.start > 0),
         edge("visible", true, |tile| &mut tile.visible, |tile| tile.end - tile.visible > 0),
@@ -199,7 +201,7 @@ fn is_right(case: &Case, plan: &Plan, at: usize, change: impl FnOnce(&mut StarTi
     let mut out = case.output::<f32>();
     let mut out_memory = Memory::of(&simt, &out);
     let mut lse = simt.buffer(&vec![RUBBISH; case.shape.lse_len()]);
-    let mut workspace = simt.buffer(&vec![0u8; plan.workspace_len()]);
+    let mut workspace = simt.buffer(&vec![0u8; plan.workspace_bytes()]);
     // SAFETY: the buffer lives; between the upload of the tiles and the launch nothing else uses it.
     let span = unsafe { SpanMut::from_raw(workspace.span().address(), workspace.as_slice().len()) };
     let mut prepared = plan.prepare(&simt, &(), span).unwrap();
@@ -210,9 +212,11 @@ fn is_right(case: &Case, plan: &Plan, at: usize, change: impl FnOnce(&mut StarTi
     // SAFETY: as above.
     unsafe { bytes.as_mut_ptr().cast::<StarTile>().write_unaligned(tile) };
     let ran = prepared.run(
-        &query.view(&simt, "query"),
-        &key.view(&simt, "key"),
-        &value.view(&simt, "value"),
+        star_attention::Inputs::new(
+            &query.view(&simt, "query"),
+            &key.view(&simt, "key"),
+            &value.view(&simt, "value"),
+        ),
         &mut out_memory.view_mut(&simt, "out"),
         Some(&mut lse.span_mut()),
     );
@@ -236,7 +240,7 @@ fn an_off_by_one_at_every_mask_edge() {
     for case in cases {
         let plan = case.device_plan(&Simt::new(0));
         assert_eq!(plan.splits(), 1);
-        let tiles = plan.workspace_len() / size_of::<StarTile>();
+        let tiles = plan.workspace_bytes() / size_of::<StarTile>();
         for tile in 0..tiles {
             assert!(is_right(&case, &plan, tile, |_| {}));
             for edge in edges() {

@@ -79,13 +79,15 @@ fn attention<B: Backend>(query_len: usize, axis: usize) -> Option<()> {
     let mut out = room(&backend, shape.query_shape(), axis)?;
     let config = AttentionConfig::default();
     let plan = Plan::new(&backend.device().properties(), &config, &shape).unwrap();
-    let mut workspace = backend.memory(&vec![0u8; plan.workspace_len()]);
+    let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
     plan.prepare(backend.device(), backend.stream(), backend.span_mut(&mut workspace))
         .unwrap()
         .run(
-            &query.view(&backend, "query"),
-            &key.view(&backend, "key"),
-            &value.view(&backend, "value"),
+            star_attention::Inputs::new(
+                &query.view(&backend, "query"),
+                &key.view(&backend, "key"),
+                &value.view(&backend, "value"),
+            ),
             &mut out.view_mut(&backend, "out"),
             None,
         )

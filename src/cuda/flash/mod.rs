@@ -1,33 +1,32 @@
 //! Attention on a GPU: `cuda/include/flash.cuh` under a plan made on the host.
 //!
 //! ```text
-//! batch → segments of rows that share their keys (schedule) → tiles of rows, longest first, their keys perhaps split (Plan)
-//!       → one launch: tiles × heads → out and lse, or partials, which a second launch merges
+//! batch → segments of rows that share their keys (schedule) → tiles of rows, longest first (tiles), their keys perhaps split (splits)
+//!       → a launch for each kernel in use: tiles × heads → out and lse, or partials, which another launch merges
 //! ```
 //!
-//! Up to [`FEW_ROWS`] rows for each KV head, counted over the query heads that share it, are query
-//! attention: bound by reading keys, so the heads of a group are rows of one tile. More rows are
-//! context encoding: bound by products; there too the heads of a group share tiles if the tokens
-//! alone do not fill one.
+//! Each sequence takes the kernel for its own number of rows for each KV head, counted over the
+//! query heads that share it. Up to [`FEW_ROWS`] rows are query attention: bound by reading keys,
+//! so the heads of a group are rows of one tile. More rows are context encoding: bound by products;
+//! there too the heads of a group share tiles if the tokens alone do not fill one.
 //!
-//! Keys are split where there are too few tiles for the multiprocessors (`splits`).
-//!
-//! One batch has one kernel and one count of splits: the sequence with the most rows chooses the
-//! kernel, and that with the most keys limits the splits.
+//! Keys are split where there are too few tiles for the multiprocessors, or some tiles have far
+//! more keys than others; or at a fixed length ([`PlanConfig`]).
 
 mod division;
 mod pages;
 mod prepared;
 mod splits;
+mod tiles;
 
 use super::Properties;
 use super::device::{ALIGNMENT, Device, SpanMut, bytes_of, check_not_capturing};
-use super::params::StarTile;
+use super::params::{StarMergedRow, StarTile};
 use super::policy::{HEAD_DIMS, Policy};
-use crate::schedule::{self, Segment};
-use crate::{AttentionConfig, AttentionShape, Batch, Error, Keys, Result, ScoreConfig, Sequence};
+use crate::{AttentionConfig, AttentionShape, Batch, Error, PlanConfig, Result, ScoreConfig};
 pub use pages::PageTable;
 pub use prepared::Prepared;
+use tiles::{KernelTiles, Kernels};
 
 /// Rows of a KV head up to which attention is bound by reading its keys: two tiles of 16, which
 /// find the keys in the cache.
@@ -48,17 +47,19 @@ pub struct Plan {
     query: [usize; 4],
     /// `[batch, seq, kv_heads, head_dim]`, or `[pages, page_len, kv_heads, head_dim]`.
     key: [usize; 4],
-    policy: Policy,
-    /// Query heads of a KV head that are rows of one tile.
-    pack: usize,
-    splits: usize,
-    /// Longest first.
+    /// The same of the prefixes' keys, and whether a sequence has one.
+    prefix: [usize; 4],
+    has_prefix: bool,
+    /// One for each kernel in use.
+    launches: Vec<KernelTiles>,
+    /// Of one launch after another, longest first.
     tiles: Vec<StarTile>,
     /// Where keys lie in pages: those of each sequence in order, one sequence after another.
     pages: Vec<u32>,
-    /// Where keys are split and there are rows of padding: the rows of all sequences, as `batch ·
-    /// seq + row`.
-    merged: Vec<u32>,
+    /// The output rows whose keys are split.
+    merged: Vec<StarMergedRow>,
+    /// Rows of partial results, of all `merged` together.
+    partial_rows: usize,
     /// Visible (row, key) pairs of one query head.
     pairs: u64,
 }
@@ -71,7 +72,7 @@ impl Plan {
     /// [`Error::Value`] for a config out of range or a head dim without kernels, [`Error::Shape`]
     /// for extents out of range.
     pub fn new(properties: &Properties, config: &AttentionConfig, shape: &AttentionShape) -> Result<Self> {
-        Self::for_batch(properties, &config.score(), &uniform(config, shape)?)
+        Self::for_batch(properties, &config.score().into(), &uniform(config, shape)?)
     }
 
     /// [`new`](Self::new) by a variant of the kernel for many rows: one of [`variants`] for this
@@ -93,7 +94,12 @@ impl Plan {
             let names: Vec<_> = variants.iter().filter(fits).map(|policy| policy.kernel).collect();
             return Err(Error::value("name", format!("one of {names:?}"), name));
         };
-        Self::with_encode(properties, &config.score(), &uniform(config, shape)?, |_| policy)
+        Self::with_kernels(
+            properties,
+            &config.score().into(),
+            &uniform(config, shape)?,
+            |config, head_dim| Kernels::new(config, head_dim).with_encode(policy),
+        )
     }
 
     /// A plan for packed sequences of different lengths under one mask:
@@ -111,126 +117,56 @@ impl Plan {
         key_offsets: &[usize],
     ) -> Result<Self> {
         let batch = Batch::packed(shape, query_offsets, key_offsets, config.mask)?;
-        Self::for_batch(properties, &config.score(), &batch)
+        Self::for_batch(properties, &config.score().into(), &batch)
     }
 
     /// A plan for the sequences of a batch. Their keys are all rows or all in pages; a batch
     /// without sequences is no work.
     ///
     /// # Errors
-    /// [`Error::Value`] for a score config out of range, a head dim without kernels, or more than
-    /// 2³¹ - 1 pages in use; [`Error::Shape`] for extents that kernels cannot count;
-    /// [`Error::Sequence`] with [`Error::Value`] for a sequence of 2³¹ keys or more, or whose keys
-    /// are rows where others' are in pages.
-    pub fn for_batch(properties: &Properties, score: &ScoreConfig, batch: &Batch) -> Result<Self> {
-        Self::with_encode(properties, score, batch, Policy::encode)
+    /// [`Error::Value`] for a config out of range, a head dim without kernels, more than 2³¹ - 1
+    /// pages in use, or a fixed split length that leaves more than 2³¹ - 1 partial rows;
+    /// [`Error::Shape`] for extents that kernels cannot count; [`Error::Sequence`] with
+    /// [`Error::Value`] for a sequence of 2³¹ keys or more, or whose keys are rows where others'
+    /// are in pages.
+    pub fn for_batch(properties: &Properties, config: &PlanConfig, batch: &Batch) -> Result<Self> {
+        Self::with_kernels(properties, config, batch, Kernels::new)
     }
 
-    /// `encode` gives the policy for many rows of a head dim.
-    fn with_encode(
+    /// `kernels` gives the kernels to choose from for a head dim.
+    fn with_kernels(
         properties: &Properties,
-        score: &ScoreConfig,
+        config: &PlanConfig,
         batch: &Batch,
-        encode: impl FnOnce(usize) -> Policy,
+        kernels: impl FnOnce(&PlanConfig, usize) -> Kernels,
     ) -> Result<Self> {
-        let (query, key, group) = (batch.query_shape(), batch.key_shape(), batch.group());
+        let (query, key, prefix) = (batch.query_shape(), batch.key_shape(), batch.prefix_shape());
         let head_dim = query[3];
-        score.validate()?;
+        config.validate()?;
         if !HEAD_DIMS.contains(&head_dim) {
             return Err(Error::value("head_dim", format!("one of {HEAD_DIMS:?}"), head_dim));
         }
-        check_countable(query, key)?;
-        let most_rows = batch.sequences().iter().map(|sequence| sequence.rows.len()).max().unwrap_or(0);
-        let (policy, pack) = if most_rows * group <= FEW_ROWS {
-            (Policy::query(head_dim), group)
-        } else {
-            let policy = encode(head_dim);
-            (policy, if most_rows < policy.rows() { group } else { 1 })
-        };
+        check_countable(query, key, prefix)?;
         let mut plan = Self {
-            score: *score,
+            score: config.score,
             query,
             key,
-            policy,
-            pack,
-            splits: 1,
+            prefix,
+            has_prefix: batch.sequences().iter().any(|sequence| sequence.prefix_len() > 0),
+            launches: Vec::new(),
             tiles: Vec::new(),
             pages: Vec::new(),
             merged: Vec::new(),
+            partial_rows: 0,
             pairs: 0,
         };
-        let paged = batch.sequences().first().is_some_and(|first| matches!(first.keys, Keys::Pages { .. }));
-        for (index, sequence) in batch.sequences().iter().enumerate() {
-            plan.push_sequence(sequence, paged)
-                .map_err(|source| Error::Sequence { index, source: Box::new(source) })?;
-        }
-        check_count("pages", "fewer than 2³¹ pages in use", plan.pages.len())?;
-        plan.split(properties, batch.sequences());
-        let blocks = plan.tiles.len().saturating_mul(plan.heads());
-        if i32::try_from(blocks).is_err() {
-            return Err(Error::shape("query", "at most 2³¹ - 1 tiles times heads", blocks.to_string()));
-        }
-        // The sort is stable: among equals, neighbours stay together.
-        plan.tiles.sort_by_key(|tile| std::cmp::Reverse(tile.end - tile.begin));
+        plan.push_launches(properties, config, batch, &kernels(config, head_dim))?;
         Ok(plan)
     }
 
-    /// Heads of a launch: query heads, or KV heads where the others are rows.
-    fn heads(&self) -> usize {
-        self.query[2] / self.pack
-    }
-
-    /// Adds a sequence's tiles and pages. `paged`: whether keys lie in pages.
-    fn push_sequence(&mut self, sequence: &Sequence, paged: bool) -> Result<()> {
-        let Sequence { ref rows, ref keys, mask, .. } = *sequence;
-        let len = keys.len();
-        check_count("keys", "fewer than 2³¹ keys", len)?;
-        // Where the keys start on the axes batch (or in the page table) and seq.
-        let start = match (keys, paged) {
-            (Keys::Rows { batch, rows }, false) => [*batch, rows.start],
-            (Keys::Pages { pages, .. }, true) => {
-                let start = self.pages.len();
-                self.pages.extend(&pages[..len.div_ceil(self.key[1].max(1))]);
-                [start, 0]
-            }
-            (Keys::Rows { .. }, true) => {
-                return Err(Error::value("keys", "pages, as sequence 0 has", "rows"));
-            }
-            (Keys::Pages { .. }, false) => {
-                return Err(Error::value("keys", "rows, as sequence 0 has", "pages"));
-            }
-        };
-        schedule::segments(mask, rows.len(), len, |segment| {
-            self.pairs += segment.pairs() as u64;
-            self.push_tiles(sequence, start.map(|at| at as u32), &segment);
-        });
-        Ok(())
-    }
-
-    fn push_tiles(&mut self, sequence: &Sequence, [key_batch, key_start]: [u32; 2], segment: &Segment) {
-        let rows = segment.rows.start * self.pack..segment.rows.end * self.pack;
-        for start in rows.clone().step_by(self.policy.rows()) {
-            let end = rows.end.min(start + self.policy.rows());
-            self.tiles.push(StarTile {
-                batch: sequence.batch as u32,
-                key_batch,
-                row: (sequence.rows.start * self.pack + start) as u32,
-                rows: (end - start) as u32,
-                key_start,
-                prefix: segment.prefix as u32,
-                start: segment.start as u32,
-                visible: segment.visible(start / self.pack) as u32,
-                causal: u32::from(segment.causal),
-                begin: 0,
-                end: segment.visible((end - 1) / self.pack) as u32,
-                split: 0,
-            });
-        }
-    }
-
-    /// In how many parts each tile's keys are walked.
+    /// In how many parts a tile's keys are walked, at most.
     pub fn splits(&self) -> usize {
-        self.splits
+        self.tiles.iter().map(|tile| tile.splits as usize).max().unwrap_or(1)
     }
 
     /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for
@@ -241,27 +177,24 @@ impl Plan {
 
     /// Bytes of the workspace: the tiles, the page table, and, where keys are split, the rows to
     /// merge and their partials.
-    pub fn workspace_len(&self) -> usize {
-        let elements = if self.splits > 1 { self.splits * (self.out_len() + self.lse_len()) } else { 0 };
-        self.workspace().partials + 4 * elements
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace().end
     }
 
     fn workspace(&self) -> Workspace {
         let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(ALIGNMENT);
         let pages = after(0, size_of_val(&self.tiles[..]));
         let merged = after(pages, size_of_val(&self.pages[..]));
-        Workspace { pages, merged, partials: after(merged, size_of_val(&self.merged[..])) }
-    }
-
-    fn out_len(&self) -> usize {
-        self.query.iter().product()
+        let partials = after(merged, size_of_val(&self.merged[..]));
+        let partials_lse = after(partials, 4 * self.partial_rows * self.query[3]);
+        Workspace { pages, merged, partials, partials_lse, end: partials_lse + 4 * self.partial_rows }
     }
 
     fn lse_len(&self) -> usize {
         self.query[..3].iter().product()
     }
 
-    /// Copies the plan to a workspace of [`workspace_len`](Self::workspace_len) bytes on a device,
+    /// Copies the plan to a workspace of [`workspace_bytes`](Self::workspace_bytes) bytes on a device,
     /// for calls on one stream.
     ///
     /// # Errors
@@ -274,8 +207,8 @@ impl Plan {
         stream: &'a D::Stream,
         workspace: SpanMut<'a, D, u8>,
     ) -> Result<Prepared<'a, D>> {
-        if workspace.len < self.workspace_len() {
-            return Err(Error::Workspace { expected: self.workspace_len(), got: workspace.len });
+        if workspace.len < self.workspace_bytes() {
+            return Err(Error::Workspace { expected: self.workspace_bytes(), got: workspace.len });
         }
         workspace.check("workspace", 0)?;
         workspace.check_stream("workspace", stream)?;
@@ -301,74 +234,31 @@ struct Workspace {
     pages: usize,
     merged: usize,
     partials: usize,
+    partials_lse: usize,
+    end: usize,
 }
 
 fn uniform(config: &AttentionConfig, shape: &AttentionShape) -> Result<Batch> {
     shape.validate()?;
     // Before there is a sequence for each index of the batch.
-    check_countable(shape.query_shape(), shape.key_shape())?;
+    check_countable(shape.query_shape(), shape.key_shape(), [0; 4])?;
     Batch::uniform(shape, config.mask)
 }
 
 /// Refuses extents that the kernels do not count, in 32 bits: of an axis, or of query rows times
 /// the heads of a group.
-fn check_countable(query: [usize; 4], key: [usize; 4]) -> Result<()> {
+fn check_countable(query: [usize; 4], key: [usize; 4], prefix: [usize; 4]) -> Result<()> {
     let group = query[2] / key[2];
     let rows = query[1].saturating_mul(group);
     let largest = |extents: [usize; 3]| extents.into_iter().max().unwrap_or(0);
     for (argument, largest, expected) in [
         ("query", largest([query[0], rows, query[2]]), "extents below 2³¹ (batch, seq times group, heads)"),
         ("key", largest([key[0], key[1], key[2]]), "extents below 2³¹ (batch, seq, heads)"),
+        ("prefix", largest([prefix[0], prefix[1], 0]), "extents below 2³¹ (batch, seq)"),
     ] {
         if i32::try_from(largest).is_err() {
             return Err(Error::shape(argument, expected, largest.to_string()));
         }
     }
     Ok(())
-}
-
-fn check_count(argument: &'static str, expected: &str, got: usize) -> Result<()> {
-    i32::try_from(got).map_err(|_| Error::value(argument, expected, got)).map(|_| ())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Mask;
-
-    #[test]
-    fn tiles_partition_rows_and_splits_their_keys() {
-        let mask = Mask::Star { anchor_len: 40, block_len: 200, first_block_len: 200 };
-        let shape = AttentionShape {
-            batch: 2,
-            query_len: 700,
-            key_len: 700,
-            query_heads: 4,
-            kv_heads: 2,
-            head_dim: 64,
-        };
-        let properties = Properties::new(132, 228 * 1024, 50 << 20);
-        let plan = Plan::new(&properties, &AttentionConfig::new(mask), &shape).unwrap();
-        for batch in 0..2 {
-            let mut rows: Vec<_> = plan.tiles.iter().filter(|t| t.batch == batch && t.split == 0).collect();
-            rows.sort_by_key(|tile| tile.row);
-            let mut next = 0;
-            for tile in rows {
-                assert_eq!(tile.row, next);
-                next += tile.rows;
-                // Never across a block.
-                assert_eq!(tile.row / 200, (next - 1) / 200);
-                let mut parts: Vec<_> =
-                    plan.tiles.iter().filter(|t| (t.batch, t.row) == (batch, tile.row)).collect();
-                parts.sort_by_key(|part| part.split);
-                assert_eq!(parts.len(), plan.splits());
-                assert_eq!(parts[0].begin, 0);
-                assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].begin));
-                let last = tile.row + tile.rows - 1;
-                let visible = if last < 200 { last + 1 } else { 40 + last % 200 + 1 };
-                assert_eq!(parts.last().unwrap().end, visible);
-            }
-            assert_eq!(next, 700);
-        }
-    }
 }

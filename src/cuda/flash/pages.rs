@@ -44,6 +44,6 @@ impl Plan {
             let keys = Keys::pages(*len, &pages[..]);
             batch.push(Sequence::new(0, sequence.rows.clone(), keys, config.mask))?;
         }
-        Self::for_batch(properties, &config.score(), &batch)
+        Self::for_batch(properties, &config.score().into(), &batch)
     }
 }

@@ -2,11 +2,12 @@
 
 use super::Plan;
 use super::division::divide_by;
+use super::tiles::KernelTiles;
 use crate::cuda::Launch;
 use crate::cuda::device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, SpanMut, bytes_of};
 use crate::cuda::merge::{MergeLaunch, launch_merge};
-use crate::cuda::params::{StarFlashParams, StarTensor};
-use crate::{DType, Element, Error, Result};
+use crate::cuda::params::{StarFlashParams, StarTensor, StarTile};
+use crate::{DType, Element, Error, Inputs, Result};
 
 /// Probabilities stay below 2 to this power, far inside the range of 16-bit floats. As a score it
 /// is kept finite, so that it does not cancel a base of -inf.
@@ -23,94 +24,121 @@ pub struct Prepared<'a, D: Device> {
 }
 
 impl<D: Device> Prepared<'_, D> {
-    /// Attention of `query` over `key` and `value`, of the batch's shapes, into `out` as `query`,
-    /// of its type or f32, and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm,
-    /// -inf where a row sees no key. Rows of no sequence are neither read nor written.
+    /// Attention of the inputs, of the batch's shapes, into `out` as the query, of its type or f32,
+    /// and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees no
+    /// key. Rows of no sequence are neither read nor written. A prefix may be left out where no
+    /// sequence has one.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes
-    /// contiguous, the others at multiples of 16 bytes), [`Error::Value`] for addresses that are
-    /// not or memory borrowed for another stream, [`Error::DType`] for an output of another type;
-    /// errors of the driver. Nothing was written then.
+    /// contiguous, the others at multiples of 16 bytes), [`Error::Value`] for a prefix that is
+    /// missing, addresses that are no multiples of 16 bytes or memory borrowed for another stream,
+    /// [`Error::DType`] for an output of another type; errors of the driver. Nothing was written
+    /// then.
     pub fn run<T: HalfElement, O: Element>(
         &mut self,
-        query: &DeviceTensor<'_, D, T>,
-        key: &DeviceTensor<'_, D, T>,
-        value: &DeviceTensor<'_, D, T>,
+        inputs: Inputs<&DeviceTensor<'_, D, T>, &DeviceTensor<'_, D, T>>,
         out: &mut DeviceTensorMut<'_, D, O>,
         lse: Option<&mut SpanMut<'_, D, f32>>,
     ) -> Result<()> {
-        let Plan { query: shape, key: key_shape, policy, splits, .. } = *self.plan;
+        let plan = self.plan;
         if O::DTYPE != T::DTYPE && O::DTYPE != DType::F32 {
             return Err(Error::DType { argument: "out", expected: T::DTYPE, got: O::DTYPE });
         }
-        query.check_rows("query", shape)?;
-        key.check_rows("key", key_shape)?;
-        value.check_rows("value", key_shape)?;
-        out.check_rows("out", shape)?;
-        query.check_stream("query", self.stream)?;
-        key.check_stream("key", self.stream)?;
-        value.check_stream("value", self.stream)?;
+        let Inputs { query, key, value, prefix } = inputs;
+        if plan.has_prefix && prefix.is_none() {
+            return Err(Error::value("prefix", "keys and values of the prefixes", "none"));
+        }
+        let tensors = [
+            self.check("query", plan.query, query)?,
+            self.check("key", plan.key, key)?,
+            self.check("value", plan.key, value)?,
+            prefix.map_or(Ok(StarTensor::default()), |[key, _]| self.check("prefix", plan.prefix, key))?,
+            prefix
+                .map_or(Ok(StarTensor::default()), |[_, value]| self.check("prefix", plan.prefix, value))?,
+        ];
+        out.check_rows("out", plan.query)?;
         out.check_stream("out", self.stream)?;
         lse.as_ref().map_or(Ok(()), |lse| lse.check_stream("lse", self.stream))?;
         if let Some(lse) = &lse
-            && lse.len != self.plan.lse_len()
+            && lse.len != plan.lse_len()
         {
-            let expected = [shape[0], shape[2], shape[1]];
-            return Err(Error::shape("lse", format!("{expected:?}"), format!("{} elements", lse.len)));
-        }
-        if self.plan.tiles.is_empty() {
-            return Ok(());
+            let [batch, seq, heads, _] = plan.query;
+            let expected = format!("{:?}", [batch, heads, seq]);
+            return Err(Error::shape("lse", expected, format!("{} elements", lse.len)));
         }
         let lse = lse.map_or(0, |lse| lse.address);
-        let mut params = self.params(query.params(), key.params(), value.params());
-        let partials = self.workspace.address + self.plan.workspace().partials as u64;
-        let partials_lse = partials + (4 * splits * self.plan.out_len()) as u64;
-        if splits == 1 {
-            (params.out, params.lse) = (out.params(), lse);
-            params.out_f32 = u32::from(O::DTYPE == DType::F32);
-        } else {
-            let [_, seq, heads, dim] = shape.map(|extent| extent as u64);
-            params.out = StarTensor { data: partials, batch: seq * heads * dim, seq: heads * dim, head: dim };
-            params.lse = partials_lse;
-            params.out_f32 = 1;
-            (params.out_split, params.lse_split) = (self.plan.out_len() as u64, self.plan.lse_len() as u64);
+        let params = self.params(tensors, out.params(), lse, O::DTYPE == DType::F32);
+        for launch in &plan.launches {
+            self.launch(launch, params, T::DTYPE)?;
         }
-        let kernel = format!("{}_{}_d{}", policy.kernel, T::DTYPE, shape[3]);
+        self.merge(out.params(), O::DTYPE, lse)
+    }
+
+    fn check<T: Element>(
+        &self,
+        name: &'static str,
+        shape: [usize; 4],
+        tensor: &DeviceTensor<'_, D, T>,
+    ) -> Result<StarTensor> {
+        tensor.check_rows(name, shape)?;
+        tensor.check_stream(name, self.stream)?;
+        Ok(tensor.params())
+    }
+
+    /// Starts the kernel for some of the plan's tiles. `params` has all that does not depend on
+    /// them.
+    fn launch(&self, launch: &KernelTiles, params: StarFlashParams, dtype: DType) -> Result<()> {
+        let KernelTiles { policy, pack, tiles } = launch;
+        let params = StarFlashParams {
+            tiles: self.workspace.address + (tiles.start * size_of::<StarTile>()) as u64,
+            pack: *pack as u32,
+            ..params
+        };
+        let kernel = format!("{}_{dtype}_d{}", policy.kernel, policy.head_dim);
         let launch = Launch {
             kernel: &kernel,
-            blocks: (self.plan.tiles.len() * self.plan.heads()) as u32,
+            blocks: (tiles.len() * self.plan.heads(launch)) as u32,
             threads: policy.threads() as u32,
             shared_bytes: policy.shared_bytes() as u32,
             params: bytes_of(std::slice::from_ref(&params)),
         };
         // SAFETY: the tensors have the extents of the plan, whose tiles and pages, checked when it
         // was made, are in the workspace.
-        unsafe { self.device.launch(self.stream, &launch)? };
-        if splits > 1 {
-            let merge = MergeLaunch {
-                partials: params.out,
-                partials_lse,
-                partial_stride: params.out_split,
-                lse_stride: self.plan.lse_len(),
-                n: splits,
-                shape,
-                tokens: self.merged(),
-                dtypes: [DType::F32, O::DTYPE],
-                out: out.params(),
-                lse,
-            };
-            // SAFETY: the partials and the list of tokens are in the workspace, and the output was
-            // checked.
-            unsafe { launch_merge(self.device, self.stream, &merge)? };
-        }
-        Ok(())
+        unsafe { self.device.launch(self.stream, &launch) }
     }
 
-    fn params(&self, query: StarTensor, key: StarTensor, value: StarTensor) -> StarFlashParams {
-        let Plan {
-            query: [_, seq, heads, dim], key: [_, page_len, kv_heads, _], score, pack, ref pages, ..
-        } = *self.plan;
+    /// Merges the partial rows of split lists.
+    fn merge(&self, out: StarTensor, dtype: DType, lse: u64) -> Result<()> {
+        let (plan, at) = (self.plan, self.plan.workspace());
+        if plan.merged.is_empty() {
+            return Ok(());
+        }
+        let dim = plan.query[3] as u64;
+        let data = self.workspace.address + at.partials as u64;
+        let merge = MergeLaunch {
+            partials: StarTensor { data, batch: dim, seq: dim, head: dim },
+            partials_lse: self.workspace.address + at.partials_lse as u64,
+            partial_stride: dim,
+            lse_stride: 1,
+            n: 0,
+            shape: plan.query,
+            merged: Some((self.workspace.address + at.merged as u64, plan.merged.len())),
+            dtypes: [DType::F32, dtype],
+            out,
+            lse,
+        };
+        // SAFETY: the partials and the list of rows are in the workspace, and the output was
+        // checked.
+        unsafe { launch_merge(self.device, self.stream, &merge) }
+    }
+
+    /// What all launches are told. `tensors` are query, key, value, and key and value of prefixes.
+    fn params(&self, tensors: [StarTensor; 5], out: StarTensor, lse: u64, out_f32: bool) -> StarFlashParams {
+        let Plan { query: [_, seq, heads, dim], key: [_, page_len, kv_heads, _], score, ref pages, .. } =
+            *self.plan;
+        let [query, key, value, prefix_key, prefix_value] = tensors;
+        let at = self.plan.workspace();
         let (cap_scale, scale_log2) = match score.factors_for(dim) {
             // The kernels compute tanh(ln 2 / 2 · x).
             (factor, Some(cap)) => (factor * (2.0 * std::f32::consts::LOG2_E), cap),
@@ -122,28 +150,26 @@ impl<D: Device> Prepared<'_, D> {
             query,
             key,
             value,
-            tiles: self.workspace.address,
+            prefix_key,
+            prefix_value,
+            out,
+            lse,
+            out_f32: u32::from(out_f32),
+            partials: self.workspace.address + at.partials as u64,
+            partials_lse: self.workspace.address + at.partials_lse as u64,
             query_len: seq as u32,
             query_heads: heads as u32,
             group: (heads / kv_heads) as u32,
-            pack: pack as u32,
             scale_log2,
             cap_scale,
             slack: (SLACK_LOG2 / scale_log2).min(1e30),
             ..Default::default()
         };
         if !pages.is_empty() {
-            params.page_table = self.workspace.address + self.plan.workspace().pages as u64;
+            params.page_table = self.workspace.address + at.pages as u64;
             params.page_len = page_len as u32;
             (params.page_magic, params.page_shift) = divide_by(params.page_len);
         }
         params
-    }
-
-    /// Where the tokens that are merged are listed, and how many; none if these are all of them.
-    fn merged(&self) -> Option<(u64, usize)> {
-        let count = self.plan.merged.len();
-        let address = self.workspace.address + self.plan.workspace().merged as u64;
-        (count > 0).then_some((address, count))
     }
 }

@@ -1,0 +1,258 @@
+//! From sequences to tiles of rows, for each kernel in use.
+
+use super::{FEW_ROWS, Plan};
+use crate::cuda::Properties;
+use crate::cuda::params::StarTile;
+use crate::cuda::policy::Policy;
+use crate::schedule::{self, Segment};
+use crate::{Batch, Error, Keys, PlanConfig, Result, Sequence};
+use std::ops::Range;
+
+/// The kernels of a head dim that sequences choose from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kernels {
+    /// For many rows, and for any number of them.
+    encode: Policy,
+    /// For as many rows as one tile of it has, if that is fewer.
+    encode_64: Option<Policy>,
+    /// For up to [`FEW_ROWS`]; none where a row's bits must not depend on their number.
+    query: Option<Policy>,
+}
+
+impl Kernels {
+    pub fn new(config: &PlanConfig, head_dim: usize) -> Self {
+        Self {
+            encode: Policy::encode(head_dim),
+            encode_64: Policy::encode_64(head_dim),
+            query: (!config.row_invariant).then_some(Policy::query(head_dim)),
+        }
+    }
+
+    /// The same with another kernel for more than [`FEW_ROWS`] rows.
+    #[cfg(feature = "variants")]
+    pub fn with_encode(self, encode: Policy) -> Self {
+        Self { encode, encode_64: None, ..self }
+    }
+
+    /// The kernel for so many rows of a KV head, over the query heads that share it.
+    fn choose(&self, rows: usize) -> Policy {
+        let few = self.query.filter(|_| rows <= FEW_ROWS);
+        let some = self.encode_64.filter(|policy| rows <= policy.rows());
+        few.or(some).unwrap_or(self.encode)
+    }
+
+    /// Keys that are whole steps of every kernel of the head dim.
+    pub fn common_step(&self) -> usize {
+        [Policy::query(self.encode.head_dim), self.encode]
+            .map(|policy| policy.step_keys())
+            .into_iter()
+            .fold(1, lcm)
+    }
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    (1..=b).map(|i| a * i).find(|multiple| multiple.is_multiple_of(b)).unwrap_or(a * b)
+}
+
+/// The tiles of one kernel: one launch.
+#[derive(Clone, Debug)]
+pub(super) struct KernelTiles {
+    pub policy: Policy,
+    /// Query heads of a KV head that are rows of one tile.
+    pub pack: usize,
+    /// Those of the plan's tiles.
+    pub tiles: Range<usize>,
+}
+
+/// A sequence whose keys were found their place.
+struct Placed<'a> {
+    sequence: &'a Sequence,
+    /// Where the keys after its prefix start on the axes batch (or in the page table) and seq.
+    keys: [u32; 2],
+}
+
+impl Plan {
+    /// Makes the tiles of all sequences and the launches of all kernels in use.
+    pub(super) fn push_launches(
+        &mut self,
+        properties: &Properties,
+        config: &PlanConfig,
+        batch: &Batch,
+        kernels: &Kernels,
+    ) -> Result<()> {
+        let placed = self.place(batch)?;
+        let rows_of = |placed: &Placed<'_>| placed.sequence.rows.len() * batch.group();
+        for policy in [Some(kernels.encode), kernels.encode_64, kernels.query].into_iter().flatten() {
+            let own = || placed.iter().filter(|placed| kernels.choose(rows_of(placed)) == policy);
+            let most_rows = own().map(|placed| placed.sequence.rows.len()).max().unwrap_or(0);
+            let pack = if most_rows < policy.rows() { batch.group() } else { 1 };
+            let mut launch = KernelTiles { policy, pack, tiles: self.tiles.len()..self.tiles.len() };
+            let tiles: Vec<Vec<StarTile>> = own().map(|placed| self.tiles_of(placed, &launch)).collect();
+            self.push_split(properties, config, kernels, &launch, tiles)?;
+            launch.tiles.end = self.tiles.len();
+            let heads = self.heads(&launch);
+            let tiles = &mut self.tiles[launch.tiles.clone()];
+            let blocks = tiles.len().saturating_mul(heads);
+            if i32::try_from(blocks).is_err() {
+                return Err(Error::shape("query", "at most 2³¹ - 1 tiles times heads", blocks.to_string()));
+            }
+            // The sort is stable: among equals, neighbours stay together.
+            tiles.sort_by_key(|tile| std::cmp::Reverse(tile.end - tile.begin));
+            if !launch.tiles.is_empty() {
+                self.launches.push(launch);
+            }
+        }
+        Ok(())
+    }
+
+    /// Heads of a launch: query heads, or KV heads where the others are rows.
+    pub(super) fn heads(&self, launch: &KernelTiles) -> usize {
+        self.query[2] / launch.pack
+    }
+
+    /// Finds the keys of all sequences, and lists their pages.
+    fn place<'a>(&mut self, batch: &'a Batch) -> Result<Vec<Placed<'a>>> {
+        let paged = batch.sequences().first().is_some_and(|first| matches!(first.keys, Keys::Pages { .. }));
+        let mut placed = Vec::new();
+        for (index, sequence) in batch.sequences().iter().enumerate() {
+            let keys = self
+                .place_keys(sequence, paged)
+                .map_err(|source| Error::Sequence { index, source: Box::new(source) })?;
+            placed.push(Placed { sequence, keys });
+        }
+        check_count("pages", "fewer than 2³¹ pages in use", self.pages.len())?;
+        Ok(placed)
+    }
+
+    fn place_keys(&mut self, sequence: &Sequence, paged: bool) -> Result<[u32; 2]> {
+        check_count("keys", "fewer than 2³¹ keys", sequence.key_len())?;
+        match (&sequence.keys, paged) {
+            (Keys::Rows { batch, rows }, false) => Ok([*batch as u32, rows.start as u32]),
+            (Keys::Pages { len, pages }, true) => {
+                let start = self.pages.len();
+                self.pages.extend(&pages[..len.div_ceil(self.key[1].max(1))]);
+                Ok([start as u32, 0])
+            }
+            (Keys::Rows { .. }, true) => Err(Error::value("keys", "pages, as sequence 0 has", "rows")),
+            (Keys::Pages { .. }, false) => Err(Error::value("keys", "rows, as sequence 0 has", "pages")),
+        }
+    }
+
+    /// The tiles of a sequence, none of them split.
+    fn tiles_of(&mut self, placed: &Placed<'_>, launch: &KernelTiles) -> Vec<StarTile> {
+        let mut tiles = Vec::new();
+        let sequence = placed.sequence;
+        schedule::segments(sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
+            self.pairs += segment.pairs() as u64;
+            push_tiles(&mut tiles, placed, launch, &segment);
+        });
+        tiles
+    }
+}
+
+fn push_tiles(tiles: &mut Vec<StarTile>, placed: &Placed<'_>, launch: &KernelTiles, segment: &Segment) {
+    let Placed { sequence, keys: [key_batch, key_start] } = *placed;
+    let [prefix_batch, prefix_start] = sequence
+        .prefix
+        .as_ref()
+        .map_or([0; 2], |prefix| [prefix.batch, prefix.rows.start].map(|at| at as u32));
+    let (pack, most) = (launch.pack, launch.policy.rows());
+    let rows = segment.rows.start * pack..segment.rows.end * pack;
+    for start in rows.clone().step_by(most) {
+        let end = rows.end.min(start + most);
+        tiles.push(StarTile {
+            batch: sequence.batch as u32,
+            key_batch,
+            row: (sequence.rows.start * pack + start) as u32,
+            rows: (end - start) as u32,
+            key_start,
+            anchor: segment.prefix as u32,
+            start: segment.start as u32,
+            visible: segment.visible(start / pack) as u32,
+            causal: u32::from(segment.causal),
+            begin: 0,
+            end: segment.visible((end - 1) / pack) as u32,
+            splits: 1,
+            partial: 0,
+            prefix_batch,
+            prefix_start,
+            prefix_len: sequence.prefix_len() as u32,
+        });
+    }
+}
+
+pub(super) fn check_count(argument: &'static str, expected: &str, got: usize) -> Result<()> {
+    i32::try_from(got).map_err(|_| Error::value(argument, expected, got)).map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionConfig, AttentionShape, Mask};
+
+    const PROPERTIES: Properties = Properties::new(132, 228 * 1024, 50 << 20);
+
+    #[test]
+    fn tiles_partition_rows_and_splits_their_keys() {
+        let mask = Mask::Star { anchor_len: 40, block_len: 200, first_block_len: 200 };
+        let shape = AttentionShape {
+            batch: 2,
+            query_len: 700,
+            key_len: 700,
+            query_heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+        };
+        let plan = Plan::new(&PROPERTIES, &AttentionConfig::new(mask), &shape).unwrap();
+        for batch in 0..2 {
+            let mut rows: Vec<_> =
+                plan.tiles.iter().filter(|tile| tile.batch == batch && tile.begin == 0).collect();
+            rows.sort_by_key(|tile| tile.row);
+            let mut next = 0;
+            for tile in rows {
+                assert_eq!(tile.row, next);
+                next += tile.rows;
+                // Never across a block.
+                assert_eq!(tile.row / 200, (next - 1) / 200);
+                let mut parts: Vec<_> =
+                    plan.tiles.iter().filter(|t| (t.batch, t.row) == (batch, tile.row)).collect();
+                parts.sort_by_key(|part| part.begin);
+                assert_eq!(parts.len(), tile.splits as usize);
+                assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].begin));
+                let last = tile.row + tile.rows - 1;
+                let visible = if last < 200 { last + 1 } else { 40 + last % 200 + 1 };
+                assert_eq!(parts.last().unwrap().end, visible);
+            }
+            assert_eq!(next, 700);
+        }
+    }
+
+    /// Rows of a KV head, and which kernel they take.
+    #[test]
+    fn each_sequence_takes_the_kernel_for_its_own_rows() {
+        let of = |head_dim, config: PlanConfig, rows: &[usize]| {
+            let total = rows.iter().sum();
+            let mut batch = Batch::new([1, total, 2, head_dim], [1, 500, 1, head_dim]).unwrap();
+            let mut start = 0;
+            for rows in rows {
+                let rows = start..start + rows;
+                start = rows.end;
+                batch.push(Sequence::new(0, rows, Keys::rows(0, 0..500), Mask::Causal)).unwrap();
+            }
+            let plan = Plan::for_batch(&PROPERTIES, &config, &batch).unwrap();
+            let launches = plan.launches.iter();
+            launches.map(|l| (l.policy.kernel, l.pack)).collect::<Vec<_>>()
+        };
+        let plain = PlanConfig::new();
+        let invariant = plain.with_row_invariant();
+        assert_eq!(of(128, plain, &[16, 1]), [("query", 2)]);
+        assert_eq!(of(128, plain, &[17, 32]), [("encode_64", 2)]);
+        assert_eq!(of(128, plain, &[33]), [("encode", 2)]);
+        assert_eq!(of(128, plain, &[33, 128]), [("encode", 1)]);
+        assert_eq!(of(128, plain, &[1, 300, 20]), [("encode", 1), ("encode_64", 2), ("query", 2)]);
+        assert_eq!(of(256, plain, &[1, 17]), [("encode", 2), ("query", 2)]);
+        assert_eq!(of(128, invariant, &[1, 300, 20]), [("encode", 1), ("encode_64", 2)]);
+        assert_eq!(of(256, invariant, &[1, 17]), [("encode", 2)]);
+        assert_eq!(of(64, plain, &[]), []);
+    }
+}

@@ -1,0 +1,173 @@
+//! What plans promise about bits: under a fixed split length, and for any number of rows.
+
+use crate::backend::Backend;
+use crate::call::{aligned, kernel_dims, on_each_device, run_plan};
+use crate::common::{Rng, Tensor};
+use crate::properties::batches::{BatchCase, batches};
+use crate::properties::cases::{Inputs, RUBBISH};
+use proptest::prelude::*;
+use star_attention::cuda::flash::Plan;
+use star_attention::cuda::{Device, HalfElement};
+use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16, f16};
+use std::ops::Range;
+
+/// Bits of output and log-sum-exp, in memory that held rubbish.
+fn bits<B: Backend, T: HalfElement, O: Element>(
+    backend: &B,
+    config: &PlanConfig,
+    batch: &Batch,
+    inputs: &Inputs<T>,
+) -> (Tensor<O>, Vec<u32>) {
+    let plan = Plan::for_batch(&backend.device().properties(), config, batch).unwrap();
+    let mut out = Tensor::contiguous("out", batch.query_shape(), |_| RUBBISH);
+    let mut lse = vec![RUBBISH; batch.lse_len()];
+    run_plan(backend, &plan, inputs, &mut out, Some(&mut lse)).unwrap();
+    (out, lse.into_iter().map(f32::to_bits).collect())
+}
+
+/// The bits of every sequence, in a batch and alone, its keys where they lie and in rows.
+fn keeps_its_bits<B: Backend, T: HalfElement>(
+    case: &BatchCase,
+    split_keys: usize,
+) -> Result<(), TestCaseError> {
+    let backend = B::open(case.seed);
+    let config = PlanConfig::from(case.score).with_split_keys(split_keys);
+    let batch = case.batch();
+    let inputs = case.inputs::<T>(&batch);
+    let (together, lse) = bits::<B, T, f32>(&backend, &config, &batch, &inputs);
+    let (rows, in_rows) = case.in_rows(&batch, &inputs);
+    let (as_rows, lse_as_rows) = bits::<B, T, f32>(&backend, &config, &rows, &in_rows);
+    prop_assert!(as_rows.bits() == together.bits() && lse_as_rows == lse, "other bits from rows");
+    let [_, seq, heads, dim] = batch.query_shape();
+    for sequence in batch.sequences() {
+        let mut alone = Batch::new(batch.query_shape(), batch.key_shape()).unwrap();
+        alone.push(sequence.clone()).unwrap();
+        let (own, own_lse) = bits::<B, T, f32>(&backend, &config, &alone, &inputs);
+        let Sequence { batch: b, ref rows, .. } = *sequence;
+        for (row, head) in rows.clone().flat_map(|row| (0..heads).map(move |head| (row, head))) {
+            let at = (b * heads + head) * seq + row;
+            prop_assert_eq!(own_lse[at], lse[at], "lse of row {}, head {}", row, head);
+            let same = (0..dim)
+                .all(|d| own.get([b, row, head, d]).to_bits() == together.get([b, row, head, d]).to_bits());
+            prop_assert!(same, "row {row}, head {head}");
+        }
+    }
+    Ok(())
+}
+
+/// A causal sequence and the chunks in which its rows come.
+#[derive(Clone, Debug)]
+struct Chunked {
+    /// Of queries `[1, rows, heads, head_dim]` and keys `[1, keys, kv_heads, head_dim]`.
+    query: [usize; 4],
+    key: [usize; 4],
+    /// Ends of chunks, the number of rows last.
+    ends: Vec<usize>,
+    split_keys: usize,
+    seed: u64,
+}
+
+/// Half of the chunks have one row: decodes.
+fn chunked() -> impl Strategy<Value = Chunked> {
+    let chunks = prop::collection::vec(prop_oneof![1 => Just(1usize), 1 => 1..90usize], 1..6);
+    let heads = (1..=2usize, 1..=4usize, kernel_dims());
+    (chunks, 0..500usize, heads, 1..400usize, any::<u64>()).prop_map(
+        |(chunks, before, (kv_heads, group, dim), split_keys, seed)| {
+            let ends: Vec<usize> =
+                chunks.iter().scan(0, |end, len| Some(*end + len).inspect(|e| *end = *e)).collect();
+            let rows = chunks.iter().sum();
+            let query = [1, rows, kv_heads * group, dim];
+            Chunked { query, key: [1, before + rows, kv_heads, dim], ends, split_keys, seed }
+        },
+    )
+}
+
+/// Scores that run away now and then, and values of both zeros.
+fn inputs<T: Element>(query: [usize; 4], key: [usize; 4], seed: u64) -> Inputs<T> {
+    let mut rng = Rng::new(seed);
+    let key_rows =
+        Tensor::contiguous("key", key, |[_, row, ..]| rng.normal() * if row % 97 == 60 { 9.0 } else { 1.0 });
+    let value = Tensor::contiguous("value", key, |[_, row, _, d]| match (row + d) % 11 {
+        0 => 0.0,
+        1 => -0.0,
+        _ => rng.normal(),
+    });
+    Inputs { query: Tensor::normal("query", query, &mut rng), key: key_rows, value }
+}
+
+/// The rows of chunks, each over the keys up to its last row.
+fn batch_of(query: [usize; 4], key: [usize; 4], chunks: &[Range<usize>]) -> Batch {
+    let mut batch = Batch::new(query, key).unwrap();
+    for rows in chunks {
+        let keys = Keys::rows(0, 0..key[1] - query[1] + rows.end);
+        batch.push(Sequence::new(0, rows.clone(), keys, Mask::Causal)).unwrap();
+    }
+    batch
+}
+
+/// A prefill gives each row the bits that it has in chunks.
+fn chunks_change_no_bit<B: Backend, T: HalfElement, O: Element>(case: &Chunked) -> Result<(), TestCaseError> {
+    let Chunked { query, key, ref ends, split_keys, seed } = *case;
+    let backend = B::open(seed);
+    let config = PlanConfig::new().with_row_invariant().with_split_keys(split_keys);
+    let inputs = inputs::<T>(query, key, seed);
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    let chunks: Vec<_> = starts.zip(ends).map(|(start, &end)| start..end).collect();
+    let (whole, lse) = bits::<B, T, O>(&backend, &config, &batch_of(query, key, &[0..query[1]]), &inputs);
+    let (parts, parts_lse) = bits::<B, T, O>(&backend, &config, &batch_of(query, key, &chunks), &inputs);
+    prop_assert!(whole.bits() == parts.bits(), "other outputs in chunks");
+    prop_assert!(lse == parts_lse, "other log-sum-exps in chunks");
+    Ok(())
+}
+
+on_each_device! {
+    fn under_a_fixed_split_length_a_row_keeps_its_bits(
+        case in batches(kernel_dims()),
+        split_keys in 1..400usize,
+        bf in any::<bool>(),
+    ) {
+        let mut case = case;
+        case.layouts = case.layouts.map(|layout| aligned(&layout));
+        if bf {
+            keeps_its_bits::<B, bf16>(&case, split_keys)?;
+        } else {
+            keeps_its_bits::<B, f16>(&case, split_keys)?;
+        }
+    }
+
+    fn chunks_and_decodes_have_the_bits_of_the_prefill(case in chunked(), dtypes in 0..4usize) {
+        match dtypes {
+            0 => chunks_change_no_bit::<B, f16, f16>(&case)?,
+            1 => chunks_change_no_bit::<B, f16, f32>(&case)?,
+            2 => chunks_change_no_bit::<B, bf16, bf16>(&case)?,
+            _ => chunks_change_no_bit::<B, bf16, f32>(&case)?,
+        }
+    }
+
+    /// Row 0 sees two tiles of 128 keys: the second takes all weight from the first, whose sum is
+    /// negative, and has values of -0. The prefill walks one tile more, of values that row 0 does
+    /// not see.
+    fn tiles_that_a_row_does_not_see_keep_the_sign_of_zero() {
+        let (query, key) = ([1, 45, 1, 64], [1, 300, 1, 64]);
+        let inputs = Inputs::<bf16> {
+            query: Tensor::contiguous("query", query, |[.., d]| if d == 0 { 16.0 } else { 0.0 }),
+            key: Tensor::contiguous("key", key, |[_, row, _, d]| if d == 0 && row >= 128 { 1000.0 } else { 0.0 }),
+            value: Tensor::contiguous("value", key, |[_, row, ..]| match row {
+                0..128 => -1.0,
+                128..256 => -0.0,
+                _ => 1.0,
+            }),
+        };
+        for split_keys in [128, 4096] {
+            let config = PlanConfig::new().with_row_invariant().with_split_keys(split_keys);
+            let [whole, alone] = [0..45, 0..1].map(|rows| {
+                let batch = batch_of(query, key, &[rows]);
+                bits::<B, bf16, f32>(&B::open(3), &config, &batch, &inputs).0
+            });
+            for d in 0..64 {
+                let [whole, alone] = [&whole, &alone].map(|out| out.get([0, 0, 0, d]));
+                assert_eq!((whole, whole.to_bits()), (0.0, alone.to_bits()), "{split_keys}");
+            }
+        }
+    }
+}
