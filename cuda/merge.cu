@@ -63,7 +63,10 @@ template <class In, class Out, int Unit>
 DEVICE void merge(const StarMergeParams& p) {
     const uint32_t lane = thread_index() % p.lanes;
     const uint32_t row = block_index() * (THREADS / p.lanes) + thread_index() / p.lanes;
-    const bool within = row < p.rows;
+    bool within = row < p.rows;
+    if (within && p.merged != 0) {
+        within = refer(reinterpret_cast<const StarMergedRow*>(p.merged) + row).count != 0;
+    }
 
     float max = -infinity(), sum = 0;
     uint64_t lse_at = 0;
@@ -85,14 +88,15 @@ DEVICE void merge(const StarMergeParams& p) {
             reinterpret_cast<const float*>(p.partials_lse) + (p.merged != 0 ? partial * p.lse_stride : lse_at);
 #pragma unroll 4
         for (uint32_t i = 0; i < n; i++) {
-            max = maximum(max, load(lse + i * p.lse_stride));
+            const float* its_lse = p.separate ? reinterpret_cast<const float*>(p.each[i].lse) + lse_at : lse + i * p.lse_stride;
+            max = maximum(max, load(its_lse));
         }
         const uint64_t out = batch * p.out.batch + seq * p.out.seq + head * p.out.head;
-        const void* from = reinterpret_cast<const void*>(p.partials.data);
         void* to = reinterpret_cast<void*>(p.out.data);
         for (uint32_t column = lane * Unit; column < p.dim; column += p.lanes * Unit) {
             float total[Unit] = {};
             sum = 0;
+            const void* from = reinterpret_cast<const void*>(p.partials.data);
             uint64_t at = first + column;
             const float* its_lse = lse;
             for (uint32_t left = n; left > 0; left -= left < together ? left : together) {
@@ -102,6 +106,12 @@ DEVICE void merge(const StarMergeParams& p) {
                 for (uint32_t i = 0; i < together; i++) {
                     lses[i] = -infinity();
                     if (i < left) {
+                        if (p.separate) {
+                            const StarPartial& its = p.each[n - left + i];
+                            from = reinterpret_cast<const void*>(its.out.data);
+                            at = batch * its.out.batch + seq * its.out.seq + head * its.out.head + column;
+                            its_lse = reinterpret_cast<const float*>(its.lse) + lse_at;
+                        }
                         lses[i] = load(its_lse);
                         pieces[i].read(from, at);
                     }

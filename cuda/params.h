@@ -22,7 +22,8 @@ typedef struct {
     /* Index on the batch axis of keys and values or, where they lie in pages, of the sequence's
      * first page in the page table. */
     uint32_t key_batch;
-    /* First row, on the seq axis times `pack`, and how many. */
+    /* First row, on the seq axis times `pack`, and how many: 0 where the tile is surplus room of a
+     * table. */
     uint32_t row;
     uint32_t rows;
     /* Where the sequence's keys after its prefix start on their seq axis; 0 where they lie in
@@ -89,7 +90,8 @@ typedef struct {
     uint32_t padding;
 } StarFlashParams;
 
-/* A row of the output that is merged from partial rows, which lie one after another. */
+/* A row of the output that is merged from partial rows, which lie one after another. With `count` 0
+ * it is left alone: surplus room of a table. */
 typedef struct {
     /* On the axes batch, seq and heads of the output. */
     uint32_t batch;
@@ -99,6 +101,14 @@ typedef struct {
     uint32_t first;
     uint32_t count;
 } StarMergedRow;
+
+/* Partials that lie anywhere: [batch, seq, heads, dim], and f32 [batch, heads, seq]. */
+typedef struct {
+    StarTensor out;
+    uint64_t lse;
+} StarPartial;
+
+enum { STAR_MOST_PARTIALS = 32 };
 
 /* merge.cu: partials to one, the same number for each row or as `merged` says. */
 typedef struct {
@@ -123,6 +133,10 @@ typedef struct {
     uint32_t dim;
     /* Threads that share a row: a power of two, at most 32. */
     uint32_t lanes;
+    /* 1: the partials are those of `each`, of which `n` are there. */
+    uint32_t separate;
+    uint32_t padding;
+    StarPartial each[STAR_MOST_PARTIALS];
 } StarMergeParams;
 
 /* append.cu: new keys and values to their places. */

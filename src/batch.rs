@@ -322,6 +322,16 @@ impl Batch {
         self.query[2] / self.key[2]
     }
 
+    /// Pages that the sequences name, as far as their keys need them. One that two sequences share
+    /// counts twice.
+    pub fn pages(&self) -> usize {
+        let pages = |sequence: &Sequence| match sequence.keys {
+            Keys::Pages { len, .. } => len.div_ceil(self.key[1].max(1)),
+            Keys::Rows { .. } => 0,
+        };
+        self.sequences.iter().map(pages).sum()
+    }
+
     /// Elements of the log-sum-exp, `[batch, query_heads, seq]` of the queries.
     pub fn lse_len(&self) -> usize {
         self.query[..3].iter().product()

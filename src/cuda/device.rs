@@ -48,6 +48,8 @@ pub trait Device: Send + Sync {
     type Stream;
     /// Kept as long as work may be asked for on a piece of memory.
     type Guard<'a>: std::fmt::Debug;
+    /// Owned memory of the device. It is freed when dropped, after all work of its stream.
+    type Memory: Send + std::fmt::Debug;
     /// Memory of the host that the device copies from while the host goes on. Freed when dropped.
     type Pinned: AsMut<[u8]> + Send + std::fmt::Debug;
     /// A point in the order of a stream. One that was never recorded has passed.
@@ -92,6 +94,15 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// `from..from + bytes.len()` is memory of this device, written by nobody until this returns.
     unsafe fn download(&self, stream: &Self::Stream, from: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// Memory of `bytes` zeros for work on one stream, at a multiple of 256.
+    ///
+    /// # Errors
+    /// [`Error::Value`], naming `bytes`, for more than memory has room for; errors of the driver.
+    fn allocate(&self, stream: &Self::Stream, bytes: usize) -> Result<Self::Memory>;
+
+    /// The device address of a memory's first byte.
+    fn address(memory: &Self::Memory) -> u64;
 
     /// Pinned memory of exactly `bytes` zeros. This may take long, and may wait for the device.
     ///
@@ -209,6 +220,12 @@ macro_rules! span {
             pub(crate) fn guarded(address: u64, len: usize, stream: &D::Stream, guard: D::Guard<'a>) -> Self {
                 let stream = Some(D::stream_id(stream));
                 Self { address, len, stream, _guard: Some(guard), _borrow: PhantomData }
+            }
+
+            /// Elements that are borrowed for `'a`, for work on one stream.
+            pub(crate) fn on(address: u64, len: usize, stream: &D::Stream) -> Self {
+                let stream = Some(D::stream_id(stream));
+                Self { address, len, stream, _guard: None, _borrow: PhantomData }
             }
 
             /// Refuses memory that was borrowed for work on another stream.

@@ -34,7 +34,7 @@ use super::functions::Functions;
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum, CUstreamCaptureStatus};
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
+    CudaContext, CudaEvent, CudaSlice, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
     result,
 };
 use cudarc::nvrtc::Ptx;
@@ -195,6 +195,20 @@ impl Driver {
     }
 }
 
+/// Owned memory of a GPU.
+#[derive(Debug)]
+pub struct Memory {
+    bytes: CudaSlice<u8>,
+    address: u64,
+}
+
+impl Memory {
+    /// The bytes, for work on any stream.
+    pub fn bytes(&self) -> &CudaSlice<u8> {
+        &self.bytes
+    }
+}
+
 /// Memory of the host whose pages stay where they are, so that a GPU copies from it by itself.
 #[derive(Debug)]
 pub struct Pinned {
@@ -227,6 +241,7 @@ impl Drop for Pinned {
 impl Device for Driver {
     type Stream = Arc<CudaStream>;
     type Guard<'a> = SyncOnDrop<'a>;
+    type Memory = Memory;
     type Pinned = Pinned;
     type Event = CudaEvent;
 
@@ -284,6 +299,18 @@ impl Device for Driver {
                 .map_err(driver("copy from the device"))?;
         }
         stream.synchronize().map_err(driver("wait for the stream"))
+    }
+
+    fn allocate(&self, stream: &Self::Stream, bytes: usize) -> Result<Memory> {
+        check_stream(&self.context, stream)?;
+        // The driver gives no memory of no size.
+        let bytes = stream.alloc_zeros::<u8>(bytes.max(1)).map_err(driver("allocate memory"))?;
+        let address = bytes.device_ptr(stream).0;
+        Ok(Memory { bytes, address })
+    }
+
+    fn address(memory: &Memory) -> u64 {
+        memory.address
     }
 
     fn pinned(&self, bytes: usize) -> Result<Pinned> {

@@ -1,10 +1,14 @@
 //! The exact softmax over several sets of keys on a GPU: [`crate::merge`] in one pass over device memory.
 
 use super::device::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Span, SpanMut, bytes_of};
-use super::params::{StarMergeParams, StarTensor};
+use super::params::{STAR_MOST_PARTIALS, StarMergeParams, StarPartial, StarTensor};
 use super::{Launch, MERGE_THREADS};
 use crate::config::check_rows;
+use crate::merge::Partial;
 use crate::{DType, Element, Error, Result};
+
+/// Partials that [`merge_separate`] merges at once.
+pub const MOST_PARTIALS: usize = STAR_MOST_PARTIALS as usize;
 
 /// Partials one after another in device memory: of the splits of one call, or of hosts after an all-gather.
 #[derive(Debug)]
@@ -34,13 +38,7 @@ pub fn merge<D: Device, T: Element, O: Element>(
     lse: Option<&mut SpanMut<'_, D, f32>>,
 ) -> Result<()> {
     let shape @ [batch, seq, heads, dim] = out.shape();
-    if dim == 0 {
-        return Err(Error::shape("out", "head_dim of at least 1", format!("{shape:?}")));
-    }
-    if T::DTYPE != O::DTYPE && T::DTYPE != DType::F32 && O::DTYPE != DType::F32 {
-        return Err(Error::DType { argument: "out", expected: T::DTYPE, got: O::DTYPE });
-    }
-    check_rows("out", shape, shape, out.strides())?;
+    check_out(stream, T::DTYPE, out, lse.as_deref())?;
     let rows = rows_of(shape);
     let stacked = partials.out.shape()[0];
     let n = stacked.checked_div(batch).unwrap_or(0);
@@ -54,23 +52,17 @@ pub fn merge<D: Device, T: Element, O: Element>(
         let expected = format!("{n} lse of {rows} elements, {} apart", partials.lse_stride);
         return Err(Error::shape("partials", expected, format!("{} elements", partials.lse.len)));
     }
-    if let Some(lse) = &lse
-        && lse.len != rows
-    {
-        return Err(Error::shape("lse", format!("{rows} elements"), lse.len.to_string()));
-    }
     partials.out.check_stream("partials", stream)?;
     partials.lse.check_stream("partials", stream)?;
-    out.check_stream("out", stream)?;
-    lse.as_ref().map_or(Ok(()), |lse| lse.check_stream("lse", stream))?;
     let launch = MergeLaunch {
-        partials: partials.out.params(),
-        partials_lse: partials.lse.address,
-        partial_stride: batch as u64 * partials.out.params().batch,
-        lse_stride: partials.lse_stride,
-        n,
+        partials: MergedFrom::Stacked {
+            out: partials.out.params(),
+            lse: partials.lse.address,
+            stride: batch as u64 * partials.out.params().batch,
+            lse_stride: partials.lse_stride as u64,
+            n,
+        },
         shape,
-        merged: None,
         dtypes: [T::DTYPE, O::DTYPE],
         out: out.params(),
         lse: lse.map_or(0, |lse| lse.address),
@@ -79,26 +71,148 @@ pub fn merge<D: Device, T: Element, O: Element>(
     unsafe { launch_merge(device, stream, &launch) }
 }
 
+/// Merges partials that lie anywhere in device memory into `out` `[batch, seq, heads, dim]` and, if
+/// given, `lse` `[batch, heads, seq]`, as [`merge`] does. At most [`MOST_PARTIALS`] of them.
+///
+/// # Errors
+/// As [`merge`], and [`Error::Value`] for more partials.
+pub fn merge_separate<D: Device, T: Element, O: Element>(
+    device: &D,
+    stream: &D::Stream,
+    partials: &[Partial<DeviceTensor<'_, D, T>, Span<'_, D, f32>>],
+    out: &mut DeviceTensorMut<'_, D, O>,
+    lse: Option<&mut SpanMut<'_, D, f32>>,
+) -> Result<()> {
+    let shape = out.shape();
+    check_out(stream, T::DTYPE, out, lse.as_deref())?;
+    if partials.len() > MOST_PARTIALS {
+        return Err(Error::value("partials", format!("at most {MOST_PARTIALS}"), partials.len()));
+    }
+    let mut each = [StarPartial::default(); MOST_PARTIALS];
+    for (to, partial) in each.iter_mut().zip(partials) {
+        check_rows("partial", shape, partial.out.shape(), partial.out.strides())?;
+        check_len("partial", rows_of(shape), partial.lse.len)?;
+        partial.out.check_stream("partial", stream)?;
+        partial.lse.check_stream("partial", stream)?;
+        *to = StarPartial { out: partial.out.params(), lse: partial.lse.address };
+    }
+    let launch = MergeLaunch {
+        partials: MergedFrom::Separate(&each[..partials.len()]),
+        shape,
+        dtypes: [T::DTYPE, O::DTYPE],
+        out: out.params(),
+        lse: lse.map_or(0, |lse| lse.address),
+    };
+    // SAFETY: extents, strides and lengths were checked.
+    unsafe { launch_merge(device, stream, &launch) }
+}
+
+/// Refuses an output that no partial of type `from` is merged into.
+fn check_out<D: Device, O: Element>(
+    stream: &D::Stream,
+    from: DType,
+    out: &DeviceTensorMut<'_, D, O>,
+    lse: Option<&SpanMut<'_, D, f32>>,
+) -> Result<()> {
+    let shape = out.shape();
+    if shape[3] == 0 {
+        return Err(Error::shape("out", "head_dim of at least 1", format!("{shape:?}")));
+    }
+    if from != O::DTYPE && from != DType::F32 && O::DTYPE != DType::F32 {
+        return Err(Error::DType { argument: "out", expected: from, got: O::DTYPE });
+    }
+    check_rows("out", shape, shape, out.strides())?;
+    out.check_stream("out", stream)?;
+    if let Some(lse) = lse {
+        check_len("lse", rows_of(shape), lse.len)?;
+        lse.check_stream("lse", stream)?;
+    }
+    Ok(())
+}
+
+fn check_len(argument: &'static str, expected: usize, got: usize) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::shape(argument, format!("{expected} elements"), got.to_string()))
+}
+
 /// Rows of a tensor. Beside an axis without elements the others may have any extents, whose product may be out of range.
 fn rows_of(shape: [usize; 4]) -> usize {
     if shape.contains(&0) { 0 } else { shape[..3].iter().product() }
 }
 
+/// Where the partials of a merge lie.
+pub(super) enum MergedFrom<'a> {
+    /// One after another, at one distance.
+    Stacked { out: StarTensor, lse: u64, stride: u64, lse_stride: u64, n: usize },
+    /// Anywhere.
+    Separate(&'a [StarPartial]),
+    /// Contiguous f32 rows and their log-sum-exps; `rows` is the address of so many
+    /// `StarMergedRow`s. Rows of the output that these do not name are left alone.
+    Listed { out: u64, lse: u64, rows: u64, count: usize },
+}
+
 /// A merge of which all is known.
-pub(super) struct MergeLaunch {
-    pub partials: StarTensor,
-    pub partials_lse: u64,
-    pub partial_stride: u64,
-    pub lse_stride: usize,
-    pub n: usize,
+pub(super) struct MergeLaunch<'a> {
+    pub partials: MergedFrom<'a>,
     pub shape: [usize; 4],
-    /// The address of a list of `StarMergedRow`s and its length: other rows are left alone, and the
-    /// partials are `[partial row, dim]`.
-    pub merged: Option<(u64, usize)>,
     /// Of partials and output.
     pub dtypes: [DType; 2],
     pub out: StarTensor,
     pub lse: u64,
+}
+
+impl MergeLaunch<'_> {
+    /// The partials' part of the parameters, and the rows to merge.
+    fn partials(&self) -> Result<(StarMergeParams, usize)> {
+        let mut params = StarMergeParams::default();
+        let mut rows = rows_of(self.shape);
+        match self.partials {
+            MergedFrom::Stacked { out, lse, stride, lse_stride, n } => {
+                (params.partials, params.partials_lse) = (out, lse);
+                (params.partial_stride, params.lse_stride) = (stride, lse_stride);
+                params.n = self.narrow(n)?;
+            }
+            MergedFrom::Separate(each) => {
+                params.separate = 1;
+                params.n = self.narrow(each.len())?;
+                params.each[..each.len()].copy_from_slice(each);
+            }
+            MergedFrom::Listed { out, lse, rows: listed, count } => {
+                let dim = self.shape[3] as u64;
+                params.partials = StarTensor { data: out, batch: dim, seq: dim, head: dim };
+                (params.partials_lse, params.partial_stride, params.lse_stride) = (lse, dim, 1);
+                params.merged = listed;
+                rows = count;
+            }
+        }
+        Ok((params, rows))
+    }
+
+    /// Whether partials and output can be moved 16 bytes at a time.
+    fn is_aligned(&self) -> bool {
+        let aligned = |tensor: &StarTensor, dtype: DType| {
+            let bytes = |stride: u64| stride * dtype.size() as u64;
+            let all = tensor.data | bytes(tensor.batch) | bytes(tensor.seq) | bytes(tensor.head);
+            all.is_multiple_of(ALIGNMENT as u64)
+        };
+        let [from, to] = self.dtypes;
+        let partials = match &self.partials {
+            MergedFrom::Stacked { out, stride, .. } => {
+                aligned(out, from) && (stride * from.size() as u64).is_multiple_of(ALIGNMENT as u64)
+            }
+            MergedFrom::Separate(each) => each.iter().all(|partial| aligned(&partial.out, from)),
+            MergedFrom::Listed { out, .. } => out.is_multiple_of(ALIGNMENT as u64),
+        };
+        self.shape[3].is_multiple_of(8) && partials && aligned(&self.out, to)
+    }
+
+    /// What the kernel counts in 32 bits.
+    fn narrow(&self, extent: usize) -> Result<u32> {
+        let too_large = |_| Error::shape("out", "fewer than 2³¹ rows", rows_of(self.shape).to_string());
+        i32::try_from(extent).map(|extent| extent as u32).map_err(too_large)
+    }
 }
 
 /// # Safety
@@ -106,45 +220,31 @@ pub(super) struct MergeLaunch {
 pub(super) unsafe fn launch_merge<D: Device>(
     device: &D,
     stream: &D::Stream,
-    merge: &MergeLaunch,
+    merge: &MergeLaunch<'_>,
 ) -> Result<()> {
-    let [_, seq, heads, dim] = merge.shape;
-    let rows = merge.merged.map_or(rows_of(merge.shape), |(_, count)| count);
+    let (partials, rows) = merge.partials()?;
     if rows == 0 {
         return Ok(());
     }
-    let aligned = |tensor: &StarTensor, dtype: DType| {
-        let bytes = |stride: u64| stride * dtype.size() as u64;
-        let all = tensor.data | bytes(tensor.batch) | bytes(tensor.seq) | bytes(tensor.head);
-        all.is_multiple_of(ALIGNMENT as u64)
+    let [_, seq, heads, dim] = merge.shape;
+    let fast = merge.is_aligned();
+    let lanes = dim.div_ceil(if fast { 8 } else { 1 }).next_power_of_two().min(32);
+    let params = StarMergeParams {
+        out: merge.out,
+        lse: merge.lse,
+        rows: merge.narrow(rows)?,
+        seq: merge.narrow(seq)?,
+        heads: merge.narrow(heads)?,
+        dim: merge.narrow(dim)?,
+        lanes: lanes as u32,
+        ..partials
     };
     let [from, to] = merge.dtypes;
-    let fast = dim.is_multiple_of(8) && aligned(&merge.partials, from) && aligned(&merge.out, to);
-    let lanes = dim.div_ceil(if fast { 8 } else { 1 }).next_power_of_two().min(32);
-    let too_large = || Error::shape("out", "fewer than 2³¹ rows", rows.to_string());
-    let narrow = |extent: usize| i32::try_from(extent).map(|extent| extent as u32).map_err(|_| too_large());
-    // The kernel counts rows in 32 bits.
-    let rows = narrow(rows)?;
-    let params = StarMergeParams {
-        partials: merge.partials,
-        out: merge.out,
-        partials_lse: merge.partials_lse,
-        partial_stride: merge.partial_stride,
-        lse_stride: merge.lse_stride as u64,
-        lse: merge.lse,
-        merged: merge.merged.map_or(0, |(address, _)| address),
-        n: narrow(merge.n)?,
-        rows,
-        seq: narrow(seq)?,
-        heads: narrow(heads)?,
-        dim: narrow(dim)?,
-        lanes: lanes as u32,
-    };
     let kernel = format!("merge_{from}_{to}{}", if fast { "" } else { "_unaligned" });
     let launch = Launch {
         kernel: &kernel,
         // Whole rows for each block.
-        blocks: rows.div_ceil((MERGE_THREADS / lanes) as u32),
+        blocks: params.rows.div_ceil((MERGE_THREADS / lanes) as u32),
         threads: MERGE_THREADS as u32,
         shared_bytes: 0,
         params: bytes_of(std::slice::from_ref(&params)),

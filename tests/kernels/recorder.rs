@@ -34,6 +34,7 @@ enum Stream {
 impl Device for Recorder {
     type Stream = Stream;
     type Guard<'a> = ();
+    type Memory = Vec<u8>;
     type Pinned = Vec<u8>;
     type Event = ();
 
@@ -62,6 +63,14 @@ impl Device for Recorder {
     unsafe fn download(&self, _: &Stream, _: u64, _: &mut [u8]) -> Result<()> {
         self.copies.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn allocate(&self, _: &Stream, bytes: usize) -> Result<Vec<u8>> {
+        Ok(vec![0; bytes])
+    }
+
+    fn address(memory: &Vec<u8>) -> u64 {
+        memory.as_ptr().expose_provenance() as u64
     }
 
     fn pinned(&self, bytes: usize) -> Result<Vec<u8>> {

@@ -175,6 +175,7 @@ impl Drop for Pinned {
 impl Device for Fake {
     type Stream = Stream;
     type Guard<'a> = ();
+    type Memory = Vec<u8>;
     type Pinned = Pinned;
     type Event = Event;
 
@@ -200,6 +201,14 @@ impl Device for Fake {
 
     unsafe fn download(&self, _: &Stream, _: u64, _: &mut [u8]) -> Result<()> {
         unreachable!("nothing is read back through the device")
+    }
+
+    fn allocate(&self, _: &Stream, bytes: usize) -> Result<Vec<u8>> {
+        Ok(vec![0; bytes])
+    }
+
+    fn address(memory: &Vec<u8>) -> u64 {
+        memory.as_ptr().expose_provenance() as u64
     }
 
     fn pinned(&self, bytes: usize) -> Result<Pinned> {

@@ -147,6 +147,7 @@ impl<T: Copy> Drop for Buffer<T> {
 impl Device for Simt {
     type Stream = ();
     type Guard<'a> = ();
+    type Memory = Buffer<u8>;
     type Pinned = Vec<u8>;
     /// Work is done when it is asked for, so that every event has passed.
     type Event = ();
@@ -198,6 +199,18 @@ impl Device for Simt {
         // SAFETY: the caller's promise.
         unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
+    }
+
+    fn allocate(&self, (): &(), bytes: usize) -> Result<Buffer<u8>> {
+        // Room for the alignment of the first byte, too.
+        if Vec::<u8>::new().try_reserve_exact(bytes.saturating_add(ALIGNMENT)).is_err() {
+            return Err(Error::value("bytes", "a size that memory has room for", bytes));
+        }
+        Ok(self.buffer(&vec![0; bytes]))
+    }
+
+    fn address(memory: &Buffer<u8>) -> u64 {
+        memory.as_slice().as_ptr().expose_provenance() as u64
     }
 
     fn pinned(&self, bytes: usize) -> Result<Vec<u8>> {

@@ -1,0 +1,254 @@
+//! What batches cost on the CPU, as ratios: each row's two sides take turns in one run.
+//!
+//! - Ragged: sequences of different lengths in one call, over the sum of calls for its parts alone.
+//! - Paged: keys in pages of 16, over the same keys in rows.
+//! - Row-invariant: decodes whose bits do not depend on the rows of a call, over plain ones.
+//! - Schedule: the time of a plan, per sequence of 256 decodes and per tile of a long prefill.
+//!
+//! `cargo bench --bench batches`, and `-- TEXT` for the rows whose name holds a text.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use star_attention::cpu::flash::Plan;
+use star_attention::{
+    Batch, Element, Inputs, Keys, Mask, PlanConfig, Sequence, TensorView, TensorViewMut, bf16,
+};
+use std::time::Instant;
+
+const QUERY_HEADS: usize = 16;
+const KV_HEADS: usize = 4;
+const HEAD_DIM: usize = 128;
+/// Turns of each side.
+const PAIRS: usize = 15;
+
+/// One call: its plan, and all memory that it needs.
+struct Call<T> {
+    plan: Plan,
+    query: Vec<T>,
+    key: Vec<T>,
+    value: Vec<T>,
+    out: Vec<T>,
+    workspace: Vec<u8>,
+}
+
+/// Numbers between -1 and 1.
+fn random<T: Element>(len: usize, seed: u64) -> Vec<T> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| T::from_f32(next())).collect()
+}
+
+impl<T: Element> Call<T> {
+    /// Sequences of so many query rows and keys each, causal, packed one after another; with
+    /// `page_len` their keys lie in pages, in an order that is not that of memory.
+    fn new(config: &PlanConfig, lens: &[[usize; 2]], page_len: Option<usize>) -> Self {
+        let rows = lens.iter().map(|[rows, _]| rows).sum();
+        let keys: usize = lens.iter().map(|[_, keys]| keys).sum();
+        let pages = page_len.map(|len| lens.iter().map(|[_, keys]| keys.div_ceil(len)).sum::<usize>());
+        let key = match (pages, page_len) {
+            (Some(pages), Some(len)) => [pages, len, KV_HEADS, HEAD_DIM],
+            _ => [1, keys, KV_HEADS, HEAD_DIM],
+        };
+        let mut batch = Batch::new([1, rows, QUERY_HEADS, HEAD_DIM], key).unwrap();
+        let (mut row, mut first, mut page) = (0, 0, 0);
+        for &[rows, keys] in lens {
+            let keys_at = match (pages, page_len) {
+                (Some(pages), Some(len)) => {
+                    // A step that is coprime with the pages visits each of them once.
+                    let step = (pages / 2..).find(|&step| gcd(step, pages) == 1).unwrap_or(1);
+                    let own = (page..page + keys.div_ceil(len)).map(|page| (page * step % pages) as u32);
+                    Keys::pages(keys, own.collect::<Vec<u32>>())
+                }
+                _ => Keys::rows(0, first..first + keys),
+            };
+            batch.push(Sequence::new(0, row..row + rows, keys_at, Mask::Causal)).unwrap();
+            (row, first) = (row + rows, first + keys);
+            page += page_len.map_or(0, |len| keys.div_ceil(len));
+        }
+        let plan = Plan::for_batch(config, batch).unwrap();
+        let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
+        let (query_len, key_len) =
+            (elements(plan.batch().query_shape()), elements(plan.batch().key_shape()));
+        Self {
+            query: random(query_len, 1),
+            key: random(key_len, 2),
+            value: random(key_len, 3),
+            out: vec![T::default(); query_len],
+            workspace: Vec::with_capacity(plan.workspace_bytes()),
+            plan,
+        }
+    }
+
+    fn run(&mut self) {
+        let (queries, keys) = (self.plan.batch().query_shape(), self.plan.batch().key_shape());
+        let inputs = Inputs::new(
+            TensorView::contiguous("query", &self.query, queries).unwrap(),
+            TensorView::contiguous("key", &self.key, keys).unwrap(),
+            TensorView::contiguous("value", &self.value, keys).unwrap(),
+        );
+        let out = TensorViewMut::contiguous("out", &mut self.out, queries).unwrap();
+        self.plan.run(inputs, out, None, &mut self.workspace).unwrap();
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+fn seconds(run: &mut dyn FnMut()) -> f64 {
+    let start = Instant::now();
+    run();
+    start.elapsed().as_secs_f64()
+}
+
+fn median(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples[samples.len() / 2]
+}
+
+/// A line of the table: the two sides' medians, and the median of their ratios.
+struct Line {
+    name: String,
+    seconds: [f64; 2],
+    ratio: f64,
+}
+
+struct Bench {
+    /// The rows to run: those whose name holds one of these, or all.
+    filters: Vec<String>,
+    pairs: usize,
+    lines: Vec<Line>,
+}
+
+impl Bench {
+    /// Whether a row is asked for.
+    fn wants(&self, name: &str) -> bool {
+        self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter))
+    }
+
+    /// Runs `one` and `other` in turn. The ratio is of one over the other.
+    fn compare(&mut self, name: &str, one: &mut dyn FnMut(), other: &mut dyn FnMut()) {
+        let style = ProgressStyle::with_template("{msg:48} {wide_bar} {pos}/{len}");
+        let bar = ProgressBar::new(self.pairs as u64 + 1).with_style(style.unwrap());
+        bar.set_message(name.to_string());
+        (one(), other());
+        bar.inc(1);
+        let (mut ones, mut others, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..self.pairs {
+            let pair = [seconds(one), seconds(other)];
+            ones.push(pair[0]);
+            others.push(pair[1]);
+            ratios.push(pair[0] / pair[1]);
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        let (seconds, ratio) = ([median(ones), median(others)], median(ratios));
+        self.lines.push(Line { name: name.into(), seconds, ratio });
+    }
+
+    /// One call with all sequences, over one call for each of two parts.
+    fn ragged<T: Element>(&mut self, name: &str, parts: [Vec<[usize; 2]>; 2]) {
+        let name = format!("{name}, {}", T::DTYPE);
+        if !self.wants(&name) {
+            return;
+        }
+        let config = PlanConfig::new();
+        let mut all = Call::<T>::new(&config, &parts.concat(), None);
+        let [mut one, mut other] = parts.map(|lens| Call::<T>::new(&config, &lens, None));
+        self.compare(&name, &mut || all.run(), &mut || {
+            one.run();
+            other.run();
+        });
+    }
+
+    fn paged<T: Element>(&mut self, lens: &[[usize; 2]], page_len: usize) {
+        let name = format!("decode of {} x {} keys, pages of {page_len}, {}", lens.len(), lens[0][1], T::DTYPE);
+        if !self.wants(&name) {
+            return;
+        }
+        let mut pages = Call::<T>::new(&PlanConfig::new(), lens, Some(page_len));
+        let mut rows = Call::<T>::new(&PlanConfig::new(), lens, None);
+        self.compare(&name, &mut || pages.run(), &mut || rows.run());
+    }
+
+    fn row_invariant<T: Element>(&mut self, lens: &[[usize; 2]]) {
+        let name = format!("decode of {} x {} keys, row-invariant, {}", lens.len(), lens[0][1], T::DTYPE);
+        if !self.wants(&name) {
+            return;
+        }
+        let mut invariant = Call::<T>::new(&PlanConfig::new().with_row_invariant(), lens, None);
+        let mut plain = Call::<T>::new(&PlanConfig::new(), lens, None);
+        self.compare(&name, &mut || invariant.run(), &mut || plain.run());
+    }
+}
+
+/// Prints the time of plans alone, batch included.
+fn schedule(bench: &Bench) {
+    if !bench.wants("schedule") {
+        return;
+    }
+    let plan_of = |lens: &[[usize; 2]]| {
+        let samples = (0..20 * bench.pairs).map(|_| {
+            let rows = lens.iter().map(|[rows, _]| rows).sum();
+            let keys: usize = lens.iter().map(|[_, keys]| keys).sum();
+            let start = Instant::now();
+            let mut batch =
+                Batch::new([1, rows, QUERY_HEADS, HEAD_DIM], [1, keys, KV_HEADS, HEAD_DIM]).unwrap();
+            let (mut row, mut key) = (0, 0);
+            for &[rows, keys] in lens {
+                let sequence = Sequence::new(0, row..row + rows, Keys::rows(0, key..key + keys), Mask::Causal);
+                batch.push(sequence).unwrap();
+                (row, key) = (row + rows, key + keys);
+            }
+            std::hint::black_box(Plan::for_batch(&PlanConfig::new(), batch).unwrap());
+            start.elapsed().as_secs_f64()
+        });
+        median(samples.collect())
+    };
+    let decodes = plan_of(&vec![[1, 4096]; 256]);
+    // A tile is 128 rows of the query heads of a KV head.
+    let rows = 1 << 20;
+    let tiles = rows / (128 / (QUERY_HEADS / KV_HEADS));
+    let prefill = plan_of(&[[rows, rows]]);
+    println!("\nA plan of 256 decodes takes {:.1} µs,", decodes * 1e6);
+    println!("one of a prefill of {rows} rows {:.1} ns for each of {tiles} tiles.", prefill * 1e9 / tiles as f64);
+}
+
+fn main() {
+    // `cargo test --benches` passes `--test`, `cargo bench` passes `--bench`.
+    let (options, filters): (Vec<String>, _) = std::env::args().skip(1).partition(|arg| arg.starts_with("--"));
+    let quick = options.iter().any(|option| option == "--test");
+    let mut bench = Bench { filters, pairs: if quick { 1 } else { PAIRS }, lines: Vec::new() };
+    let scale = if quick { 64 } else { 1 };
+    let many = |count: usize, rows: usize, keys: usize| vec![[rows, keys / scale]; count];
+
+    bench.ragged::<bf16>("decode, 1 x 64K keys beside 64 x 256", [many(1, 1, 65_536), many(64, 1, 256)]);
+    bench.ragged::<f32>("decode, 1 x 64K keys beside 64 x 256", [many(1, 1, 65_536), many(64, 1, 256)]);
+    bench.ragged::<bf16>(
+        "prefill of 4K beside 31 decodes over 8K keys",
+        [many(1, 4096 / scale, 4096), many(31, 1, 8192)],
+    );
+    bench.ragged::<bf16>(
+        "prefill of 4K beside 31 decodes over 32K keys",
+        [many(1, 4096 / scale, 4096), many(31, 1, 32_768)],
+    );
+    bench.ragged::<bf16>("decode, 1 x 1M keys beside 128 x 128", [many(1, 1, 1 << 20), many(128, 1, 128)]);
+    for lens in [many(1, 1, 65_536), many(16, 1, 4096)] {
+        bench.paged::<f32>(&lens, 16);
+        bench.paged::<bf16>(&lens, 16);
+    }
+    for lens in [many(1, 1, 65_536), many(16, 1, 4096)] {
+        bench.row_invariant::<f32>(&lens);
+        bench.row_invariant::<bf16>(&lens);
+    }
+
+    println!("\n{} threads, {PAIRS} pairs in turn\n", rayon::current_num_threads());
+    println!("| case | one call, pages or row-invariant | parts, rows or plain | ratio |");
+    println!("|---|---:|---:|---:|");
+    for Line { name, seconds: [one, other], ratio } in &bench.lines {
+        println!("| {name} | {:.2} ms | {:.2} ms | {ratio:.2} |", one * 1e3, other * 1e3);
+    }
+    schedule(&bench);
+}

@@ -1,0 +1,186 @@
+//! The call itself, on any backend.
+
+use crate::file::{File, FileElement, outputs};
+use crate::{Args, Backend as Kind, Result};
+use safetensors::tensor::Dtype;
+use star_attention::cpu::{Cpu, InstructionSet, reference};
+use star_attention::cuda::Cuda;
+use star_attention::cuda::simt::Simt;
+use star_attention::{
+    AttentionConfig, Backend, Batch, Element, Inputs, Keys, PlanConfig, ScoreConfig, Sequence, TensorView,
+    bf16, f16,
+};
+
+/// What computes, and how.
+pub struct Settings {
+    backend: Kind,
+    config: PlanConfig,
+    instructions: Option<InstructionSet>,
+    threads: Option<usize>,
+}
+
+impl Settings {
+    pub fn of(args: &Args, score: ScoreConfig) -> Result<Self> {
+        let mut config = PlanConfig::from(score);
+        (config.split_keys, config.row_invariant) = (args.split_keys, args.row_invariant);
+        config.validate().map_err(|e| e.to_string())?;
+        let of_cpu = [("--instructions", args.instructions.is_some()), ("--threads", args.threads.is_some())];
+        if let Some((name, _)) = of_cpu.iter().find(|(_, given)| *given && args.backend != Kind::Cpu) {
+            return Err(format!("{name}: only with --backend cpu"));
+        }
+        if args.threads == Some(0) {
+            return Err("--threads: expected at least 1, got 0".into());
+        }
+        let instructions = args.instructions.as_deref().map(instructions).transpose()?;
+        Ok(Self { backend: args.backend, config, instructions, threads: args.threads })
+    }
+
+    /// The call on a file's tensors; gives the file to write.
+    pub fn run(&self, file: &File<'_>, batch: Batch) -> Result<Vec<u8>> {
+        match file.inputs[0].data.dtype() {
+            Dtype::F32 => self.run_queries::<f32>(file, batch),
+            Dtype::F16 => self.run_queries::<f16>(file, batch),
+            Dtype::BF16 => self.run_queries::<bf16>(file, batch),
+            other => Err(format!("q: expected dtype F32, F16 or BF16, got {other:?}")),
+        }
+    }
+
+    fn run_queries<Q: FileElement>(&self, file: &File<'_>, batch: Batch) -> Result<Vec<u8>> {
+        match file.inputs[1].data.dtype() {
+            Dtype::F32 => self.run_keys::<Q, f32>(file, batch),
+            Dtype::F16 => self.run_keys::<Q, f16>(file, batch),
+            Dtype::BF16 => self.run_keys::<Q, bf16>(file, batch),
+            other => Err(format!("k: expected dtype F32, F16 or BF16, got {other:?}")),
+        }
+    }
+
+    fn run_keys<Q: FileElement, T: FileElement>(&self, file: &File<'_>, batch: Batch) -> Result<Vec<u8>> {
+        let [query, key, value] = file.inputs.each_ref().map(|input| input.data.data());
+        let call =
+            Call { config: self.config, batch, query: Q::read(query), key: T::read(key), value: T::read(value) };
+        let results = match self.backend {
+            Kind::Cpu => {
+                let mut cpu = Cpu::new();
+                if let Some(instructions) = self.instructions {
+                    cpu = cpu.with_instructions(instructions).map_err(|e| e.to_string())?;
+                }
+                if let Some(threads) = self.threads {
+                    cpu = cpu.with_threads(threads).map_err(|e| e.to_string())?;
+                }
+                call.on(&cpu)
+            }
+            Kind::Simt => call.on(&Cuda::new(Simt::new(0), ())),
+            Kind::Cuda => call.on_gpu(),
+            Kind::Reference => call.on_reference(),
+        };
+        let (out, lse) = results.map_err(|e| e.to_string())?;
+        outputs(call.batch.query_shape(), &out, &lse)
+    }
+}
+
+fn instructions(name: &str) -> Result<InstructionSet> {
+    let all = [
+        InstructionSet::Portable,
+        InstructionSet::Neon,
+        InstructionSet::Avx2,
+        InstructionSet::Avx512,
+        InstructionSet::Avx512Bf16,
+    ];
+    let known = all.into_iter().find(|set| format!("{set:?}").eq_ignore_ascii_case(name));
+    known.ok_or_else(|| format!("--instructions: expected one of {:?}, got {name}", InstructionSet::available()))
+}
+
+/// One call on tensors in memory.
+struct Call<Q, T> {
+    config: PlanConfig,
+    batch: Batch,
+    query: Vec<Q>,
+    key: Vec<T>,
+    value: Vec<T>,
+}
+
+/// Outputs and log-sum-exps; (0, -inf) for rows of no sequence.
+type Results<Q> = star_attention::Result<(Vec<Q>, Vec<f32>)>;
+
+impl<Q: Element, T: Element> Call<Q, T> {
+    fn on<B: Backend>(&self, backend: &B) -> Results<Q> {
+        let (query_shape, key_shape) = (self.batch.query_shape(), self.batch.key_shape());
+        let mut plan = backend.plan_for(&self.config, &self.batch)?;
+        let (query, key, value) =
+            (backend.buffer_of(&self.query)?, backend.buffer_of(&self.key)?, backend.buffer_of(&self.value)?);
+        let mut out = backend.buffer::<Q>(self.query.len())?;
+        let mut lse = backend.buffer_of(&vec![f32::NEG_INFINITY; self.batch.lse_len()])?;
+        let mut workspace = backend.buffer::<u8>(backend.workspace_bytes(&plan))?;
+        let inputs = Inputs::new(
+            backend.whole("q", &query, query_shape)?,
+            backend.whole("k", &key, key_shape)?,
+            backend.whole("v", &value, key_shape)?,
+        );
+        backend.attend(
+            &mut plan,
+            inputs,
+            backend.whole_mut("out", &mut out, query_shape)?,
+            Some(backend.slice_mut(&mut lse, ..)),
+            backend.slice_mut(&mut workspace, ..),
+        )?;
+        Ok((backend.read(&out)?, backend.read(&lse)?))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> Results<Q> {
+        let driver = star_attention::cuda::driver::Driver::open(0)?;
+        let stream = driver.context().default_stream();
+        self.on(&Cuda::new(driver, stream))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn on_gpu(&self) -> Results<Q> {
+        let reason = "built without the feature cuda".into();
+        Err(star_attention::Error::Unavailable { what: "the GPU", reason })
+    }
+
+    /// Each sequence by itself.
+    fn on_reference(&self) -> Results<Q> {
+        let [_, seq, heads, dim] = self.batch.query_shape();
+        let [_, page_len, kv_heads, _] = self.batch.key_shape();
+        let mut out = vec![Q::default(); self.query.len()];
+        let mut lse = vec![f32::NEG_INFINITY; self.batch.lse_len()];
+        let ScoreConfig { scale, softcap, .. } = self.config.score;
+        for Sequence { batch, rows, keys, mask, .. } in self.batch.sequences() {
+            let rows_of = rows.clone().map(|row| batch * seq + row);
+            // In f32, which holds every element exactly.
+            let gather = |from: &[T]| -> Vec<f32> {
+                let place = |key| match keys {
+                    Keys::Rows { batch, rows } => batch * page_len + rows.start + key,
+                    Keys::Pages { pages, .. } => pages[key / page_len] as usize * page_len + key % page_len,
+                    _ => unreachable!("keys of a file lie in rows or pages"),
+                };
+                let width = kv_heads * dim;
+                let elements = (0..keys.len()).flat_map(|key| &from[place(key) * width..][..width]);
+                elements.map(|x| x.to_f32()).collect()
+            };
+            let width = heads * dim;
+            let own = rows_of.clone().flat_map(|row| &self.query[row * width..][..width]);
+            let own: Vec<f32> = own.map(|x| x.to_f32()).collect();
+            let (key, value) = (gather(&self.key), gather(&self.value));
+            let key_shape = [1, keys.len(), kv_heads, dim];
+            let config = AttentionConfig { mask: *mask, scale, softcap };
+            let exact = reference::attention(
+                &config,
+                TensorView::contiguous("q", &own, [1, rows.len(), heads, dim])?,
+                TensorView::contiguous("k", &key, key_shape)?,
+                TensorView::contiguous("v", &value, key_shape)?,
+            )?;
+            for (index, row) in rows_of.enumerate() {
+                let from = exact.out[index * width..][..width].iter();
+                let to = &mut out[row * width..][..width];
+                to.iter_mut().zip(from).for_each(|(to, &x)| *to = Q::from_f32(x as f32));
+                for head in 0..heads {
+                    let at = (batch * heads + head) * seq + row % seq;
+                    lse[at] = exact.lse[head * rows.len() + index] as f32;
+                }
+            }
+        }
+        Ok((out, lse))
+    }
+}

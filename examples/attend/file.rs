@@ -1,0 +1,111 @@
+//! The tensors of a safetensors file, and the file that is written.
+
+use crate::Result;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView as Stored};
+use star_attention::{Element, bf16, f16};
+
+/// A tensor `[batch, seq, heads, dim]` of a file.
+pub struct Input<'a> {
+    pub name: &'static str,
+    pub shape: [usize; 4],
+    pub data: Stored<'a>,
+}
+
+/// A file with a call's tensors.
+pub struct File<'a> {
+    tensors: SafeTensors<'a>,
+    /// q, k and v.
+    pub inputs: [Input<'a>; 3],
+}
+
+impl<'a> File<'a> {
+    pub fn parse(bytes: &'a [u8]) -> Result<Self> {
+        let tensors = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
+        let inputs =
+            [input(&tensors, "q")?, input(&tensors, "k")?, input(&tensors, "v")?];
+        let [query, key, value] = inputs.each_ref().map(|tensor| tensor.data.dtype());
+        if key != value {
+            let (name, expected, like, got) =
+                if key == query { ("v", key, "k", value) } else { ("k", value, "v", key) };
+            return Err(format!("{name}: expected dtype {expected:?} as {like} has, got {got:?}"));
+        }
+        Ok(Self { tensors, inputs })
+    }
+
+    /// An i32 tensor, if the file has one of this name.
+    pub fn numbers(&self, name: &'static str) -> Result<Option<Numbers>> {
+        let Ok(data) = self.tensors.tensor(name) else { return Ok(None) };
+        if data.dtype() != Dtype::I32 {
+            return Err(format!("{name}: expected dtype I32, got {:?}", data.dtype()));
+        }
+        let numbers = data.data().as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes));
+        Ok(Some(Numbers { name, shape: data.shape().to_vec(), data: numbers.collect() }))
+    }
+}
+
+fn input<'a>(file: &SafeTensors<'a>, name: &'static str) -> Result<Input<'a>> {
+    let data = file.tensor(name).map_err(|_| format!("no tensor {name}"))?;
+    let shape = data
+        .shape()
+        .try_into()
+        .map_err(|_| format!("{name}: expected 4 axes [batch, seq, heads, dim], got {:?}", data.shape()))?;
+    Ok(Input { name, shape, data })
+}
+
+/// An i32 tensor.
+pub struct Numbers {
+    pub name: &'static str,
+    pub shape: Vec<usize>,
+    pub data: Vec<i32>,
+}
+
+impl Numbers {
+    /// The numbers as lengths or offsets.
+    pub fn lengths(&self) -> Result<Vec<usize>> {
+        let length = |&x: &i32| {
+            usize::try_from(x).map_err(|_| format!("{}: expected no negative number, got {x}", self.name))
+        };
+        self.data.iter().map(length).collect()
+    }
+
+    /// Refuses another shape.
+    pub fn check_shape(&self, expected: &[usize]) -> Result<()> {
+        if self.shape == expected {
+            return Ok(());
+        }
+        Err(format!("{}: expected shape {expected:?}, got {:?}", self.name, self.shape))
+    }
+}
+
+/// An element as it lies in a file: little-endian, at any address.
+pub trait FileElement: Element {
+    const STORED: Dtype;
+    fn read(bytes: &[u8]) -> Vec<Self>;
+    fn write(values: &[Self]) -> Vec<u8>;
+}
+
+macro_rules! file_element {
+    ($type:ty, $stored:expr) => {
+        impl FileElement for $type {
+            const STORED: Dtype = $stored;
+            fn read(bytes: &[u8]) -> Vec<Self> {
+                bytes.as_chunks().0.iter().map(|&bytes| Self::from_le_bytes(bytes)).collect()
+            }
+            fn write(values: &[Self]) -> Vec<u8> {
+                values.iter().flat_map(|x| x.to_le_bytes()).collect()
+            }
+        }
+    };
+}
+file_element!(f32, Dtype::F32);
+file_element!(f16, Dtype::F16);
+file_element!(bf16, Dtype::BF16);
+
+/// A file with `out`, of the queries' shape, and `lse`.
+pub fn outputs<T: FileElement>(shape: [usize; 4], out: &[T], lse: &[f32]) -> Result<Vec<u8>> {
+    let [batch, seq, heads, _] = shape;
+    let (out, lse) = (T::write(out), f32::write(lse));
+    let out = Stored::new(T::STORED, shape.to_vec(), &out).map_err(|e| e.to_string())?;
+    let lse = Stored::new(Dtype::F32, vec![batch, heads, seq], &lse).map_err(|e| e.to_string())?;
+    safetensors::serialize([("out", out), ("lse", lse)], None).map_err(|e| e.to_string())
+}

@@ -1,0 +1,97 @@
+//! The batch that a file's tensors describe.
+
+use crate::Result;
+use crate::file::{File, Numbers};
+use star_attention::{Batch, Keys, Mask, Sequence};
+
+/// The sequences of a file; `masks` gives a mask for each of so many.
+pub fn batch(file: &File<'_>, masks: impl Fn(usize) -> Result<Vec<Mask>>) -> Result<Batch> {
+    let [query, key, value] = file.inputs.each_ref().map(|input| input.shape);
+    if key != value {
+        return Err(format!("v: expected shape {key:?} as k has, got {value:?}"));
+    }
+    let numbers = |name| file.numbers(name);
+    let query_offsets = numbers("query_offsets")?;
+    let (key_offsets, key_lens, page_table) =
+        (numbers("key_offsets")?, numbers("key_lens")?, numbers("page_table")?);
+
+    let rows = match &query_offsets {
+        Some(offsets) => packed(offsets, "q", query)?,
+        None => (0..query[0]).map(|batch| (batch, 0..query[1])).collect(),
+    };
+    let count = rows.len();
+    let keys = keys(count, key, key_offsets, key_lens, page_table)?;
+    let mut batch = Batch::new(query, key).map_err(|e| e.to_string())?;
+    for (((index, rows), keys), mask) in rows.into_iter().zip(keys).zip(masks(count)?) {
+        batch.push(Sequence::new(index, rows, keys, mask)).map_err(|e| e.to_string())?;
+    }
+    Ok(batch)
+}
+
+/// Rows `[batch, seq]` of each sequence, packed on the seq axis of a batch of 1.
+fn packed(
+    offsets: &Numbers,
+    tensor: &str,
+    shape: [usize; 4],
+) -> Result<Vec<(usize, std::ops::Range<usize>)>> {
+    let name = offsets.name;
+    if shape[0] != 1 {
+        return Err(format!("{tensor}: expected batch 1 with {name}, got {}", shape[0]));
+    }
+    let ends = offsets.lengths()?;
+    if offsets.shape.len() != 1 || ends.is_empty() {
+        return Err(format!("{name}: expected shape [sequences + 1], got {:?}", offsets.shape));
+    }
+    if ends[0] != 0 || !ends.is_sorted() || ends[ends.len() - 1] > shape[1] {
+        return Err(format!("{name}: expected offsets that ascend from 0 to at most {}, got {ends:?}", shape[1]));
+    }
+    Ok(ends.windows(2).map(|ends| (0, ends[0]..ends[1])).collect())
+}
+
+/// The keys of each of `count` sequences.
+fn keys(
+    count: usize,
+    shape: [usize; 4],
+    offsets: Option<Numbers>,
+    lens: Option<Numbers>,
+    page_table: Option<Numbers>,
+) -> Result<Vec<Keys>> {
+    let lens = match &lens {
+        Some(lens) => {
+            lens.check_shape(&[count])?;
+            Some(lens.lengths()?)
+        }
+        None => None,
+    };
+    if let Some(table) = page_table {
+        if offsets.is_some() {
+            return Err("key_offsets: not with page_table".into());
+        }
+        let lens = lens.ok_or("key_lens: needed with page_table")?;
+        let width = table.shape.get(1).copied().unwrap_or(0);
+        table.check_shape(&[count, width])?;
+        let pages = |index: usize| {
+            let row = &table.data[index * width..][..width];
+            // Unused slots end a row, and whatever is negative is one.
+            row.iter().map_while(|&page| u32::try_from(page).ok()).collect::<Vec<u32>>()
+        };
+        return Ok(lens.iter().enumerate().map(|(index, &len)| Keys::pages(len, pages(index))).collect());
+    }
+    let rows = match &offsets {
+        Some(offsets) => packed(offsets, "k", shape)?,
+        None => (0..shape[0]).map(|batch| (batch, 0..shape[1])).collect(),
+    };
+    if rows.len() != count {
+        let (name, got) = if offsets.is_some() { ("key_offsets", rows.len()) } else { ("k", shape[0]) };
+        return Err(format!("{name}: expected {count} sequences as q has, got {got}"));
+    }
+    let lens = lens.unwrap_or_else(|| rows.iter().map(|(_, rows)| rows.len()).collect());
+    let mut keys = Vec::with_capacity(count);
+    for (index, ((batch, rows), len)) in rows.into_iter().zip(lens).enumerate() {
+        if len > rows.len() {
+            return Err(format!("key_lens: sequence {index}: expected at most {}, got {len}", rows.len()));
+        }
+        keys.push(Keys::rows(batch, rows.start..rows.start + len));
+    }
+    Ok(keys)
+}

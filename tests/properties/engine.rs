@@ -1,0 +1,245 @@
+//! Continuous batching over a paged cache: requests arrive, are encoded in chunks under star masks
+//! beside others' decodes, grow, fork and leave. One loop serves every backend.
+
+use super::cases::RUBBISH;
+use super::expected::Expected;
+use crate::common::{Rng, Tensor};
+use proptest::prelude::*;
+use star_attention::{
+    Append, AttentionConfig, Backend, Batch, Capacity, Element, Inputs, Keys, LEFT_OUT, Mask, PlanConfig,
+    Sequence,
+};
+
+/// Query rows of a step, and so many of one request.
+const ROWS: usize = 64;
+const CHUNK: usize = 24;
+const REQUESTS: usize = 5;
+/// Keys that the cache has room for.
+const CACHE_KEYS: usize = 384;
+
+/// What an engine's life follows from.
+#[derive(Clone, Debug)]
+pub struct History {
+    pub steps: usize,
+    pub page_len: usize,
+    pub kv_heads: usize,
+    pub group: usize,
+    pub head_dim: usize,
+    pub seed: u64,
+}
+
+pub fn histories(steps: usize, head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = History> {
+    let page_len = prop::sample::select(vec![1, 8, 16, 48]);
+    (1..=steps, page_len, 1..=2usize, 1..=4usize, head_dims, any::<u64>()).prop_map(
+        |(steps, page_len, kv_heads, group, head_dim, seed)| History {
+            steps,
+            page_len,
+            kv_heads,
+            group,
+            head_dim,
+            seed,
+        },
+    )
+}
+
+/// Pages, each with the number of requests that name it.
+struct FreeList {
+    users: Vec<usize>,
+}
+
+impl FreeList {
+    fn take(&mut self) -> Option<u32> {
+        let page = self.users.iter().position(|&users| users == 0)?;
+        self.users[page] = 1;
+        Some(page as u32)
+    }
+
+    fn free(&self) -> usize {
+        self.users.iter().filter(|&&users| users == 0).count()
+    }
+
+    fn share(&mut self, pages: &[u32]) {
+        pages.iter().for_each(|&page| self.users[page as usize] += 1);
+    }
+
+    fn release(&mut self, pages: &[u32]) {
+        pages.iter().for_each(|&page| self.users[page as usize] -= 1);
+    }
+}
+
+struct Request {
+    star: Mask,
+    context_len: usize,
+    total_len: usize,
+    /// What each token's query, key and value are drawn from.
+    tokens: Vec<u64>,
+    pages: Vec<u32>,
+}
+
+impl Request {
+    fn new(rng: &mut Rng) -> Self {
+        let block_len = 1 + rng.below(20);
+        let star =
+            Mask::Star { anchor_len: rng.below(block_len + 1), block_len, first_block_len: block_len };
+        let context_len = 1 + rng.below(60);
+        let total_len = context_len + rng.below(6);
+        Self { star, context_len, total_len, tokens: Vec::new(), pages: Vec::new() }
+    }
+
+    /// A request that begins as this one does, as far as whole pages go.
+    fn fork(&self, page_len: usize, free: &mut FreeList, rng: &mut Rng) -> Self {
+        let pages = rng.below(self.tokens.len() / page_len + 1);
+        free.share(&self.pages[..pages]);
+        let mut fork = Self::new(rng);
+        fork.tokens = self.tokens[..pages * page_len].to_vec();
+        fork.pages = self.pages[..pages].to_vec();
+        fork.total_len = fork.total_len.max(fork.tokens.len() + 1);
+        fork
+    }
+
+    /// How many tokens come next, and what they see.
+    fn next(&self, rng: &mut Rng) -> (usize, Mask) {
+        let left = self.context_len.saturating_sub(self.tokens.len());
+        if left > 0 { ((1 + rng.below(CHUNK)).min(left), self.star) } else { (1, Mask::Causal) }
+    }
+}
+
+/// The rows of one tensor for tokens that are drawn from these seeds.
+fn rows<T: Element>(which: u64, tokens: &[u64], heads: usize, dim: usize) -> Tensor<T> {
+    let mut rngs: Vec<Rng> = tokens.iter().map(|&seed| Rng::new(seed.wrapping_add(which))).collect();
+    Tensor::contiguous("rows", [1, tokens.len(), heads, dim], |[_, token, ..]| rngs[token].normal())
+}
+
+/// What a step works on: the request, its first query row, and how many tokens there are.
+struct Turn {
+    request: usize,
+    start: usize,
+    len: usize,
+    mask: Mask,
+}
+
+/// Every row of every step is the oracle's for its sequence alone, and padding is left alone.
+pub fn an_engine_serves_requests<B: Backend, T: Element>(
+    backend: &B,
+    history: &History,
+) -> Result<(), TestCaseError> {
+    let History { steps, page_len, kv_heads, group, head_dim, seed } = *history;
+    let heads = kv_heads * group;
+    let mut rng = Rng::new(seed);
+    let mut free = FreeList { users: vec![0; CACHE_KEYS / page_len] };
+    let (query_shape, new_shape) = ([1, ROWS, heads, head_dim], [1, ROWS, kv_heads, head_dim]);
+    let cache_shape = [free.users.len(), page_len, kv_heads, head_dim];
+    let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
+
+    let capacity = Capacity::new(query_shape, cache_shape, REQUESTS, CHUNK).with_pages(REQUESTS * 80);
+    let mut plan = backend.plan(&PlanConfig::new(), &capacity).unwrap();
+    let mut workspace = backend.buffer::<u8>(backend.workspace_bytes(&plan)).unwrap();
+    let nan = T::from_f32(f32::NAN);
+    let mut query = backend.buffer_of(&vec![nan; elements(query_shape)]).unwrap();
+    let mut new = [(); 2].map(|()| backend.buffer_of(&vec![nan; elements(new_shape)]).unwrap());
+    let mut cache = [(); 2].map(|()| backend.buffer_of(&vec![nan; elements(cache_shape)]).unwrap());
+    let mut places = backend.buffer::<u32>(ROWS).unwrap();
+    let mut requests: Vec<Request> = Vec::new();
+
+    for _ in 0..steps {
+        while requests.len() < REQUESTS && rng.below(2) == 0 {
+            let from = rng.below(2 * requests.len() + 2);
+            let request = match requests.get(from) {
+                Some(other) => other.fork(page_len, &mut free, &mut rng),
+                None => Request::new(&mut rng),
+            };
+            requests.push(request);
+        }
+
+        // Who takes part, where: with some rows of padding, as far as pages and rows go.
+        let mut batch = Batch::new(query_shape, cache_shape).unwrap();
+        let mut turns = Vec::new();
+        let mut place_of = vec![LEFT_OUT; ROWS];
+        let mut end = 0;
+        for (index, request) in requests.iter_mut().enumerate() {
+            let (len, mask) = request.next(&mut rng);
+            let start = end + rng.below(3);
+            let first = request.tokens.len();
+            let missing = (first + len).div_ceil(page_len) - request.pages.len();
+            if rng.below(8) == 0 || start + len > ROWS || missing > free.free() {
+                continue;
+            }
+            request.pages.extend((0..missing).map(|_| free.take().unwrap()));
+            request.tokens.extend((0..len).map(|_| rng.next()));
+            for (row, token) in (start..start + len).zip(first..) {
+                place_of[row] = request.pages[token / page_len] * page_len as u32 + (token % page_len) as u32;
+            }
+            end = start + len;
+            let keys = Keys::pages(first + len, &request.pages[..]);
+            batch.push(Sequence::new(0, start..end, keys, mask)).unwrap();
+            turns.push(Turn { request: index, start, len, mask });
+        }
+
+        for turn in &turns {
+            let tokens = &requests[turn.request].tokens;
+            let tokens = &tokens[tokens.len() - turn.len..];
+            let own = rows::<T>(0, tokens, heads, head_dim);
+            backend.write(&mut query, turn.start * heads * head_dim, own.buffer()).unwrap();
+            for (which, buffer) in (1..).zip(&mut new) {
+                let own = rows::<T>(which, tokens, kv_heads, head_dim);
+                backend.write(buffer, turn.start * kv_heads * head_dim, own.buffer()).unwrap();
+            }
+        }
+        backend.write(&mut places, 0, &place_of).unwrap();
+        let mut out = backend.buffer_of(&vec![RUBBISH; elements(query_shape)]).unwrap();
+        let mut lse = backend.buffer_of(&vec![RUBBISH; heads * ROWS]).unwrap();
+
+        let [new_key, new_value] = &new;
+        let [cache_key, cache_value] = &mut cache;
+        let rows_to_store = Append::new(
+            backend.whole("key", new_key, new_shape).unwrap(),
+            backend.whole("value", new_value, new_shape).unwrap(),
+            backend.slice(&places, ..),
+        );
+        backend
+            .append(
+                rows_to_store,
+                backend.whole_mut("cache_key", cache_key, cache_shape).unwrap(),
+                backend.whole_mut("cache_value", cache_value, cache_shape).unwrap(),
+            )
+            .unwrap();
+        backend.update(&mut plan, &batch).unwrap();
+        let inputs = Inputs::new(
+            backend.whole("query", &query, query_shape).unwrap(),
+            backend.whole("key", cache_key, cache_shape).unwrap(),
+            backend.whole("value", cache_value, cache_shape).unwrap(),
+        );
+        backend
+            .attend(
+                &mut plan,
+                inputs,
+                backend.whole_mut::<f32>("out", &mut out, query_shape).unwrap(),
+                Some(backend.slice_mut(&mut lse, ..)),
+                backend.slice_mut(&mut workspace, ..),
+            )
+            .unwrap();
+
+        let (mut out, lse) = (backend.read(&out).unwrap(), backend.read(&lse).unwrap());
+        for Turn { request, start, len, mask } in turns {
+            let tokens = &requests[request].tokens;
+            let query = rows::<T>(0, &tokens[tokens.len() - len..], heads, head_dim);
+            let [key, value] = [1, 2].map(|which| rows::<T>(which, tokens, kv_heads, head_dim));
+            let expected = Expected::of(&AttentionConfig::new(mask), &query, &key, &value, false);
+            let own = &mut out[start * heads * head_dim..(start + len) * heads * head_dim];
+            expected.check_out(own.iter().copied())?;
+            own.fill(RUBBISH);
+            let own_lse = (0..heads).flat_map(|head| &lse[head * ROWS + start..][..len]);
+            expected.check_lse(&own_lse.copied().collect::<Vec<f32>>())?;
+        }
+        prop_assert!(out.iter().all(|&x| x == RUBBISH), "wrote the outputs of padding");
+
+        requests.retain(|request| {
+            let gone = request.tokens.len() >= request.total_len || rng.below(12) == 0;
+            if gone {
+                free.release(&request.pages);
+            }
+            !gone
+        });
+    }
+    Ok(())
+}
