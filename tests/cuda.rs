@@ -205,17 +205,25 @@ fn errors_of_the_driver_are_named() {
     assert!(matches!(error, Error::Driver { operation: "launch a kernel", .. }), "{error}");
 }
 
+/// Whether this process runs one test only. If not, the test of this name has passed in one that
+/// does.
+fn is_alone(test: &str) -> bool {
+    const ALONE: &str = "STAR_ATTENTION_TEST_ALONE";
+    let alone = std::env::var_os(ALONE).is_some();
+    if !alone {
+        let mut process = Command::new(std::env::current_exe().unwrap());
+        let output = process.args(["--ignored", "--exact", test]).env(ALONE, "1").output().unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && stdout.contains("1 passed"), "{stdout}");
+    }
+    alone
+}
+
 /// In a process of its own, where no other test has loaded the kernel.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn many_threads_launch_a_kernel_that_is_not_loaded_yet() {
-    const ALONE: &str = "STAR_ATTENTION_TEST_ALONE";
-    if std::env::var_os(ALONE).is_none() {
-        let mut process = Command::new(std::env::current_exe().unwrap());
-        let this = ["--ignored", "--exact", "many_threads_launch_a_kernel_that_is_not_loaded_yet"];
-        let output = process.args(this).env(ALONE, "1").output().unwrap();
-        let stdout = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && stdout.contains("1 passed"), "{stdout}");
+    if !is_alone("many_threads_launch_a_kernel_that_is_not_loaded_yet") {
         return;
     }
     let driver = Driver::open(0).unwrap();
@@ -291,6 +299,36 @@ fn staged_copies_are_not_captured() {
     let mut expected = [0; 16];
     expected[3..8].fill(2);
     assert_eq!(read(&stream, &memory), expected);
+}
+
+/// A capture in the strictest mode goes on while a ring copies on another stream. In a process of
+/// its own: calls of other tests would end the capture.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn staged_copies_leave_captures_of_other_streams_alone() {
+    if !is_alone("staged_copies_leave_captures_of_other_streams_alone") {
+        return;
+    }
+    let driver = Driver::open(0).unwrap();
+    // SAFETY: each stream has memory of its own; events cannot be waited for in a capture.
+    unsafe { driver.context().disable_event_tracking() };
+    let [stream, captured] = [(); 2].map(|()| driver.context().new_stream().unwrap());
+    let mut staging = Staging::new(&driver, 1, 4).unwrap();
+    let mut memory = stream.alloc_zeros::<u8>(4).unwrap();
+    let mut captured_memory = captured.alloc_zeros::<u8>(4).unwrap();
+    let mut to = SpanMut::of(&mut memory, &stream);
+    // So that the next copy asks for an event.
+    staging.copy(&driver, &stream, &mut to, &[(0, &[1; 4])]).unwrap();
+    stream.synchronize().unwrap();
+    captured.synchronize().unwrap();
+    captured.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL).unwrap();
+    captured.memset_zeros(&mut captured_memory).unwrap();
+    let copied = staging.copy(&driver, &stream, &mut to, &[(0, &[2; 4])]);
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    captured.end_capture(flags).unwrap().expect("a graph");
+    copied.unwrap();
+    drop(to);
+    assert_eq!(read(&stream, &memory), [2; 4]);
 }
 
 /// Opened by the test, or after a time that only a call that waits for the stream takes.

@@ -32,7 +32,9 @@
 use super::device::{Device, Launch, Properties, Span, SpanMut, check_not_capturing};
 use super::functions::Functions;
 use crate::{Error, Result};
-use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum, CUstreamCaptureStatus};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute, CUfunction_attribute_enum, CUstreamCaptureMode, CUstreamCaptureStatus,
+};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
     result,
@@ -94,6 +96,15 @@ pub(crate) fn check_stream(context: &CudaContext, stream: &CudaStream) -> Result
 
 fn check_driver() -> Result<()> {
     check_library("the CUDA driver", if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" })
+}
+
+/// Sets which calls of this thread the driver refuses while any stream is being captured, and
+/// returns what was set before.
+fn exchange_capture_mode(mut mode: CUstreamCaptureMode) -> Result<CUstreamCaptureMode> {
+    // SAFETY: the driver writes a mode to the place of this one.
+    let exchanged = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) };
+    exchanged.result().map_err(driver("exchange the capture mode"))?;
+    Ok(mode)
 }
 
 impl Driver {
@@ -340,7 +351,11 @@ impl Device for Driver {
 
     fn has_passed(event: &CudaEvent) -> Result<bool> {
         event.context().bind_to_thread().map_err(driver("bind the context"))?;
-        event.try_is_complete().map_err(driver("ask whether an event has passed"))
+        // In other modes the query would end captures of other streams with an error.
+        let mode = exchange_capture_mode(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
+        let passed = event.try_is_complete().map_err(driver("ask whether an event has passed"));
+        exchange_capture_mode(mode)?;
+        passed
     }
 
     fn wait(event: &CudaEvent) -> Result<()> {

@@ -8,9 +8,11 @@ use crate::{Error, Result};
 /// A copy from pageable memory may keep the host until the stream comes to it. Here the bytes are
 /// written to a slot of pinned memory, the device copies them from there in the order of the
 /// stream, and an event behind the copies tells when the slot is free again. So a call neither
-/// waits nor allocates. One slot more than the updates that may be under way at a time is enough.
+/// waits nor allocates. As many slots are enough as updates may be under way at a time.
 ///
-/// Dropping the ring waits for its copies. Memory whose copies cannot be waited for is leaked.
+/// Dropping the ring waits for its copies. Memory whose copies cannot be waited for is leaked. On a
+/// GPU, rings are made and dropped while no stream is being captured, as the driver asks for; they
+/// may be used then, on other streams.
 #[derive(Debug)]
 pub struct Staging<D: Device> {
     slots: Vec<Slot<D>>,
