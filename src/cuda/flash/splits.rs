@@ -223,6 +223,6 @@ mod tests {
         assert_eq!(splits(2, 1 << 17), 15);
         assert_eq!(splits(33, 1 << 17), 1);
         assert_eq!(splits(1, 256), 1);
-        assert_eq!(splits(1, 4096), 16);
+        assert_eq!(splits(1, 4096), 13);
     }
 }

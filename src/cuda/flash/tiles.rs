@@ -85,7 +85,8 @@ impl Plan {
         for policy in [Some(kernels.encode), kernels.encode_64, kernels.query].into_iter().flatten() {
             let own = || placed.iter().filter(|placed| kernels.choose(rows_of(placed)) == policy);
             let most_rows = own().map(|placed| placed.sequence.rows.len()).max().unwrap_or(0);
-            let pack = if most_rows < policy.rows() { batch.group() } else { 1 };
+            let shared = kernels.query == Some(policy) || most_rows < policy.rows();
+            let pack = if shared { batch.group() } else { 1 };
             let mut launch = KernelTiles { policy, pack, tiles: self.tiles.len()..self.tiles.len() };
             let tiles: Vec<Vec<StarTile>> = own().map(|placed| self.tiles_of(placed, &launch)).collect();
             self.push_split(properties, config, kernels, &launch, tiles)?;
