@@ -5,7 +5,7 @@
 //! that chooses at run time writes an enum over the backends that it serves, or one generic
 //! function that is called from each arm of a `match`.
 
-use crate::merge::Partial;
+use crate::merge::PartialOf;
 use crate::{Append, Batch, Element, Error, Inputs, PlanConfig, Result};
 use std::fmt::Debug;
 use std::ops::Range;
@@ -271,7 +271,7 @@ pub trait Backend {
     /// [`Error::DType`] for element types that the backend does not take; errors of the driver.
     fn merge<T: Element, O: Element>(
         &self,
-        partials: Vec<Partial<Self::View<'_, T>, Self::Slice<'_, f32>>>,
+        partials: Vec<PartialOf<Self::View<'_, T>, Self::Slice<'_, f32>>>,
         out: Self::ViewMut<'_, O>,
         lse: Option<Self::SliceMut<'_, f32>>,
     ) -> Result<()>;

@@ -15,14 +15,17 @@ use crate::tensor::SharedRows;
 use crate::{Element, Error, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
 
-/// Attention over some of the keys: an output and its log-sum-exp.
+/// Attention over some of the keys: an output and its log-sum-exp, in the memory of any backend.
 #[derive(Clone, Copy, Debug)]
-pub struct Partial<'a, T> {
+pub struct PartialOf<V, L> {
     /// `[batch, seq, heads, dim]`, the last axis contiguous.
-    pub out: TensorView<'a, T>,
-    /// `[batch, heads, seq]`, natural logarithm; `-inf` where no key was seen.
-    pub lse: &'a [f32],
+    pub out: V,
+    /// f32 `[batch, heads, seq]`, natural logarithm; `-inf` where no key was seen.
+    pub lse: L,
 }
+
+/// Attention over some of the keys, in the CPU's memory.
+pub type Partial<'a, T> = PartialOf<TensorView<'a, T>, &'a [f32]>;
 
 impl<T: Element> Partial<'_, T> {
     pub(crate) fn check(&self, expected: [usize; 4]) -> Result<()> {
@@ -38,13 +41,13 @@ impl<T: Element> Partial<'_, T> {
     }
 }
 
-fn check_out<O: Element>(out: &TensorViewMut<'_, O>, lse: &[f32]) -> Result<()> {
+fn check_out<O: Element>(out: &TensorViewMut<'_, O>, lse: Option<&[f32]>) -> Result<()> {
     let shape = out.shape();
     if shape[3] == 0 {
         return Err(Error::shape("out", "head_dim of at least 1", format!("{shape:?}")));
     }
     check_rows("out", shape, shape, out.strides())?;
-    check_lse("lse", shape, lse)
+    lse.map_or(Ok(()), |lse| check_lse("lse", shape, lse))
 }
 
 pub(crate) fn check_lse(
@@ -71,8 +74,17 @@ pub fn merge<T: Element, O: Element>(
     out: TensorViewMut<'_, O>,
     lse: &mut [f32],
 ) -> Result<()> {
+    merge_rows(partials, out, Some(lse))
+}
+
+/// [`merge`], with or without the log-sum-exp.
+pub(crate) fn merge_rows<T: Element, O: Element>(
+    partials: &[Partial<'_, T>],
+    out: TensorViewMut<'_, O>,
+    lse: Option<&mut [f32]>,
+) -> Result<()> {
     let shape = out.shape();
-    check_out(&out, lse)?;
+    check_out(&out, lse.as_deref())?;
     partials.iter().try_for_each(|partial| partial.check(shape))?;
     for_each_row(out, lse, |index, [batch, seq, head], out, lse| {
         *lse = merge_row(partials.iter().map(|p| (p.row(batch, seq, head), p.lse[index])), out);
@@ -89,9 +101,9 @@ pub fn merge_into<T: Element>(
     other: &Partial<'_, T>,
 ) -> Result<()> {
     let shape = out.shape();
-    check_out(&out, lse)?;
+    check_out(&out, Some(lse))?;
     other.check(shape)?;
-    for_each_row(out, lse, |index, [batch, seq, head], out, lse| {
+    for_each_row(out, Some(lse), |index, [batch, seq, head], out, lse| {
         let (other_row, other_lse) = (other.row(batch, seq, head), other.lse[index]);
         // Before any key was seen `out` may hold anything.
         if *lse == f32::NEG_INFINITY {
@@ -144,21 +156,30 @@ fn maximum(a: f32, b: f32) -> f32 {
 /// Below this a thread's start costs more than the rows it takes over.
 pub(crate) const ROWS_PER_TASK: usize = 64;
 
-/// Calls `row(index of lse, [batch, seq, head], out, lse)` for each row, in the order of row-major outputs, in parallel where there are
-/// many.
+/// Calls `row(index of lse, [batch, seq, head], out, lse)` for each row, in the order of row-major
+/// outputs, in parallel where there are many. Without `lse` what is written there is lost.
 pub(crate) fn for_each_row<O: Element>(
     out: TensorViewMut<'_, O>,
-    lse: &mut [f32],
+    lse: Option<&mut [f32]>,
     row: impl Fn(usize, [usize; 3], &mut [O], &mut f32) + Sync,
 ) -> Result<()> {
     let [batches, seqs, heads, _] = out.shape();
     let out = SharedRows::new(out);
-    let lse = SharedRows::new(TensorViewMut::contiguous("lse", lse, [batches, heads, seqs, 1])?);
+    let lse = match lse {
+        Some(lse) => {
+            Some(SharedRows::new(TensorViewMut::contiguous("lse", lse, [batches, heads, seqs, 1])?))
+        }
+        None => None,
+    };
     (0..batches * seqs * heads).into_par_iter().with_min_len(ROWS_PER_TASK).for_each(|index| {
         let (batch, seq, head) = (index / heads / seqs, index / heads % seqs, index % heads);
+        let lse_index = (batch * heads + head) * seqs + seq;
+        let mut lost = f32::NEG_INFINITY;
         // SAFETY: every index comes once.
-        let (out, lse) = unsafe { (out.row(batch, seq, head), lse.row(batch, head, seq)) };
-        row((batch * heads + head) * seqs + seq, [batch, seq, head], out, &mut lse[0]);
+        let own = lse.as_ref().map(|lse| unsafe { &mut lse.row(batch, head, seq)[0] });
+        // SAFETY: as above.
+        let out = unsafe { out.row(batch, seq, head) };
+        row(lse_index, [batch, seq, head], out, own.unwrap_or(&mut lost));
     });
     Ok(())
 }

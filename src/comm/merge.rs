@@ -183,7 +183,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
 
         let parts: Vec<_> =
             all.chunks_exact(merged_part.words().max(1)).map(|words| merged_part.split::<O>(words)).collect();
-        for_each_row(out, lse, |_, [batch, token, head], out, lse| {
+        for_each_row(out, Some(lse), |_, [batch, token, head], out, lse| {
             let row = (batch * seq + token) * heads + head;
             let (outs, lses) = parts[row / share];
             out.copy_from_slice(&outs[row % share * dim..][..dim]);

@@ -2,7 +2,7 @@
 
 use super::{InstructionSet, append::append, flash};
 use crate::backend::{Backend, Capacity, Plain, clamp};
-use crate::merge::{Partial, merge_rows};
+use crate::merge::{PartialOf, merge_rows};
 use crate::{
     Append, Batch, Element, Error, Inputs, PlanConfig, Result, TensorView, TensorViewMut,
 };
@@ -175,7 +175,7 @@ impl Backend for Cpu {
 
     fn merge<T: Element, O: Element>(
         &self,
-        partials: Vec<Partial<TensorView<'_, T>, &[f32]>>,
+        partials: Vec<PartialOf<TensorView<'_, T>, &[f32]>>,
         out: TensorViewMut<'_, O>,
         lse: Option<&mut [f32]>,
     ) -> Result<()> {

@@ -4,7 +4,7 @@ use super::device::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Span, Span
 use super::params::{STAR_MOST_PARTIALS, StarMergeParams, StarPartial, StarTensor};
 use super::{Launch, MERGE_THREADS};
 use crate::config::check_rows;
-use crate::merge::Partial;
+use crate::merge::PartialOf;
 use crate::{DType, Element, Error, Result};
 
 /// Partials that [`merge_separate`] merges at once.
@@ -79,7 +79,7 @@ pub fn merge<D: Device, T: Element, O: Element>(
 pub fn merge_separate<D: Device, T: Element, O: Element>(
     device: &D,
     stream: &D::Stream,
-    partials: &[Partial<DeviceTensor<'_, D, T>, Span<'_, D, f32>>],
+    partials: &[PartialOf<DeviceTensor<'_, D, T>, Span<'_, D, f32>>],
     out: &mut DeviceTensorMut<'_, D, O>,
     lse: Option<&mut SpanMut<'_, D, f32>>,
 ) -> Result<()> {

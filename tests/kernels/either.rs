@@ -1,7 +1,7 @@
 //! A backend that is chosen at run time, as an engine would write one.
 
 use star_attention::{
-    Append, Backend, Batch, Capacity, Element, Error, Inputs, Partial, Plain, PlanConfig, Result, Rotation,
+    Append, Backend, Batch, Capacity, Element, Error, Inputs, PartialOf, Plain, PlanConfig, Result, Rotation,
 };
 use std::ops::RangeBounds;
 
@@ -231,23 +231,23 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
 
     fn merge<T: Element, O: Element>(
         &self,
-        partials: Vec<Partial<Self::View<'_, T>, Self::Slice<'_, f32>>>,
+        partials: Vec<PartialOf<Self::View<'_, T>, Self::Slice<'_, f32>>>,
         out: Self::ViewMut<'_, O>,
         lse: Option<Self::SliceMut<'_, f32>>,
     ) -> Result<()> {
         match self {
             One(a) => {
-                let one = |part: Partial<_, Either<_, _>>| {
+                let one = |part: PartialOf<_, Either<_, _>>| {
                     let out: Either<A::View<'_, T>, B::View<'_, T>> = part.out;
-                    Ok(Partial { out: out.one()?, lse: part.lse.one()? })
+                    Ok(PartialOf { out: out.one()?, lse: part.lse.one()? })
                 };
                 let partials = partials.into_iter().map(one).collect::<Result<_>>()?;
                 a.merge(partials, out.one()?, option(lse, Either::one)?)
             }
             Other(b) => {
-                let other = |part: Partial<_, Either<_, _>>| {
+                let other = |part: PartialOf<_, Either<_, _>>| {
                     let out: Either<A::View<'_, T>, B::View<'_, T>> = part.out;
-                    Ok(Partial { out: out.other()?, lse: part.lse.other()? })
+                    Ok(PartialOf { out: out.other()?, lse: part.lse.other()? })
                 };
                 let partials = partials.into_iter().map(other).collect::<Result<_>>()?;
                 b.merge(partials, out.other()?, option(lse, Either::other)?)

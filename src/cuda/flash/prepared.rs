@@ -5,7 +5,7 @@ use super::division::divide_by;
 use super::tiles::KernelTiles;
 use crate::cuda::Launch;
 use crate::cuda::device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, SpanMut, bytes_of};
-use crate::cuda::merge::{MergeLaunch, launch_merge};
+use crate::cuda::merge::{MergeLaunch, MergedFrom, launch_merge};
 use crate::cuda::params::{StarFlashParams, StarTensor, StarTile};
 use crate::{DType, Element, Error, Inputs, Result};
 
@@ -114,16 +114,14 @@ impl<D: Device> Prepared<'_, D> {
         if plan.merged.is_empty() {
             return Ok(());
         }
-        let dim = plan.query[3] as u64;
-        let data = self.workspace.address + at.partials as u64;
         let merge = MergeLaunch {
-            partials: StarTensor { data, batch: dim, seq: dim, head: dim },
-            partials_lse: self.workspace.address + at.partials_lse as u64,
-            partial_stride: dim,
-            lse_stride: 1,
-            n: 0,
+            partials: MergedFrom::Listed {
+                out: self.workspace.address + at.partials as u64,
+                lse: self.workspace.address + at.partials_lse as u64,
+                rows: self.workspace.address + at.merged as u64,
+                count: plan.merged.len(),
+            },
             shape: plan.query,
-            merged: Some((self.workspace.address + at.merged as u64, plan.merged.len())),
             dtypes: [DType::F32, dtype],
             out,
             lse,

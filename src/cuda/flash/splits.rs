@@ -10,42 +10,66 @@
 //! place's share of all keys, except that no split is made of fewer than [`SPLIT_STEPS`] steps.
 
 use super::Plan;
+use super::room::Counts;
 use super::tiles::{KernelTiles, Kernels, check_count};
 use crate::cuda::Properties;
 use crate::cuda::params::{StarMergedRow, StarTile};
 use crate::cuda::policy::Policy;
-use crate::{PlanConfig, Result};
+use crate::{Error, PlanConfig, Result};
 
 /// Steps of a kernel below which a split costs more than it saves.
 const SPLIT_STEPS: usize = 4;
 
 impl Plan {
-    /// Adds the tiles of a launch, those of each sequence by themselves, with their keys split, and
-    /// lists the rows to merge.
+    /// What a launch takes of the tables if its tiles are split at a length.
+    fn counts(&self, len: usize, launch: &KernelTiles, tiles: &[Vec<StarTile>]) -> Counts {
+        let heads = self.heads(launch);
+        tiles.iter().flatten().fold(Counts::default(), |sum, tile| {
+            let splits = splits(tile, len);
+            let merged = if splits > 1 { heads * tile.rows as usize } else { 0 };
+            Counts {
+                tiles: sum.tiles.saturating_add(splits),
+                merged: sum.merged.saturating_add(merged),
+                partial_rows: sum.partial_rows.saturating_add(merged.saturating_mul(splits)),
+            }
+        })
+    }
+
+    /// The least split length from `len` on that leaves a launch within its room.
+    pub(super) fn fit(
+        &self,
+        mut len: usize,
+        config: &PlanConfig,
+        launch: &KernelTiles,
+        tiles: &[Vec<StarTile>],
+        room: &Counts,
+    ) -> Result<usize> {
+        let longest = tiles.iter().flatten().map(|tile| tile.end as usize).max().unwrap_or(0);
+        let step = launch.policy.step_keys();
+        while !self.counts(len, launch, tiles).fit(room) {
+            if len >= longest || config.fixed_split_keys().is_some() {
+                let got = format!("{:?}", self.counts(len, launch, tiles));
+                return Err(Error::value("batch", format!("work within {room:?}"), got));
+            }
+            len += (len / 4).next_multiple_of(step);
+        }
+        Ok(len)
+    }
+
+    /// Adds the tiles of a launch, those of each sequence by themselves, with their keys split at
+    /// multiples of `len`, and lists the rows to merge.
     pub(super) fn push_split(
         &mut self,
-        properties: &Properties,
-        config: &PlanConfig,
-        kernels: &Kernels,
+        len: usize,
         launch: &KernelTiles,
         tiles: Vec<Vec<StarTile>>,
     ) -> Result<()> {
         let heads = self.heads(launch);
-        let len = match config.fixed_split_keys() {
-            // Longer than any list is as long as any list.
-            Some(len) => len.min(1 << 31).next_multiple_of(kernels.common_step()),
-            None => split_len(&launch.policy, places(&launch.policy, properties), heads, &tiles),
-        };
-        let splits = |tile: &StarTile| (tile.end as usize).div_ceil(len).max(1);
-        let partials = |tile: &StarTile| match splits(tile) {
-            1 => 0,
-            splits => (heads * splits).saturating_mul(tile.rows as usize),
-        };
-        let more = tiles.iter().flatten().fold(0, |sum: usize, tile| sum.saturating_add(partials(tile)));
+        let more = self.counts(len, launch, &tiles).partial_rows;
         let expected = "a length that leaves fewer than 2³¹ partial rows";
         check_count("split_keys", expected, self.partial_rows.saturating_add(more))?;
         for tile in tiles.iter().flatten() {
-            let count = splits(tile);
+            let count = splits(tile, len);
             let first = self.partial_rows as u32;
             self.tiles.extend((0..count).map(|split| StarTile {
                 begin: (split * len) as u32,
@@ -56,7 +80,7 @@ impl Plan {
             }));
             if count > 1 {
                 self.list_merged(tile, launch.pack, heads, [first, count as u32]);
-                self.partial_rows += partials(tile);
+                self.partial_rows += heads * count * tile.rows as usize;
             }
         }
         Ok(())
@@ -77,8 +101,28 @@ impl Plan {
     }
 }
 
+/// In how many parts a tile's list is walked.
+fn splits(tile: &StarTile, len: usize) -> usize {
+    (tile.end as usize).div_ceil(len).max(1)
+}
+
+/// The split length of a launch, if there is room for all that it gives.
+pub(super) fn split_len(
+    properties: &Properties,
+    config: &PlanConfig,
+    kernels: &Kernels,
+    launch: &KernelTiles,
+    heads: usize,
+    tiles: &[Vec<StarTile>],
+) -> usize {
+    match config.fixed_split_keys() {
+        Some(len) => kernels.whole_steps(len),
+        None => balanced_len(&launch.policy, places(&launch.policy, properties), heads, tiles),
+    }
+}
+
 /// Blocks of a kernel that run at the same time.
-fn places(policy: &Policy, properties: &Properties) -> usize {
+pub(super) fn places(policy: &Policy, properties: &Properties) -> usize {
     // A multiprocessor keeps a KB of each block's shared memory for itself, and has registers for
     // two blocks of these kernels.
     let resident = (properties.shared_bytes / (policy.shared_bytes() + 1024)).clamp(1, 2);
@@ -87,7 +131,7 @@ fn places(policy: &Policy, properties: &Properties) -> usize {
 
 /// The split length for tiles of several sequences, of which each is walked for every head: a
 /// multiple of the kernel's step.
-fn split_len(policy: &Policy, places: usize, heads: usize, tiles: &[Vec<StarTile>]) -> usize {
+fn balanced_len(policy: &Policy, places: usize, heads: usize, tiles: &[Vec<StarTile>]) -> usize {
     let step = policy.step_keys();
     let smallest = step * SPLIT_STEPS;
     let longest_of = |tiles: &[StarTile]| tiles.iter().map(|tile| tile.end as usize).max().unwrap_or(0);

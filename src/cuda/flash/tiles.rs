@@ -1,5 +1,7 @@
 //! From sequences to tiles of rows, for each kernel in use.
 
+use super::room::Room;
+use super::splits::split_len;
 use super::{FEW_ROWS, Plan};
 use crate::cuda::Properties;
 use crate::cuda::params::StarTile;
@@ -41,8 +43,32 @@ impl Kernels {
         few.or(some).unwrap_or(self.encode)
     }
 
+    /// All of them, in the order of their launches.
+    pub fn all(&self) -> impl Iterator<Item = Policy> + use<> {
+        [Some(self.encode), self.encode_64, self.query].into_iter().flatten()
+    }
+
+    /// The most rows of a sequence, up to `most`, for which a kernel is chosen; 0 if it never is.
+    pub fn most_rows(&self, policy: &Policy, group: usize, most: usize) -> usize {
+        let few = self.query.map_or(0, |_| FEW_ROWS / group);
+        let some = self.encode_64.map_or(0, |policy| policy.rows() / group);
+        let candidates = [most, some.min(most), few.min(most)];
+        candidates.into_iter().find(|&rows| rows > 0 && self.choose(rows * group) == *policy).unwrap_or(0)
+    }
+
+    /// Query heads of a KV head that are rows of one tile, where sequences have at most `most_rows`.
+    pub fn pack(&self, policy: &Policy, group: usize, most_rows: usize) -> usize {
+        if self.query == Some(*policy) || most_rows < policy.rows() { group } else { 1 }
+    }
+
+    /// A split length in whole steps of every kernel of the head dim. Longer than any list is as
+    /// long as any list.
+    pub fn whole_steps(&self, split_keys: usize) -> usize {
+        split_keys.min(1 << 31).next_multiple_of(self.common_step())
+    }
+
     /// Keys that are whole steps of every kernel of the head dim.
-    pub fn common_step(&self) -> usize {
+    fn common_step(&self) -> usize {
         [Policy::query(self.encode.head_dim), self.encode]
             .map(|policy| policy.step_keys())
             .into_iter()
@@ -79,17 +105,26 @@ impl Plan {
         config: &PlanConfig,
         batch: &Batch,
         kernels: &Kernels,
+        room: Option<&Room>,
     ) -> Result<()> {
         let placed = self.place(batch)?;
         let rows_of = |placed: &Placed<'_>| placed.sequence.rows.len() * batch.group();
-        for policy in [Some(kernels.encode), kernels.encode_64, kernels.query].into_iter().flatten() {
+        for policy in kernels.all() {
             let own = || placed.iter().filter(|placed| kernels.choose(rows_of(placed)) == policy);
             let most_rows = own().map(|placed| placed.sequence.rows.len()).max().unwrap_or(0);
-            let shared = kernels.query == Some(policy) || most_rows < policy.rows();
-            let pack = if shared { batch.group() } else { 1 };
+            let room = room.and_then(|room| room.of_kernel(policy.kernel));
+            let pack = match room {
+                Some(room) => room.launch.pack,
+                None => kernels.pack(&policy, batch.group(), most_rows),
+            };
             let mut launch = KernelTiles { policy, pack, tiles: self.tiles.len()..self.tiles.len() };
             let tiles: Vec<Vec<StarTile>> = own().map(|placed| self.tiles_of(placed, &launch)).collect();
-            self.push_split(properties, config, kernels, &launch, tiles)?;
+            let len = split_len(properties, config, kernels, &launch, self.heads(&launch), &tiles);
+            let len = match room {
+                Some(room) => self.fit(len, config, &launch, &tiles, &room.counts)?,
+                None => len,
+            };
+            self.push_split(len, &launch, tiles)?;
             launch.tiles.end = self.tiles.len();
             let heads = self.heads(&launch);
             let tiles = &mut self.tiles[launch.tiles.clone()];
