@@ -8,7 +8,7 @@ use peak::Peaks;
 use star_attention::cpu::flash::Plan;
 use star_attention::merge::{Partial, merge};
 use star_attention::{
-    AttentionConfig, AttentionShape, DType, Element, KvShard, Mask, TensorView, TensorViewMut, bf16,
+    AttentionConfig, AttentionShape, DType, Element, Inputs, KvShard, Mask, TensorView, TensorViewMut, bf16,
 };
 use std::time::{Duration, Instant};
 
@@ -80,14 +80,15 @@ fn context<T: Element>(bench: &mut Bench<'_>, query_heads: usize, kv_heads: usiz
         let query = random::<T>(len(shape.query_shape()), 1);
         let (key, value) = (random::<T>(len(shape.key_shape()), 2), random::<T>(len(shape.key_shape()), 3));
         let plan = Plan::new(&AttentionConfig::new(mask), &shape).unwrap();
-        let (mut out, mut workspace) = (vec![T::default(); query.len()], vec![0.0; plan.workspace_len()]);
+        let (mut out, mut workspace) =
+            (vec![T::default(); query.len()], Vec::with_capacity(plan.workspace_bytes()));
         let work = Work::Flops(plan.flops(), T::DTYPE);
         bench.case(format!("{name} {} d{head_dim} {query_heads}/{kv_heads} heads", T::DTYPE), work, || {
             let query = TensorView::contiguous("query", &query, shape.query_shape()).unwrap();
             let key = TensorView::contiguous("key", &key, shape.key_shape()).unwrap();
             let value = TensorView::contiguous("value", &value, shape.key_shape()).unwrap();
             let out = TensorViewMut::contiguous("out", &mut out, shape.query_shape()).unwrap();
-            plan.run(query, key, value, out, None, &mut workspace).unwrap();
+            plan.run(Inputs::new(query, key, value), out, None, &mut workspace).unwrap();
         });
     }
 }
@@ -107,13 +108,14 @@ fn query<T: Element>(bench: &mut Bench<'_>, query_len: usize) {
     let query = random::<T>(len(shape.query_shape()), 2);
     let plan = Plan::new(&AttentionConfig::default(), &shape).unwrap();
     let (mut out, mut lse) = (vec![0f32; query.len()], vec![0f32; shape.lse_len()]);
-    let mut workspace = vec![0.0; plan.workspace_len()];
+    let mut workspace = Vec::with_capacity(plan.workspace_bytes());
     let work =
         if query_len == 1 { Work::Bytes(shard.bytes() as u64) } else { Work::Flops(plan.flops(), T::DTYPE) };
     bench.case(format!("query {} T = {query_len}", T::DTYPE), work, || {
         let query = TensorView::contiguous("query", &query, shape.query_shape()).unwrap();
         let out = TensorViewMut::contiguous("out", &mut out, shape.query_shape()).unwrap();
-        plan.run(query, shard.keys(), shard.values(), out, Some(&mut lse), &mut workspace).unwrap();
+        let inputs = Inputs::new(query, shard.keys(), shard.values());
+        plan.run(inputs, out, Some(&mut lse), &mut workspace).unwrap();
     });
 }
 

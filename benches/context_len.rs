@@ -4,7 +4,7 @@
 //!     cargo bench --bench context_len -- [--max-len N] [--dense-max N]
 
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, AttentionShape, Mask, TensorView, TensorViewMut};
+use star_attention::{AttentionConfig, AttentionShape, Inputs, Mask, TensorView, TensorViewMut};
 use std::time::Instant;
 
 const BLOCK: usize = 4096;
@@ -38,14 +38,14 @@ impl Tensors {
 
     /// The least seconds of some runs of `plan`.
     fn seconds(&mut self, shape: &AttentionShape, plan: &Plan, runs: usize) -> f64 {
-        let mut workspace = vec![0.0; plan.workspace_len()];
+        let mut workspace = Vec::with_capacity(plan.workspace_bytes());
         let mut once = || {
             let start = Instant::now();
             let query = TensorView::contiguous("query", &self.query, shape.query_shape()).unwrap();
             let key = TensorView::contiguous("key", &self.key, shape.key_shape()).unwrap();
             let value = TensorView::contiguous("value", &self.value, shape.key_shape()).unwrap();
             let out = TensorViewMut::contiguous("out", &mut self.out, shape.query_shape()).unwrap();
-            plan.run(query, key, value, out, None, &mut workspace).unwrap();
+            plan.run(Inputs::new(query, key, value), out, None, &mut workspace).unwrap();
             start.elapsed().as_secs_f64()
         };
         (0..runs).map(|_| once()).fold(f64::INFINITY, f64::min)

@@ -9,7 +9,8 @@
 
 use serde_json::Value;
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, AttentionShape, Element, Mask, TensorView, TensorViewMut, bf16, f16};
+use star_attention::{AttentionConfig, AttentionShape, Element, Inputs, Mask};
+use star_attention::{TensorView, TensorViewMut, bf16, f16};
 use std::error::Error;
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ trait Case {
     fn save(&self) -> Result<(), Box<dyn Error>>;
 }
 
-struct Inputs<T> {
+struct Tensors<T> {
     folder: PathBuf,
     config: AttentionConfig,
     shape: AttentionShape,
@@ -30,7 +31,7 @@ struct Inputs<T> {
     key: Vec<T>,
     value: Vec<T>,
     out: Vec<T>,
-    workspace: Vec<f32>,
+    workspace: Vec<u8>,
 }
 
 /// `[batch, heads, seq, dim]` for `[batch, seq, heads, dim]`.
@@ -38,7 +39,7 @@ fn heads_first([batch, seq, heads, dim]: [usize; 4]) -> [usize; 4] {
     [batch, heads, seq, dim]
 }
 
-impl<T: Element> Inputs<T> {
+impl<T: Element> Tensors<T> {
     fn read(
         folder: &Path,
         config: AttentionConfig,
@@ -50,12 +51,12 @@ impl<T: Element> Inputs<T> {
         };
         let (query, key, value) = (tensor("query")?, tensor("key")?, tensor("value")?);
         let out = vec![T::default(); query.len()];
-        let workspace = vec![0.0; Plan::new(&config, &shape)?.workspace_len()];
+        let workspace = Vec::with_capacity(Plan::new(&config, &shape)?.workspace_bytes());
         Ok(Self { folder: folder.into(), config, shape, query, key, value, out, workspace })
     }
 }
 
-impl<T: Element> Case for Inputs<T> {
+impl<T: Element> Case for Tensors<T> {
     fn flops(&self) -> u64 {
         Plan::new(&self.config, &self.shape).map_or(0, |plan| plan.flops())
     }
@@ -64,9 +65,11 @@ impl<T: Element> Case for Inputs<T> {
         let (query, key) = (heads_first(self.shape.query_shape()), heads_first(self.shape.key_shape()));
         let start = Instant::now();
         Plan::new(&self.config, &self.shape)?.run(
-            TensorView::contiguous("query", &self.query, query)?.swap_seq_heads(),
-            TensorView::contiguous("key", &self.key, key)?.swap_seq_heads(),
-            TensorView::contiguous("value", &self.value, key)?.swap_seq_heads(),
+            Inputs::new(
+                TensorView::contiguous("query", &self.query, query)?.swap_seq_heads(),
+                TensorView::contiguous("key", &self.key, key)?.swap_seq_heads(),
+                TensorView::contiguous("value", &self.value, key)?.swap_seq_heads(),
+            ),
             TensorViewMut::contiguous("out", &mut self.out, query)?.swap_seq_heads(),
             None,
             &mut self.workspace,
@@ -103,10 +106,10 @@ fn read_case(line: &str) -> Result<Box<dyn Case>, Box<dyn Error>> {
     let folder = PathBuf::from(text("folder")?);
     Ok(match text("dtype")? {
         "f32" => {
-            Box::new(Inputs::read(&folder, config, shape, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))?)
+            Box::new(Tensors::read(&folder, config, shape, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))?)
         }
-        "f16" => Box::new(Inputs::read(&folder, config, shape, |b| f16::from_le_bytes([b[0], b[1]]))?),
-        "bf16" => Box::new(Inputs::read(&folder, config, shape, |b| bf16::from_le_bytes([b[0], b[1]]))?),
+        "f16" => Box::new(Tensors::read(&folder, config, shape, |b| f16::from_le_bytes([b[0], b[1]]))?),
+        "bf16" => Box::new(Tensors::read(&folder, config, shape, |b| bf16::from_le_bytes([b[0], b[1]]))?),
         other => return Err(format!("dtype: expected f32, f16 or bf16, got {other}").into()),
     })
 }

@@ -241,8 +241,8 @@ impl AttentionShape {
     ///
     /// # Errors
     /// [`Error::Shape`] if the three do not fit together.
-    pub fn of<T: Element>(
-        query: &TensorView<'_, T>,
+    pub fn of<Q: Element, T: Element>(
+        query: &TensorView<'_, Q>,
         key: &TensorView<'_, T>,
         value: &TensorView<'_, T>,
     ) -> Result<Self> {
@@ -283,9 +283,9 @@ impl AttentionShape {
     }
 
     /// Refuses tensors that have not these extents, or whose last axis is not contiguous.
-    pub(crate) fn check<T: Element>(
+    pub(crate) fn check<Q: Element, T: Element>(
         &self,
-        query: &TensorView<'_, T>,
+        query: &TensorView<'_, Q>,
         key: &TensorView<'_, T>,
         value: &TensorView<'_, T>,
     ) -> Result<()> {

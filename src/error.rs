@@ -57,12 +57,12 @@ pub enum Error {
         /// What is wrong with it.
         source: Box<Error>,
     },
-    /// The caller's workspace holds fewer elements than the plan asks for.
-    #[error("workspace: expected at least {expected} elements, got {got}")]
+    /// The caller's workspace or scratch is smaller than what is asked for.
+    #[error("workspace: expected at least {expected} bytes, got {got}")]
     Workspace {
-        /// Elements needed.
+        /// Bytes needed.
         expected: usize,
-        /// Elements given.
+        /// Bytes given.
         got: usize,
     },
     /// An append would go past the fixed capacity of a shard. The shard is as it was.
@@ -161,6 +161,12 @@ impl Error {
         got: impl Into<String>,
     ) -> Self {
         Self::Stride { argument, expected: expected.into(), got: got.into() }
+    }
+
+    /// For a scratch of elements of `T`, of which there are `got` where `expected` are needed.
+    pub(crate) fn scratch<T>(expected: usize, got: usize) -> Self {
+        let bytes = |len: usize| len.saturating_mul(size_of::<T>());
+        Self::Workspace { expected: bytes(expected), got: bytes(got) }
     }
 
     pub(crate) fn value(argument: &'static str, expected: impl Into<String>, got: impl ToString) -> Self {

@@ -22,4 +22,4 @@ pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use kv::KvShard;
 pub use layout::{GeneratedKv, HostLayout, StarLayout};
-pub use tensor::{DType, Element, TensorView, TensorViewMut};
+pub use tensor::{DType, Element, Output, TensorView, TensorViewMut};

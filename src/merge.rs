@@ -12,7 +12,7 @@
 
 use crate::config::check_rows;
 use crate::tensor::SharedRows;
-use crate::{Element, Error, Result, TensorView, TensorViewMut};
+use crate::{Element, Error, Output, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
 
 /// Attention over some of the keys: an output and its log-sum-exp, in the memory of any backend.
@@ -41,7 +41,7 @@ impl<T: Element> Partial<'_, T> {
     }
 }
 
-fn check_out<O: Element>(out: &TensorViewMut<'_, O>, lse: Option<&[f32]>) -> Result<()> {
+fn check_out<O: Output>(out: &TensorViewMut<'_, O>, lse: Option<&[f32]>) -> Result<()> {
     let shape = out.shape();
     if shape[3] == 0 {
         return Err(Error::shape("out", "head_dim of at least 1", format!("{shape:?}")));
@@ -63,13 +63,14 @@ pub(crate) fn check_lse(
     Ok(())
 }
 
-/// Merges any number of partials into `out` `[batch, seq, heads, dim]` and `lse` `[batch, heads, seq]`.
+/// Merges any number of partials into `out` `[batch, seq, heads, dim]`, which may be uninitialised
+/// memory, and `lse` `[batch, heads, seq]`.
 ///
 /// No partial at all gives the identity.
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::Stride`] (last axes must be contiguous) if they do not fit together.
-pub fn merge<T: Element, O: Element>(
+pub fn merge<T: Element, O: Output>(
     partials: &[Partial<'_, T>],
     out: TensorViewMut<'_, O>,
     lse: &mut [f32],
@@ -78,7 +79,7 @@ pub fn merge<T: Element, O: Element>(
 }
 
 /// [`merge`], with or without the log-sum-exp.
-pub(crate) fn merge_rows<T: Element, O: Element>(
+pub(crate) fn merge_rows<T: Element, O: Output>(
     partials: &[Partial<'_, T>],
     out: TensorViewMut<'_, O>,
     lse: Option<&mut [f32]>,
@@ -124,7 +125,7 @@ pub fn merge_into<T: Element>(
 }
 
 /// Merges `(out_i, lse_i)` of one row into `out`; returns its log-sum-exp.
-pub(crate) fn merge_row<'a, T: Element, O: Element>(
+pub(crate) fn merge_row<'a, T: Element, O: Output>(
     partials: impl Iterator<Item = (&'a [T], f32)> + Clone,
     out: &mut [O],
 ) -> f32 {
@@ -158,7 +159,7 @@ pub(crate) const ROWS_PER_TASK: usize = 64;
 
 /// Calls `row(index of lse, [batch, seq, head], out, lse)` for each row, in the order of row-major
 /// outputs, in parallel where there are many. Without `lse` what is written there is lost.
-pub(crate) fn for_each_row<O: Element>(
+pub(crate) fn for_each_row<O: Output>(
     out: TensorViewMut<'_, O>,
     lse: Option<&mut [f32]>,
     row: impl Fn(usize, [usize; 3], &mut [O], &mut f32) + Sync,

@@ -5,6 +5,7 @@
 
 use crate::{Error, Result};
 use half::{bf16, f16};
+use std::mem::MaybeUninit;
 
 /// The element types of queries, keys, values and outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,6 +49,9 @@ pub(crate) mod sealed {
         F16(&'a [f16]),
         BF16(&'a [bf16]),
     }
+
+    /// Elements and memory for them.
+    pub trait Memory: Sized {}
 
     pub trait Sealed: Sized {
         fn erase(data: &[Self]) -> AnySlice<'_>;
@@ -115,6 +119,33 @@ impl Element for bf16 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         bf16::from_f32(value)
+    }
+}
+
+/// What outputs are made of: an [`Element`], or memory for one that may be uninitialised.
+pub trait Output: sealed::Memory + Send {
+    /// The type of the elements that are written.
+    type Element: Element;
+    /// The nearest value, ties to even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl<T: Element> sealed::Memory for T {}
+impl<T: Element> sealed::Memory for MaybeUninit<T> {}
+
+impl<T: Element> Output for T {
+    type Element = T;
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        <T as Element>::from_f32(value)
+    }
+}
+
+impl<T: Element> Output for MaybeUninit<T> {
+    type Element = T;
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        Self::new(T::from_f32(value))
     }
 }
 
@@ -314,14 +345,15 @@ impl<'a, T: Element> TensorView<'a, T> {
     }
 }
 
-/// A borrowed tensor `[batch, seq, heads, dim]` to be written.
+/// A borrowed tensor `[batch, seq, heads, dim]` to be written, of elements or of memory that may be
+/// uninitialised (`MaybeUninit<T>`).
 #[derive(Debug)]
 pub struct TensorViewMut<'a, T> {
     data: &'a mut [T],
     layout: Strided,
 }
 
-impl<'a, T: Element> TensorViewMut<'a, T> {
+impl<'a, T: Output> TensorViewMut<'a, T> {
     /// A view of `data` with explicit strides, in elements.
     ///
     /// # Errors
@@ -375,11 +407,6 @@ impl<'a, T: Element> TensorViewMut<'a, T> {
         TensorViewMut { data: self.data, layout: self.layout }
     }
 
-    /// The same view, read only.
-    pub fn as_view(&self) -> TensorView<'_, T> {
-        TensorView { data: self.data, layout: self.layout }
-    }
-
     /// Sets the element at `[batch, seq, head, dim]`.
     ///
     /// # Panics
@@ -394,6 +421,13 @@ impl<'a, T: Element> TensorViewMut<'a, T> {
     }
 }
 
+impl<T: Element> TensorViewMut<'_, T> {
+    /// The same view, read only.
+    pub fn as_view(&self) -> TensorView<'_, T> {
+        TensorView { data: self.data, layout: self.layout }
+    }
+}
+
 /// The rows of an output, for threads that each write other rows.
 pub(crate) struct SharedRows<'a, T> {
     data: *mut T,
@@ -405,7 +439,7 @@ pub(crate) struct SharedRows<'a, T> {
 // has checked that different rows never overlap.
 unsafe impl<T: Send> Sync for SharedRows<'_, T> {}
 
-impl<'a, T: Element> SharedRows<'a, T> {
+impl<'a, T: Output> SharedRows<'a, T> {
     /// The last axis of `view` must be contiguous.
     pub(crate) fn new(view: TensorViewMut<'a, T>) -> Self {
         debug_assert!(

@@ -2,7 +2,7 @@
 
 use super::model::{HEAD_DIM, HEADS, KV_HEADS};
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, AttentionShape, Mask, TensorView, TensorViewMut, bf16};
+use star_attention::{AttentionConfig, AttentionShape, Inputs, Mask, TensorView, TensorViewMut, bf16};
 use std::fmt;
 use std::time::Instant;
 
@@ -27,7 +27,7 @@ pub struct Run {
     /// f32, as of a partial.
     out: Vec<f32>,
     lse: Vec<f32>,
-    workspace: Vec<f32>,
+    workspace: Vec<u8>,
     seconds: f64,
 }
 
@@ -47,7 +47,7 @@ impl Run {
         let [queries, keys] = [shape.query_shape(), shape.key_shape()].map(|shape| shape.iter().product());
         let (query, key, value) = (numbers(queries), numbers(keys), numbers(keys));
         let (out, lse) = (vec![0.0; queries], vec![0.0; shape.lse_len()]);
-        let workspace = vec![0.0; plan.workspace_len()];
+        let workspace = Vec::with_capacity(plan.workspace_bytes());
         Self {
             what,
             shape,
@@ -75,7 +75,8 @@ impl Run {
         let key = TensorView::contiguous("key", &self.key, key_shape).unwrap();
         let value = TensorView::contiguous("value", &self.value, key_shape).unwrap();
         let out = TensorViewMut::contiguous("out", &mut self.out, query_shape).unwrap();
-        self.plan.run(query, key, value, out, Some(&mut self.lse), &mut self.workspace).unwrap();
+        let inputs = Inputs::new(query, key, value);
+        self.plan.run(inputs, out, Some(&mut self.lse), &mut self.workspace).unwrap();
         self.seconds = self.seconds.min(start.elapsed().as_secs_f64());
     }
 

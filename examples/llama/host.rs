@@ -8,7 +8,7 @@ use star_attention::comm::{AnchorKv, Collective, MergePlan, anchor_scratch_len, 
 use star_attention::cpu::flash::Plan;
 use star_attention::merge::Partial;
 use star_attention::{
-    AttentionConfig, AttentionShape, Element, HostLayout, KvShard, Mask, TensorView, TensorViewMut,
+    AttentionConfig, AttentionShape, Element, HostLayout, Inputs, KvShard, Mask, TensorView, TensorViewMut,
     candle::Borrowed,
 };
 
@@ -20,7 +20,7 @@ pub struct Host<'a, T, C: ?Sized> {
     group: &'a C,
     /// One for each layer: the context tokens kept, and behind them query and generated tokens.
     shards: Vec<KvShard<T>>,
-    workspace: Vec<f32>,
+    workspace: Vec<u8>,
     checksum: u64,
 }
 
@@ -63,7 +63,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
         positions.extend(layout.own_tokens());
         let shape = shape(model, tokens.len(), layout.local_len());
         let plan = Plan::new(&AttentionConfig::new(mask), &shape)?;
-        workspace.resize(plan.workspace_len(), 0.0);
+        workspace.reserve(plan.workspace_bytes());
         let kept = layout.kept();
         let mut layers = 0;
         model.forward(&tokens, &positions, 0, &mut |layer, [q, k, v]| {
@@ -75,7 +75,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
             }
             let mut out = vec![T::default(); q.shape().iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, q.shape())?;
-            plan.run(q, k, v, view, None, workspace)?;
+            plan.run(Inputs::new(q, k, v), view, None, &mut *workspace)?;
             let own = (kept.start, kept.len());
             shards[layer].append(k.narrow(1, own.0, own.1)?, v.narrow(1, own.0, own.1)?)?;
             tick();
@@ -108,7 +108,8 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
         let plan = Plan::new(&AttentionConfig::new(mask), &shape)?;
         let extents = shape.query_shape();
         let merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
-        workspace.resize(plan.workspace_len().max(merge.scratch_len()), 0.0);
+        workspace.reserve(plan.workspace_bytes());
+        let mut scratch = vec![0.0; merge.scratch_len()];
         let mut partial = vec![0f32; extents.iter().product()];
         let (mut lse, mut merged_lse) = (vec![0f32; shape.lse_len()], vec![0f32; shape.lse_len()]);
         let logit_rows = if is_query_host { logit_rows } else { 0 };
@@ -122,13 +123,14 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
                 shard.append(k, v)?;
             }
             let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
-            plan.run(q, shard.keys(), shard.values(), view, Some(&mut lse), workspace)?;
+            let inputs = Inputs::new(q, shard.keys(), shard.values());
+            plan.run(inputs, view, Some(&mut lse), &mut *workspace)?;
             shard.truncate(held);
             shard.append(k.every(1, first, apart)?, v.every(1, first, apart)?)?;
             let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
             let mut out = vec![0f32; extents.iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, extents)?;
-            merge.run(*group, &partial, view, &mut merged_lse, workspace)?;
+            merge.run(*group, &partial, view, &mut merged_lse, &mut scratch)?;
             *checksum = out.iter().fold(*checksum, |sum, x| fold(sum, u64::from(x.to_bits())));
             Ok(Tensor::from_vec(out, extents.as_slice(), &Device::Cpu)?)
         })

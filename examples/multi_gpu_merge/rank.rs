@@ -59,7 +59,8 @@ pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &
     if let Some(way) = sizes.way {
         merge = merge.with_way(way);
     }
-    let mut workspace = vec![0.0; plan.workspace_len().max(merge.scratch_len())];
+    let mut workspace = Vec::with_capacity(plan.workspace_bytes());
+    let mut scratch = vec![0.0; merge.scratch_len()];
     let query = TensorView::contiguous("query", &query.data, extents)?;
     let elements: usize = extents.iter().product();
     let (mut partial, mut lse) = (vec![0f32; elements], vec![0f32; shape.lse_len()]);
@@ -68,13 +69,14 @@ pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &
     for _ in 0..sizes.layers {
         let start = Instant::now();
         let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
-        plan.run(query, kv.keys(), kv.values(), view, Some(&mut lse), &mut workspace)?;
+        let inputs = Inputs::new(query, kv.keys(), kv.values());
+        plan.run(inputs, view, Some(&mut lse), &mut workspace)?;
         let attention = start.elapsed();
         let start = Instant::now();
         group.take();
         let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
         let view = TensorViewMut::contiguous("out", &mut out, extents)?;
-        merge.run(group, &partial, view, &mut merged_lse, &mut workspace)?;
+        merge.run(group, &partial, view, &mut merged_lse, &mut scratch)?;
         let message = group.take();
         times.0.push([attention, message, start.elapsed() - message]);
         tick();

@@ -10,7 +10,7 @@ use super::llama::table::table;
 use candle_core::{Device, Tensor};
 use star_attention::candle::Borrowed;
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, Mask, StarLayout, TensorView, TensorViewMut};
+use star_attention::{AttentionConfig, Inputs, Mask, StarLayout, TensorView, TensorViewMut};
 use std::ops::{Add, Mul, Range};
 
 /// The mean share, over heads and over the rows of all blocks but the first, that a layer's attention gives to the first tokens of
@@ -80,9 +80,9 @@ fn attend(
 ) -> Result<(Vec<f32>, Vec<f32>)> {
     let [batch, rows, heads, _] = q.shape();
     let (mut out, mut lse) = (vec![0f32; q.shape().iter().product()], vec![0f32; batch * rows * heads]);
-    let mut workspace = vec![0f32; plan.workspace_len()];
+    let mut workspace = Vec::with_capacity(plan.workspace_bytes());
     let view = TensorViewMut::contiguous("out", &mut out, q.shape())?;
-    plan.run(q, k, v, view, Some(&mut lse), &mut workspace)?;
+    plan.run(Inputs::new(q, k, v), view, Some(&mut lse), &mut workspace)?;
     Ok((out, lse))
 }
 

@@ -11,7 +11,9 @@ mod cuda;
 
 use crate::cpu::flash;
 use crate::merge::{self, Partial};
-use crate::{AttentionConfig, AttentionShape, Element, Error, Result, TensorView, TensorViewMut, bf16, f16};
+use crate::{
+    AttentionConfig, AttentionShape, Element, Error, Inputs, Result, TensorView, TensorViewMut, bf16, f16,
+};
 use candle_core::{CpuStorage, DType, Device, Layout, Storage, StorageRef, Tensor, WithDType};
 
 /// Attention of `query` `[batch, seq, heads, dim]` over `key` and `value` `[batch, keys, kv_heads, dim]`, all f32, f16 or bf16 (f16 or bf16 on a
@@ -141,11 +143,11 @@ fn run<T: Element + WithDType, O: Element + WithDType>(
     let (query, key, value) = (query.view::<T>()?, key.view::<T>()?, value.view::<T>()?);
     let shape = AttentionShape::of(&query, &key, &value)?;
     let plan = flash::Plan::new(config, &shape)?;
-    let mut workspace = vec![0.0; plan.workspace_len()];
+    let mut workspace = Vec::with_capacity(plan.workspace_bytes());
     let mut lse = vec![0.0; shape.lse_len()];
     let mut out = vec![O::default(); shape.query_shape().iter().product()];
     let view = TensorViewMut::contiguous("out", &mut out, shape.query_shape())?;
-    plan.run(query, key, value, view, Some(&mut lse), &mut workspace)?;
+    plan.run(Inputs::new(query, key, value), view, Some(&mut lse), &mut workspace)?;
     tensors(shape.query_shape(), out, lse)
 }
 

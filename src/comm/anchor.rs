@@ -29,7 +29,7 @@ pub fn share_anchor<T: Element>(
     check_rows("value", shape, value.shape(), value.strides())?;
     let needed = anchor_scratch_len(shape);
     if scratch.len() < needed {
-        return Err(Error::Workspace { expected: needed, got: scratch.len() });
+        return Err(Error::scratch::<T>(needed, scratch.len()));
     }
     let message = &mut scratch[..needed];
     let sends = group.rank() == 0;

@@ -105,7 +105,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         }
         let needed = self.scratch_len();
         if scratch.len() < needed {
-            return Err(Error::Workspace { expected: needed, got: scratch.len() });
+            return Err(Error::scratch::<f32>(needed, scratch.len()));
         }
         match self.way {
             MergeWay::AllGather => self.all_gather(group, partial, out, lse, &mut scratch[..needed]),

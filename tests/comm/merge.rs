@@ -32,7 +32,7 @@ fn a_merge_that_does_not_fit_sends_nothing() {
             assert_eq!(named(attempt(12, &lse, 12, 2, needed)), ("shape", "lse"));
             let error = attempt(12, &lse, 12, 3, needed - 1);
             assert!(
-                matches!(error, Error::Workspace { expected, got } if expected == needed && got == needed - 1)
+                matches!(error, Error::Workspace { expected, got } if expected == 4 * needed && got == 4 * (needed - 1))
             );
             assert_eq!((to, to_lse), ([7.0; 12], [7.0; 3]));
             assert_eq!(group.traffic(), Traffic::default());

@@ -4,7 +4,7 @@ use crate::common::{Layout, Rng, Tensor};
 use crate::properties::expected::Expected;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::{self, Plan};
-use star_attention::{AttentionConfig, AttentionShape, Error, Mask, TensorView, TensorViewMut};
+use star_attention::{AttentionConfig, AttentionShape, Error, Inputs, Mask, TensorView, TensorViewMut};
 
 const STAR: Mask = Mask::Star { anchor_len: 3, block_len: 8, first_block_len: 3 };
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
@@ -30,8 +30,8 @@ fn check(
             let plan = Plan::new(&config, &shape).unwrap().with_instructions(instructions).unwrap();
             let mut out = Tensor::<f32>::contiguous("out", query.shape(), |_| f32::NAN);
             let mut lse = vec![f32::NAN; shape.lse_len()];
-            let mut workspace = vec![f32::NAN; plan.workspace_len()];
-            plan.run(q, k, v, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+            let mut workspace = vec![0xffu8; plan.workspace_bytes()];
+            plan.run(Inputs::new(q, k, v), out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
             expected.check_out(out.values()).unwrap();
             expected.check_lse(&lse).unwrap();
             (out.values().collect(), lse)

@@ -3,7 +3,10 @@
 use crate::common::named;
 use star_attention::cpu::flash::{self, Plan};
 use star_attention::cpu::{InstructionSet, reference};
-use star_attention::{AttentionConfig, AttentionShape, Error, Mask, Result, TensorView, TensorViewMut};
+use star_attention::{
+    AttentionConfig, AttentionShape, Batch, Error, Inputs, Mask, PlanConfig, Result, TensorView,
+    TensorViewMut,
+};
 
 const SHAPE: AttentionShape =
     AttentionShape { batch: 2, query_len: 3, key_len: 5, query_heads: 4, kv_heads: 2, head_dim: 8 };
@@ -57,8 +60,8 @@ impl Call {
                 flash::attention(&self.config, query, key, value, out, Some(&mut lse))
             } else {
                 Plan::new(&self.config, &SHAPE).and_then(|plan| {
-                    let mut workspace = vec![0.0; plan.workspace_len()];
-                    plan.run(query, key, value, out, Some(&mut lse), &mut workspace)
+                    let mut workspace = vec![0u8; plan.workspace_bytes()];
+                    plan.run(Inputs::new(query, key, value), out, Some(&mut lse), &mut workspace)
                 })
             };
             if result.is_err() {
@@ -158,6 +161,9 @@ fn configs_out_of_range() {
     for softcap in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1.0, 0.0] {
         refused(AttentionConfig { softcap: Some(softcap), ..Default::default() }, "softcap");
     }
+    let batch = Batch::uniform(&SHAPE, Mask::Full).unwrap();
+    let plan = Plan::for_batch(&PlanConfig::new().with_split_keys(0), batch);
+    assert_eq!(named(plan.unwrap_err()), ("value", "split_keys"));
     let star = |anchor_len, block_len, first_block_len| {
         AttentionConfig::new(Mask::Star { anchor_len, block_len, first_block_len })
     };
@@ -174,7 +180,7 @@ fn workspaces_too_small() {
     for (query_len, key_len) in [(1, 20_000), (3, 5), (300, 300)] {
         let shape = AttentionShape { batch: 1, query_len, key_len, ..SHAPE };
         let plan = Plan::new(&AttentionConfig::default(), &shape).unwrap();
-        let needed = plan.workspace_len();
+        let needed = plan.workspace_bytes();
         let data = vec![0.5f32; (query_len * 4).max(key_len * 2) * 8];
         let of =
             |name, shape: [usize; 4]| TensorView::new(name, &data, shape, strides(shape, false)).unwrap();
@@ -185,15 +191,15 @@ fn workspaces_too_small() {
             tried += 1;
             let mut rows = vec![7.0f32; query_len * 4 * 8];
             let mut lse = vec![7.0f32; query_len * 4];
-            let mut workspace = vec![7.0f32; len];
+            let mut workspace = vec![7u8; len];
             let out = TensorViewMut::contiguous("o", &mut rows, shape.query_shape()).unwrap();
             let (query, key) = (of("q", shape.query_shape()), of("k", shape.key_shape()));
-            let result = plan.run(query, key, key, out, Some(&mut lse), &mut workspace);
+            let result = plan.run(Inputs::new(query, key, key), out, Some(&mut lse), &mut workspace[..]);
             match result {
                 Err(Error::Workspace { expected, got }) => assert_eq!((expected, got), (needed, len)),
                 other => panic!("{other:?}"),
             }
-            assert!(rows.iter().chain(&lse).chain(&workspace).all(|&x| x == 7.0));
+            assert!(rows.iter().chain(&lse).all(|&x| x == 7.0) && workspace.iter().all(|&x| x == 7));
         }
     }
     assert!(tried > 0, "a plan for one row over 20,000 keys needs a workspace");

@@ -32,10 +32,11 @@ impl<T: Element> Attend<T> for Flash {
             Some([query, key]) => Plan::packed(config, &shape, query, key),
         };
         let plan = plan.and_then(|plan| plan.with_instructions(self.0)).unwrap();
-        let mut workspace = vec![f32::NAN; plan.workspace_len()];
-        plan.run(query, key, value, out.view_mut(), lse, &mut workspace).unwrap();
+        let inputs = star_attention::Inputs::new(query, key, value);
+        let mut workspace = vec![0xffu8; plan.workspace_bytes()];
+        plan.run(inputs, out.view_mut(), lse, &mut workspace).unwrap();
         let mut again = out.clone();
-        plan.run(query, key, value, again.view_mut(), None, &mut workspace).unwrap();
+        plan.run(inputs, again.view_mut(), None, &mut workspace).unwrap();
         assert_eq!(out.bits(), again.bits(), "a used workspace changes the output");
     }
 

@@ -5,7 +5,7 @@ use crate::common::{Layout, Rng, Tensor, indices, layouts};
 use proptest::prelude::*;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, AttentionShape, Element, Mask};
+use star_attention::{AttentionConfig, AttentionShape, Element, Mask, TensorView};
 use std::ops::Range;
 
 /// What the tensors hold.
@@ -160,6 +160,11 @@ pub struct Inputs<T> {
 }
 
 impl<T: Element> Inputs<T> {
+    /// What a call of the CPU takes.
+    pub fn views(&self) -> star_attention::Inputs<TensorView<'_, T>, TensorView<'_, T>> {
+        star_attention::Inputs::new(self.query.view(), self.key.view(), self.value.view())
+    }
+
     /// Fills keys and values of a range of tokens.
     pub fn poison(&mut self, tokens: Range<usize>, value: f32) {
         for index @ [_, seq, ..] in indices(self.key.shape()) {
@@ -222,12 +227,10 @@ impl Case {
 
     /// The same under a plan made before.
     pub fn run_plan<T: Element, O: Element>(&self, plan: &Plan, inputs: &Inputs<T>) -> (Tensor<O>, Vec<f32>) {
-        let mut workspace = vec![f32::NAN; plan.workspace_len()];
+        let mut workspace = vec![0xffu8; plan.workspace_bytes()];
         let mut out = self.output();
         let mut lse = vec![RUBBISH; self.shape.lse_len()];
-        let Inputs { query, key, value } = inputs;
-        plan.run(query.view(), key.view(), value.view(), out.view_mut(), Some(&mut lse), &mut workspace)
-            .unwrap();
+        plan.run(inputs.views(), out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
         (out, lse)
     }
 }

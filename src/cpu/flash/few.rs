@@ -3,8 +3,9 @@
 //! The same online softmax as in `tile`, with the head dimension across the vectors: keys and values are read where they
 //! lie, converted in registers, and serve all rows of their KV head at once. All rows see the same keys.
 
-use super::piece::{Inputs, Piece};
-use super::rows::{Rows, pack_words};
+use super::piece::{Operands, Piece, Source};
+use super::rows::pack_words;
+use super::workspace::Scratch;
 use crate::cpu::simd::{Product, Simd, load, prefetch, store};
 use crate::tensor::sealed::AnySlice;
 use half::{bf16, f16};
@@ -88,9 +89,9 @@ struct Run<'a, T> {
 impl<'a, T: Load> Run<'a, T> {
     /// The rows of the entries from `start` on, to the next gap in the list of keys or the end of the page.
     #[inline(always)]
-    fn new(source: &Rows<'a>, piece: &Piece<'_>, start: usize) -> Self {
-        let data = source.rows_from(piece.key_place(start));
-        Self { data: T::rows(data), stride: source.seq_stride() }
+    fn new(source: &Source<'a>, piece: &Piece<'_>, start: usize) -> Self {
+        let (rows, place) = piece.key_place(source, start);
+        Self { data: T::rows(rows.rows_from(place)), stride: rows.seq_stride() }
     }
 
     #[inline(always)]
@@ -119,12 +120,12 @@ impl<'a, T: Load> Run<'a, T> {
 pub(super) fn attend<S: Simd, P: Product<S>>(
     simd: S,
     product: P,
-    inputs: &Inputs<'_>,
+    inputs: &Operands<'_>,
     piece: &Piece<'_>,
-    scratch: &mut [f32],
+    scratch: &mut Scratch<'_>,
     write: impl FnMut(usize, &[f32], f32),
 ) {
-    match inputs.key.elements() {
+    match inputs.key.rows.elements() {
         AnySlice::F32(_) => attend_as::<S, P, f32>(simd, product, inputs, piece, scratch, write),
         AnySlice::F16(_) => attend_as::<S, P, f16>(simd, product, inputs, piece, scratch, write),
         AnySlice::BF16(_) => attend_as::<S, P, bf16>(simd, product, inputs, piece, scratch, write),
@@ -135,13 +136,14 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
 fn attend_as<S: Simd, P: Product<S>, T: Load>(
     simd: S,
     product: P,
-    inputs: &Inputs<'_>,
+    inputs: &Operands<'_>,
     piece: &Piece<'_>,
-    scratch: &mut [f32],
+    scratch: &mut Scratch<'_>,
     mut write: impl FnMut(usize, &[f32], f32),
 ) {
     let width = inputs.head_dim.next_multiple_of(WIDTH * S::LANES);
     let rows = piece.rows();
+    let scratch = scratch.first(ROWS * (2 * width + STRIDE));
     let (query, scratch) = scratch.split_at_mut(ROWS * width);
     let (out, scratch) = scratch.split_at_mut(ROWS * width);
     let scores = &mut scratch[..ROWS * STRIDE];

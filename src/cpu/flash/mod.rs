@@ -1,49 +1,66 @@
 //! The default backend: tiled attention with an online softmax, over rayon's threads.
 //!
 //! ```text
-//! batch → segments of rows that share their keys (schedule) → tiles of rows, longest first, their keys perhaps split (work)
-//!       → tile: many rows, or few: bound by reading KV → out and lse, or partials over splits of the keys, merged
+//! batch → segments of rows that share their keys (schedule)
+//!       → tiles of rows, longest first, their keys perhaps split (work)
+//!       → tile: many rows, or few: bound by reading KV
+//!       → out and lse, or partials over splits of the keys, merged
 //! ```
 //!
-//! The kernels are written once against vectors of f32 and compiled for each [`InstructionSet`]. f32 and f16 inputs are
-//! multiplied in f32; bf16 inputs as pairs with f32 sums where the CPU can (probabilities are then rounded to
-//! bf16, as on a GPU), and in f32 elsewhere. Results depend on the batch, the config and the instruction set, not on the
-//! number of threads; with [`Plan::with_split_keys`] a row's results depend on its own sequence alone.
+//! The kernels are written once against vectors of f32 and compiled for each [`InstructionSet`].
+//! Products are of f32, to which f16 and bf16 are converted exactly, whatever the types of queries
+//! and keys. Only where all inputs are bf16 and the CPU has such products are they of bf16 pairs
+//! with f32 sums (probabilities are then rounded to bf16, as on a GPU).
+//!
+//! **Threads.** A call runs in the rayon pool in which it is made: the global one, or that of
+//! `pool.install(|| plan.run(..))`. [`Plan::with_threads`] limits it to some threads of the pool, or
+//! to the caller's thread alone, which no pool is needed for.
+//!
+//! **Bits.** They depend on the batch, the config and the instruction set, not on the number of
+//! threads. [`PlanConfig`] promises more: under a fixed split length a row's bits depend on its own
+//! sequence alone, and those of row-invariant plans not even on the other rows of the sequence.
+//! This is of numbers; which NaN a NaN is may differ.
 
 mod few;
 mod piece;
 mod rows;
 mod tile;
 mod work;
+mod workspace;
+
+pub use workspace::Workspace;
 
 use super::simd::{InstructionSet, Product, Simd, Task, dispatch};
 use crate::config::{check_lse, check_rows};
 use crate::merge::merge_row;
 use crate::tensor::SharedRows;
 use crate::{
-    AttentionConfig, AttentionShape, Batch, DType, Element, Error, Result, ScoreConfig, TensorView,
-    TensorViewMut,
+    AttentionConfig, AttentionShape, Batch, DType, Element, Error, Inputs, Output, PlanConfig, Result,
+    TensorView, TensorViewMut,
 };
-use piece::{Inputs, Piece};
+use piece::{Operands, Piece, Source};
 use rayon::prelude::*;
 use rows::Rows;
+use std::mem::MaybeUninit;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use work::{Place, Work};
+use workspace::{ALIGNMENT, Scratch, bytes_for};
 
 /// Multiply-adds below which a second thread costs more than it saves (some ten microseconds).
 const THREAD_WORK: u64 = 1 << 18;
 
-/// Each thread's part of the workspace starts at a cache line: that many f32.
-const ALIGNMENT: usize = 16;
-
 /// The schedule of calls on one batch. Made once, it serves every layer of a model.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    score: ScoreConfig,
+    config: PlanConfig,
     batch: Batch,
     instructions: InstructionSet,
     work: Work,
-    threads: usize,
+    /// Threads at most.
+    limit: usize,
+    /// Threads, once they were asked for: only then is a pool of rayon looked at.
+    threads: OnceLock<usize>,
 }
 
 impl Plan {
@@ -52,48 +69,51 @@ impl Plan {
     /// # Errors
     /// [`Error::Value`] for a config, [`Error::Shape`] for extents out of range.
     pub fn new(config: &AttentionConfig, shape: &AttentionShape) -> Result<Self> {
-        Self::for_batch(&config.score(), Batch::uniform(shape, config.mask)?)
+        Self::for_batch(&config.score().into(), Batch::uniform(shape, config.mask)?)
     }
 
-    /// A plan for sequences of different lengths, packed one after the other on the seq axes of a batch of 1: those of
-    /// [`Batch::packed`], under the mask of `config`. `shape.query_len` and `shape.key_len` are the totals, and the log-sum-exp is
-    /// `[1, heads, query_len]`.
+    /// A plan for sequences of different lengths, packed one after the other on the seq axes of a
+    /// batch of 1: those of [`Batch::packed`], under the mask of `config`. `shape.query_len` and
+    /// `shape.key_len` are the totals, and the log-sum-exp is `[1, heads, query_len]`.
     ///
     /// # Errors
-    /// [`Error::Value`] for a config out of range or offsets that do not ascend from 0 to the total; [`Error::Shape`] for
-    /// extents out of range, a batch other than 1, or offsets of different counts.
+    /// [`Error::Value`] for a config out of range or offsets that do not ascend from 0 to the total;
+    /// [`Error::Shape`] for extents out of range, a batch other than 1, or offsets of different
+    /// counts.
     pub fn packed(
         config: &AttentionConfig,
         shape: &AttentionShape,
         query_offsets: &[usize],
         key_offsets: &[usize],
     ) -> Result<Self> {
-        Self::for_batch(&config.score(), Batch::packed(shape, query_offsets, key_offsets, config.mask)?)
+        let batch = Batch::packed(shape, query_offsets, key_offsets, config.mask)?;
+        Self::for_batch(&config.score().into(), batch)
     }
 
-    /// A plan for any batch: each sequence with its own length, its own mask, and keys in rows or pages.
+    /// A plan for any batch: each sequence with its own length, its own mask, and keys in rows or
+    /// pages, perhaps with a prefix in tensors of its own.
     ///
     /// ```
     /// use star_attention::cpu::flash::Plan;
-    /// use star_attention::{Batch, Keys, Mask, ScoreConfig, Sequence, TensorView, TensorViewMut};
+    /// use star_attention::{Batch, Inputs, Keys, Mask, PlanConfig, Sequence};
+    /// use star_attention::{TensorView, TensorViewMut};
     ///
     /// # fn main() -> star_attention::Result<()> {
     /// // Two requests with 5 and 3 keys, in a cache of 8 tokens each, decode one token.
     /// let mut batch = Batch::new([2, 1, 4, 64], [2, 8, 2, 64])?;
     /// batch.push(Sequence::new(0, 0..1, Keys::rows(0, 0..5), Mask::Causal))?;
     /// batch.push(Sequence::new(1, 0..1, Keys::rows(1, 0..3), Mask::Causal))?;
-    /// let plan = Plan::for_batch(&ScoreConfig::new(), batch)?;
+    /// let plan = Plan::for_batch(&PlanConfig::new(), batch)?;
     ///
     /// let (query, cache) = (vec![0.5f32; 2 * 4 * 64], vec![0.25f32; 2 * 8 * 2 * 64]);
     /// let (mut out, mut lse) = (vec![0f32; query.len()], vec![0f32; 2 * 4]);
+    /// let queries = TensorView::contiguous("query", &query, plan.batch().query_shape())?;
     /// let keys = TensorView::contiguous("key", &cache, plan.batch().key_shape())?;
     /// plan.run(
-    ///     TensorView::contiguous("query", &query, plan.batch().query_shape())?,
-    ///     keys,
-    ///     keys,
+    ///     Inputs::new(queries, keys, keys),
     ///     TensorViewMut::contiguous("out", &mut out, plan.batch().query_shape())?,
     ///     Some(&mut lse),
-    ///     &mut vec![0.0; plan.workspace_len()],
+    ///     &mut Vec::with_capacity(plan.workspace_bytes()),
     /// )?;
     /// assert!(out.iter().all(|&x| (x - 0.25).abs() < 1e-6));
     /// # Ok(())
@@ -101,19 +121,24 @@ impl Plan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Value`] for a scale or softcap out of range.
-    pub fn for_batch(score: &ScoreConfig, batch: Batch) -> Result<Self> {
-        score.validate()?;
-        let work = Work::new(&batch, None);
-        Ok(Self { score: *score, batch, instructions: InstructionSet::best(), threads: 1, work }
-            .with_threads())
+    /// [`Error::Value`] for a scale, softcap or split length out of range.
+    pub fn for_batch(config: &PlanConfig, batch: Batch) -> Result<Self> {
+        config.validate()?;
+        let work = Work::new(&batch, config.fixed_split_keys());
+        let (instructions, threads) = (InstructionSet::best(), OnceLock::new());
+        Ok(Self { config: *config, batch, instructions, work, limit: usize::MAX, threads })
     }
 
-    /// As many threads as rayon has, if the work is worth them.
-    fn with_threads(self) -> Self {
-        let threads = rayon::current_num_threads().min(self.work.pieces());
-        let worth = 1 + self.flops() / 4 / THREAD_WORK;
-        Self { threads: threads.min(usize::try_from(worth).unwrap_or(usize::MAX)).max(1), ..self }
+    /// The same plan on at most `threads` threads of the rayon pool in which it runs. On one thread
+    /// it is the caller's, and rayon is not called.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for 0.
+    pub fn with_threads(self, threads: usize) -> Result<Self> {
+        if threads == 0 {
+            return Err(Error::value("threads", "at least 1", threads));
+        }
+        Ok(Self { limit: threads, threads: OnceLock::new(), ..self })
     }
 
     /// The same plan for other instructions than the best of this CPU.
@@ -125,29 +150,29 @@ impl Plan {
         Ok(Self { instructions, ..self })
     }
 
-    /// The same plan, with the keys of each row split at multiples of `split_keys` (rounded up to whole tiles of keys). The bits
-    /// of a row's results then do not depend on what else is in the batch, on the number of threads, or on where the keys
-    /// lie. Without it, splits follow from the whole batch.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for 0.
-    pub fn with_split_keys(self, split_keys: usize) -> Result<Self> {
-        if split_keys == 0 {
-            return Err(Error::value("split_keys", "at least 1", split_keys));
-        }
-        let work = Work::new(&self.batch, Some(split_keys));
-        Ok(Self { work, ..self }.with_threads())
-    }
-
     /// The batch that this plan is for.
     pub fn batch(&self) -> &Batch {
         &self.batch
     }
 
-    /// Elements of the workspace that [`run`](Self::run) needs: some buffers for each of the threads that rayon had when the plan was
-    /// made, and partials where keys are split.
-    pub fn workspace_len(&self) -> usize {
-        self.threads * self.scratch_len() + self.partials_len() + ALIGNMENT
+    /// Bytes of the workspace that [`run`](Self::run) needs, of any alignment: buffers for each
+    /// thread, and partials where keys are split. The threads are counted when this (or `run`) is
+    /// first called: those of the current rayon pool, as far as the work is worth them. In another
+    /// pool the plan runs on so many of its threads.
+    pub fn workspace_bytes(&self) -> usize {
+        bytes_for(self.workspace_len())
+    }
+
+    fn workspace_len(&self) -> usize {
+        self.threads() * self.scratch_len() + self.partials_len()
+    }
+
+    fn threads(&self) -> usize {
+        *self.threads.get_or_init(|| {
+            let worth = usize::try_from(1 + self.flops() / 4 / THREAD_WORK).unwrap_or(usize::MAX);
+            let most = self.limit.min(self.work.pieces()).min(worth);
+            if most <= 1 { 1 } else { most.min(rayon::current_num_threads()) }
+        })
     }
 
     /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for every key a row sees.
@@ -158,7 +183,9 @@ impl Plan {
 
     fn scratch_len(&self) -> usize {
         let head_dim = self.batch.query_shape()[3];
-        tile::scratch_len(head_dim).max(few::scratch_len(head_dim)).next_multiple_of(ALIGNMENT)
+        tile::scratch_len(head_dim)
+            .max(few::scratch_len(head_dim))
+            .next_multiple_of(ALIGNMENT / size_of::<f32>())
     }
 
     /// A partial's row is its output and then its log-sum-exp.
@@ -170,38 +197,34 @@ impl Plan {
         self.partials_shape().iter().product()
     }
 
-    /// Attention of `query` over `key` and `value`, of the shapes of the plan's [`batch`](Self::batch), into `out`, which has the
-    /// query's shape, and the natural log-sum-exp `[batch, query_heads, seq]` of the queries into `lse`.
+    /// Attention of the queries over keys and values, of the shapes of the plan's
+    /// [`batch`](Self::batch), into `out`, which has the queries' shape, and the natural log-sum-exp
+    /// `[batch, query_heads, seq]` of the queries into `lse`.
     ///
-    /// Any strides will do whose last axis is contiguous. `out` may be of another type than the inputs: f32 for partials that are
-    /// to be merged. A row that sees no key gets 0 and `-inf`; one that belongs to no sequence is left alone. What the workspace
-    /// holds does not matter.
+    /// Any strides will do whose last axis is contiguous. Queries, keys and `out` may each be of
+    /// another type; `out` may be uninitialised memory. A row that sees no key gets 0 and `-inf`;
+    /// one that belongs to no sequence is left alone.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's, [`Error::Workspace`] for one shorter than
-    /// [`workspace_len`](Self::workspace_len). Nothing was written then.
-    pub fn run<T: Element, O: Element>(
+    /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's, [`Error::Value`]
+    /// if a sequence has a prefix and the inputs have none, [`Error::Workspace`] for one smaller
+    /// than [`workspace_bytes`](Self::workspace_bytes). Nothing was written then.
+    pub fn run<'w, Q: Element, T: Element, O: Output>(
         &self,
-        query: TensorView<'_, T>,
-        key: TensorView<'_, T>,
-        value: TensorView<'_, T>,
+        inputs: Inputs<TensorView<'_, Q>, TensorView<'_, T>>,
         out: TensorViewMut<'_, O>,
         lse: Option<&mut [f32]>,
-        workspace: &mut [f32],
+        workspace: impl Into<Workspace<'w>>,
     ) -> Result<()> {
-        let (queries, keys) = (self.batch.query_shape(), self.batch.key_shape());
-        check_rows("query", queries, query.shape(), query.strides())?;
-        check_rows("key", keys, key.shape(), key.strides())?;
-        check_rows("value", keys, value.shape(), value.strides())?;
+        let queries @ [batch, query_len, query_heads, head_dim] = self.batch.query_shape();
+        let operands = self.operands(&inputs)?;
         check_rows("out", queries, out.shape(), out.strides())?;
         check_lse(queries, lse.as_deref())?;
-        if workspace.len() < self.workspace_len() {
-            return Err(Error::Workspace { expected: self.workspace_len(), got: workspace.len() });
-        }
+        let (scratch, partials) =
+            workspace.into().take(self.workspace_len())?.split_at_mut(self.threads() * self.scratch_len());
         if self.work.pieces() == 0 {
             return Ok(());
         }
-        let [batch, query_len, query_heads, head_dim] = queries;
         let out = SharedRows::new(out);
         let lse = match lse {
             Some(lse) => Some(SharedRows::new(TensorViewMut::contiguous(
@@ -211,73 +234,108 @@ impl Plan {
             )?)),
             None => None,
         };
-        // SAFETY (of both rows): each row belongs to one piece, which is worked on once, or merged once: no two sequences of a
-        // batch share rows.
         let write_lse = |[batch, token, head]: [usize; 3], x: f32| {
             if let Some(lse) = &lse {
-                // SAFETY: see above.
+                // SAFETY: each row belongs to one piece, which is worked on once, or merged once:
+                // no two sequences of a batch share rows.
                 unsafe { lse.row(batch, head, token)[0] = x };
             }
         };
         let write = |place @ [batch, token, head]: [usize; 3], row: &[f32], x: f32| {
-            // SAFETY: see above.
+            // SAFETY: as of the log-sum-exp.
             let to = unsafe { out.row(batch, token, head) };
             to.iter_mut().zip(row).for_each(|(to, &x)| *to = O::from_f32(x));
             write_lse(place, x);
         };
-        let inputs = Inputs {
-            query: Rows::new(query),
-            key: Rows::new(key),
-            value: Rows::new(value),
-            head_dim,
-            factors: self.score.factors_for(head_dim),
-        };
 
-        let aligned = workspace.as_ptr().align_offset(ALIGNMENT * size_of::<f32>()).min(ALIGNMENT);
-        let (scratch, partials) = workspace[aligned..].split_at_mut(self.threads * self.scratch_len());
-        let partials = &mut partials[..self.partials_len()];
         let shared = TensorViewMut::contiguous("workspace", &mut *partials, self.partials_shape())?;
         let shared = SharedRows::new(shared);
-        self.run_pieces(&inputs, T::DTYPE, scratch, |piece, place, row, x, lse| {
+        let pairs = (Q::DTYPE, T::DTYPE) == (DType::BF16, DType::BF16);
+        self.run_pieces(&operands, pairs, scratch, &|piece, place, row, x, lse| {
             if place.whole {
                 return write(piece.place(row), x, lse);
             }
             // SAFETY: each row of each split of a piece is worked on once.
             let to = unsafe { shared.row(0, 0, place.partials + row) };
-            to[..head_dim].copy_from_slice(x);
-            to[head_dim] = lse;
+            to[..head_dim].iter_mut().zip(x).for_each(|(to, &x)| *to = MaybeUninit::new(x));
+            to[head_dim] = MaybeUninit::new(lse);
         });
         let width = head_dim + 1;
         let partials = &*partials;
-        (0..self.work.merges()).into_par_iter().for_each(|merge| {
+        let merge = |merge: usize| {
             let (piece, rows, step) = self.work.merge(&self.batch, merge);
             for row in 0..piece.rows() {
                 let parts = (rows.start + row..rows.end).step_by(step);
-                let parts = parts.map(|part| &partials[part * width..][..width]);
+                let parts = parts.map(|part| {
+                    let part = &partials[part * width..][..width];
+                    // SAFETY: all pieces are done, and each wrote all of its rows.
+                    unsafe { std::slice::from_raw_parts(part.as_ptr().cast::<f32>(), width) }
+                });
                 let place @ [batch, token, head] = piece.place(row);
                 // SAFETY: each row belongs to one piece, which is merged once.
                 let to = unsafe { out.row(batch, token, head) };
                 let lse = merge_row(parts.map(|part| (&part[..head_dim], part[head_dim])), to);
                 write_lse(place, lse);
             }
-        });
+        };
+        let merges = self.work.merges();
+        match self.threads() {
+            1 => (0..merges).for_each(merge),
+            // At least so many for each, so that no more threads take part.
+            n => (0..merges).into_par_iter().with_min_len(merges.div_ceil(n)).for_each(merge),
+        }
         Ok(())
     }
 
-    /// Works off all pieces; `write(piece, place, row, out, lse)` gets each row's result.
+    /// The inputs with their types erased, if they fit the batch.
+    fn operands<'a, Q: Element, T: Element>(
+        &self,
+        inputs: &Inputs<TensorView<'a, Q>, TensorView<'a, T>>,
+    ) -> Result<Operands<'a>> {
+        let queries @ [.., head_dim] = self.batch.query_shape();
+        let keys = self.batch.key_shape();
+        let Inputs { query, key, value, prefix } = inputs;
+        check_rows("query", queries, query.shape(), query.strides())?;
+        check_rows("key", keys, key.shape(), key.strides())?;
+        check_rows("value", keys, value.shape(), value.strides())?;
+        for prefix in prefix.iter().flatten() {
+            check_rows("prefix", self.batch.prefix_shape(), prefix.shape(), prefix.strides())?;
+        }
+        if prefix.is_none()
+            && let Some(index) = self.batch.sequences().iter().position(|s| s.prefix_len() > 0)
+        {
+            let expected = format!("its keys and values, which sequence {index} has rows of");
+            return Err(Error::value("prefix", expected, "none"));
+        }
+        let [prefix_key, prefix_value] = prefix.unwrap_or([*key, *value]);
+        Ok(Operands {
+            query: Rows::new(*query),
+            key: Source { prefix: Rows::new(prefix_key), rows: Rows::new(*key) },
+            value: Source { prefix: Rows::new(prefix_value), rows: Rows::new(*value) },
+            head_dim,
+            factors: self.config.score.factors_for(head_dim),
+        })
+    }
+
+    /// Works off all pieces. `pairs` asks for products of bf16 pairs. Not generic, so that the kernels
+    /// are compiled with this crate and not with each one that calls them.
     fn run_pieces(
         &self,
-        inputs: &Inputs<'_>,
-        dtype: DType,
-        scratch: &mut [f32],
-        write: impl Fn(&Piece<'_>, Place, usize, &[f32], f32) + Sync,
+        inputs: &Operands<'_>,
+        pairs: bool,
+        scratch: &mut [MaybeUninit<f32>],
+        write: Write<'_>,
     ) {
         let next = AtomicUsize::new(0);
-        let worker = |scratch: &mut [f32]| {
-            let worker = Worker { plan: self, inputs, next: &next, scratch, write: &write };
-            dispatch(self.instructions, dtype == DType::BF16, worker);
+        let worker = |scratch: &mut [MaybeUninit<f32>]| {
+            let scratch = Scratch::new(scratch);
+            let worker = Worker { plan: self, inputs, next: &next, scratch, write };
+            dispatch(self.instructions, pairs, worker);
         };
         let (own, others) = scratch.split_at_mut(self.scratch_len());
+        if others.is_empty() {
+            return worker(own);
+        }
         rayon::scope(|scope| {
             for scratch in others.chunks_exact_mut(self.scratch_len()) {
                 scope.spawn(|_| worker(scratch));
@@ -293,9 +351,9 @@ type Write<'a> = &'a (dyn Fn(&Piece<'_>, Place, usize, &[f32], f32) + Sync);
 /// A thread that takes pieces until none is left.
 struct Worker<'a> {
     plan: &'a Plan,
-    inputs: &'a Inputs<'a>,
+    inputs: &'a Operands<'a>,
     next: &'a AtomicUsize,
-    scratch: &'a mut [f32],
+    scratch: Scratch<'a>,
     write: Write<'a>,
 }
 
@@ -303,7 +361,7 @@ impl Task for Worker<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd, P: Product<S>>(self, simd: S, product: P) {
+    fn run<S: Simd, P: Product<S>>(mut self, simd: S, product: P) {
         let total = self.plan.work.pieces();
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
@@ -315,10 +373,10 @@ impl Task for Worker<'_> {
                 (self.write)(&piece, place, row, out, lse);
             };
             let one_length = !piece.segment.causal || piece.segment.rows.len() == 1;
-            if one_length && piece.rows() <= few::ROWS {
-                few::attend(simd, product, self.inputs, &piece, self.scratch, write);
+            if one_length && piece.rows() <= few::ROWS && !self.plan.config.row_invariant {
+                few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
             } else {
-                tile::attend(simd, product, self.inputs, &piece, self.scratch, write);
+                tile::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
             }
         }
     }
@@ -328,15 +386,15 @@ impl Task for Worker<'_> {
 ///
 /// # Errors
 /// As [`Plan::new`] and [`Plan::run`].
-pub fn attention<T: Element, O: Element>(
+pub fn attention<Q: Element, T: Element, O: Output>(
     config: &AttentionConfig,
-    query: TensorView<'_, T>,
+    query: TensorView<'_, Q>,
     key: TensorView<'_, T>,
     value: TensorView<'_, T>,
     out: TensorViewMut<'_, O>,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
     let plan = Plan::new(config, &AttentionShape::of(&query, &key, &value)?)?;
-    let mut workspace = vec![0.0; plan.workspace_len()];
-    plan.run(query, key, value, out, lse, &mut workspace)
+    let mut workspace = Vec::with_capacity(plan.workspace_bytes());
+    plan.run(Inputs::new(query, key, value), out, lse, &mut workspace)
 }

@@ -14,8 +14,9 @@
 //! The rows of a tile are the query heads of one KV head, token by token (row = token · heads + head), so that all heads of a
 //! group share one pass over the keys.
 
-use super::piece::{Inputs, Piece};
+use super::piece::{Operands, Piece};
 use super::rows::{clear_special, for_each_special, pack_values, pack_words};
+use super::workspace::Scratch;
 use crate::cpu::simd::{Product, Simd, load, store};
 use crate::tensor::sealed::AnySlice;
 
@@ -28,21 +29,15 @@ const STEP: usize = 8;
 /// The widest panel of any instruction set: two vectors of 16.
 const WIDEST_PANEL: usize = 32;
 
-/// Elements of workspace for one thread.
+/// Elements of workspace for one thread at most.
 pub(super) fn scratch_len(head_dim: usize) -> usize {
     let words = head_dim.next_multiple_of(2 * STEP);
     let columns = head_dim.next_multiple_of(WIDEST_PANEL);
-    ROWS * words
-        + KEYS * words
-        + KEYS * columns
-        + ROWS * KEYS
-        + ROWS * columns
-        + 3 * ROWS
-        + columns.max(words)
+    Buffers::len(ROWS, KEYS, words, columns)
 }
 
-/// One thread's buffers.
-struct Scratch<'a> {
+/// One thread's buffers, for `rows` query rows (whole panels) and tiles of `keys`.
+struct Buffers<'a> {
     /// `[panel][word][row of the panel]`
     query: &'a mut [f32],
     /// `[key][word]`
@@ -60,22 +55,27 @@ struct Scratch<'a> {
     row: &'a mut [f32],
 }
 
-impl<'a> Scratch<'a> {
-    fn new(mut memory: &'a mut [f32], words: usize, columns: usize) -> Self {
+impl<'a> Buffers<'a> {
+    fn len(rows: usize, keys: usize, words: usize, columns: usize) -> usize {
+        rows * (words + keys + columns + 3) + keys * (words + columns) + columns.max(words)
+    }
+
+    fn new(scratch: &'a mut Scratch<'_>, rows: usize, keys: usize, words: usize, columns: usize) -> Self {
+        let mut memory = scratch.first(Self::len(rows, keys, words, columns));
         let mut take = |len: usize| {
             let (taken, rest) = std::mem::take(&mut memory).split_at_mut(len);
             memory = rest;
             taken
         };
         Self {
-            query: take(ROWS * words),
-            key: take(KEYS * words),
-            value: take(KEYS * columns),
-            scores: take(ROWS * KEYS),
-            out: take(ROWS * columns),
-            max: take(ROWS),
-            sum: take(ROWS),
-            alpha: take(ROWS),
+            query: take(rows * words),
+            key: take(keys * words),
+            value: take(keys * columns),
+            scores: take(rows * keys),
+            out: take(rows * columns),
+            max: take(rows),
+            sum: take(rows),
+            alpha: take(rows),
             row: take(columns.max(words)),
         }
     }
@@ -86,9 +86,9 @@ impl<'a> Scratch<'a> {
 pub(super) fn attend<S: Simd, P: Product<S>>(
     simd: S,
     product: P,
-    inputs: &Inputs<'_>,
+    inputs: &Operands<'_>,
     piece: &Piece<'_>,
-    scratch: &mut [f32],
+    scratch: &mut Scratch<'_>,
     mut write: impl FnMut(usize, &[f32], f32),
 ) {
     let panel_rows = 2 * S::LANES;
@@ -98,10 +98,11 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
     let panels = rows.div_ceil(panel_rows);
     let (factor, softcap) = inputs.factors;
     let tile = Tile { simd, product, words, columns, factor, softcap };
-    let scratch = Scratch::new(scratch, words, columns);
+    let most_keys = piece.entries.len().min(KEYS).next_multiple_of(STEP);
+    let scratch = Buffers::new(scratch, panels * panel_rows, most_keys, words, columns);
 
     pack_queries::<S, P>(inputs, piece, words, scratch.query, scratch.row);
-    scratch.out[..panels * panel_rows * columns].fill(0.0);
+    scratch.out.fill(0.0);
     scratch.max.fill(f32::NEG_INFINITY);
     scratch.sum.fill(0.0);
 
@@ -130,7 +131,7 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
                 continue;
             }
             let keys = seen.next_multiple_of(STEP);
-            let scores = &mut scratch.scores[panel * panel_rows * KEYS..][..panel_rows * keys];
+            let scores = &mut scratch.scores[panel * panel_rows * most_keys..][..panel_rows * keys];
             let state = first..first + panel_rows;
             tile.scores(&scratch.query[first * words..], &scratch.key[..keys * words], scores);
             let mut limits = [0.0; WIDEST_PANEL];
@@ -170,9 +171,15 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
 
     for row in 0..rows {
         let (max, sum) = (scratch.max[row], scratch.sum[row]);
-        let scale = if sum == 0.0 { 0.0 } else { 1.0 / sum };
         let out = &mut scratch.out[row * columns..][..inputs.head_dim];
-        out.iter_mut().for_each(|x| *x *= scale);
+        if sum == 0.0 {
+            out.fill(0.0);
+        } else {
+            // A weight of 0 may turn -0 to 0, so that it depends on the keys that other rows see. The
+            // sum with 0 makes both 0.
+            let scale = 1.0 / sum;
+            out.iter_mut().for_each(|x| *x = *x * scale + 0.0);
+        }
         write(row, out, (max + sum.log2()) * std::f32::consts::LN_2);
     }
 }
@@ -180,7 +187,7 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
 /// Packs the query rows of a piece panel by panel, rows across; missing rows are zero.
 #[inline(always)]
 fn pack_queries<S: Simd, P: Product<S>>(
-    inputs: &Inputs<'_>,
+    inputs: &Operands<'_>,
     piece: &Piece<'_>,
     words: usize,
     packed: &mut [f32],

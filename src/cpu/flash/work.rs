@@ -206,7 +206,7 @@ impl Work {
 fn tiles(sequence: &crate::Sequence, heads: usize) -> Vec<Segment> {
     let tokens = tile::ROWS / heads;
     let mut tiles = Vec::new();
-    schedule::segments(sequence.mask, sequence.rows.len(), sequence.keys.len(), |segment| {
+    schedule::segments(sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
         for start in segment.rows.clone().step_by(tokens) {
             tiles.push(segment.part(start..segment.rows.end.min(start + tokens)));
         }

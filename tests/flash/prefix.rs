@@ -1,0 +1,222 @@
+//! Sequences whose first keys lie in prefix tensors.
+
+use crate::common::{Layout, Rng, Tensor, layouts, named};
+use crate::properties::cases::star_masks;
+use crate::properties::expected::Expected;
+use proptest::prelude::*;
+use star_attention::cpu::InstructionSet;
+use star_attention::cpu::flash::Plan;
+use star_attention::{
+    AttentionConfig, Batch, Element, Inputs, Keys, Mask, PlanConfig, Sequence, TensorView, bf16, f16,
+};
+
+/// Keys of a split: some sequences have several, most have one.
+const SPLIT_KEYS: usize = 192;
+
+/// A sequence of `rows` queries over `prefix` and then `keys` further keys.
+#[derive(Clone, Debug)]
+struct Member {
+    rows: usize,
+    prefix: usize,
+    keys: usize,
+    mask: Mask,
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    members: Vec<Member>,
+    page_len: Option<usize>,
+    kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+    row_invariant: bool,
+    layouts: [Layout; 2],
+    seed: u64,
+}
+
+/// Prefixes of a star mask are shorter than the anchor, as long, and longer.
+fn members() -> impl Strategy<Value = Member> {
+    let mask = prop_oneof![1 => Just(Mask::Full), 2 => Just(Mask::Causal), 3 => star_masks()];
+    let rows = prop_oneof![1 => Just(1usize), 1 => 0..5usize, 2 => 0..90usize];
+    let keys = prop_oneof![4 => 0..100usize, 1 => 300..700usize];
+    (rows, 0..120usize, keys, mask, 0..3).prop_map(|(rows, prefix, keys, mask, equal)| {
+        let prefix = match mask {
+            Mask::Star { anchor_len, .. } if equal == 0 => anchor_len.min(300),
+            _ => prefix,
+        };
+        Member { rows, prefix, keys, mask }
+    })
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let extents = (1..=2usize, 1..=3usize, prop::sample::select(vec![5, 16, 40, 64]));
+    let page_len = prop::option::of(prop::sample::select(vec![1, 7, 16, 48]));
+    let members = prop::collection::vec(members(), 1..4);
+    (members, page_len, extents, any::<bool>(), [layouts(), layouts()], any::<u64>()).prop_map(
+        |(members, page_len, (kv_heads, group, head_dim), row_invariant, layouts, seed)| Case {
+            members,
+            page_len,
+            kv_heads,
+            group,
+            head_dim,
+            row_invariant,
+            layouts,
+            seed,
+        },
+    )
+}
+
+/// Bits of the output and of the log-sum-exp.
+type Bits = (Tensor<f32>, Vec<u32>);
+
+impl Case {
+    fn bits<T: Element>(
+        &self,
+        batch: &Batch,
+        inputs: Inputs<TensorView<'_, T>, TensorView<'_, T>>,
+        instructions: InstructionSet,
+    ) -> Bits {
+        let config = PlanConfig::new().with_split_keys(SPLIT_KEYS);
+        let config = if self.row_invariant { config.with_row_invariant() } else { config };
+        let plan = Plan::for_batch(&config, batch.clone()).unwrap();
+        let plan = plan.with_instructions(instructions).unwrap();
+        let mut out = Tensor::<f32>::contiguous("out", batch.query_shape(), |_| 0.0);
+        let mut lse = vec![0.0; batch.lse_len()];
+        let mut workspace = vec![0xffu8; plan.workspace_bytes()];
+        plan.run(inputs, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+        (out, lse.into_iter().map(f32::to_bits).collect())
+    }
+}
+
+/// The bits of the same keys one after another in one tensor, which are those of the oracle.
+fn prefixes_change_no_bit<T: Element>(case: &Case) -> Result<(), TestCaseError> {
+    let Case { kv_heads, group, head_dim, .. } = *case;
+    let mut rng = Rng::new(case.seed);
+    let heads = kv_heads * group;
+    let total = |count: fn(&Member) -> usize| case.members.iter().map(count).sum::<usize>();
+    let query = Tensor::<T>::normal("query", [1, total(|m| m.rows), heads, head_dim], &mut rng);
+    let together = [1, total(|m| m.prefix + m.keys), kv_heads, head_dim];
+    let kv = ["key", "value"].map(|name| Tensor::<T>::normal(name, together, &mut rng));
+
+    // Where each key of `together` lies apart from the others: in the prefix tensors or not, and
+    // the places there.
+    let page_len = case.page_len.unwrap_or(1 << 20);
+    let (mut places, mut prefix_end, mut key_end, mut query_end) = (Vec::new(), 3, 0, 0);
+    let mut sequences = [Vec::new(), Vec::new()];
+    for member in &case.members {
+        let rows = query_end..query_end + member.rows;
+        query_end = rows.end;
+        let all = Keys::rows(0, places.len()..places.len() + member.prefix + member.keys);
+        sequences[0].push(Sequence::new(0, rows.clone(), all, member.mask));
+        let prefix = prefix_end..prefix_end + member.prefix;
+        prefix_end = prefix.end + 2;
+        places.extend(prefix.clone().map(|row| (true, [1, row])));
+        let first = if case.page_len.is_some() { key_end / page_len } else { 0 };
+        let keys = match case.page_len {
+            // In descending order, so that no two pages are consecutive.
+            Some(_) => {
+                let pages = first..first + member.keys.div_ceil(page_len);
+                key_end = pages.end * page_len;
+                let pages: Vec<u32> = pages.rev().map(|page| page as u32).collect();
+                let place = |key: usize| (false, [pages[key / page_len] as usize, key % page_len]);
+                places.extend((0..member.keys).map(place));
+                Keys::pages(member.keys, pages)
+            }
+            None => {
+                let keys = key_end + 1..key_end + 1 + member.keys;
+                key_end = keys.end;
+                places.extend(keys.clone().map(|row| (false, [0, row])));
+                Keys::rows(0, keys)
+            }
+        };
+        let sequence = Sequence::new(0, rows, keys, member.mask);
+        sequences[1].push(sequence.with_prefix(1, prefix));
+    }
+    let prefix_shape = [2, prefix_end, kv_heads, head_dim];
+    let key_shape = match case.page_len {
+        Some(page_len) => [key_end / page_len, page_len, kv_heads, head_dim],
+        None => [1, key_end, kv_heads, head_dim],
+    };
+    let apart = |from: &Tensor<T>, shape, prefix, layout| {
+        let mut to = Tensor::new("apart", shape, layout, f32::NAN, |_| f32::NAN);
+        for (row, &(_, [b, s])) in places.iter().enumerate().filter(|(_, place)| place.0 == prefix) {
+            for (head, d) in (0..kv_heads).flat_map(|head| (0..head_dim).map(move |d| (head, d))) {
+                to.set([b, s, head, d], from.get([0, row, head, d]));
+            }
+        }
+        to
+    };
+    let [prefix_layout, layout] = &case.layouts;
+    let prefixes = [&kv[0], &kv[1]].map(|from| apart(from, prefix_shape, true, prefix_layout));
+    let rest = [&kv[0], &kv[1]].map(|from| apart(from, key_shape, false, layout));
+
+    let [whole, parts] = sequences;
+    let mut batch = Batch::new(query.shape(), together).unwrap();
+    whole.into_iter().for_each(|sequence| batch.push(sequence).unwrap());
+    let mut apart = Batch::new(query.shape(), key_shape).unwrap().with_prefix(2, prefix_end).unwrap();
+    parts.into_iter().for_each(|sequence| apart.push(sequence).unwrap());
+    for instructions in InstructionSet::available() {
+        let inputs = Inputs::new(query.view(), kv[0].view(), kv[1].view());
+        let (expected, expected_lse) = case.bits(&batch, inputs, instructions);
+        let inputs = Inputs::new(query.view(), rest[0].view(), rest[1].view());
+        let inputs = inputs.with_prefix(prefixes[0].view(), prefixes[1].view());
+        let (out, lse) = case.bits(&apart, inputs, instructions);
+        prop_assert!(out.bits() == expected.bits(), "{instructions:?}: other bits with prefixes");
+        prop_assert!(lse == expected_lse, "{instructions:?}: other bits of lse with prefixes");
+        for sequence in batch.sequences() {
+            let Keys::Rows { rows, .. } = &sequence.keys else { unreachable!("as made above") };
+            let [key, value] = [&kv[0], &kv[1]].map(|kv| kv.gather(rows.clone()));
+            let own = query.gather(sequence.rows.clone());
+            let config = AttentionConfig::new(sequence.mask);
+            let oracle = Expected::of(&config, &own, &key, &value, false);
+            oracle.check_out(out.gather(sequence.rows.clone()).values())?;
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn where_the_first_keys_lie_changes_no_bit(case in cases(), dtype in 0..3) {
+        match dtype {
+            0 => prefixes_change_no_bit::<f32>(&case)?,
+            1 => prefixes_change_no_bit::<f16>(&case)?,
+            _ => prefixes_change_no_bit::<bf16>(&case)?,
+        }
+    }
+}
+
+/// Prefixes that are named must come with the call, in the shape of the batch.
+#[test]
+fn prefixes_that_do_not_fit() {
+    let run = |prefix_rows: usize, prefix: Option<[usize; 4]>| {
+        let mut batch = Batch::new([1, 1, 2, 8], [1, 4, 1, 8]).unwrap().with_prefix(2, 6).unwrap();
+        let sequence = Sequence::new(0, 0..1, Keys::rows(0, 0..4), Mask::Full);
+        batch.push(sequence.with_prefix(1, 1..1 + prefix_rows)).unwrap();
+        let plan = Plan::for_batch(&PlanConfig::new(), batch).unwrap();
+        let data = [0.5f32; 256];
+        let view = |shape: [usize; 4]| {
+            TensorView::contiguous("data", &data[..shape.iter().product()], shape).unwrap()
+        };
+        let inputs = Inputs::new(view([1, 1, 2, 8]), view([1, 4, 1, 8]), view([1, 4, 1, 8]));
+        let inputs = match prefix {
+            Some(shape) => inputs.with_prefix(view(shape), view(shape)),
+            None => inputs,
+        };
+        let mut out = Tensor::<f32>::contiguous("out", [1, 1, 2, 8], |_| 7.0);
+        let mut workspace = Vec::with_capacity(plan.workspace_bytes());
+        let result = plan.run(inputs, out.view_mut(), None, &mut workspace);
+        let written = out.values().any(|x| x != 7.0);
+        assert_eq!(written, result.is_ok());
+        result
+    };
+    run(5, Some([2, 6, 1, 8])).unwrap();
+    // A prefix without rows needs no tensor.
+    run(0, None).unwrap();
+    assert_eq!(named(run(1, None).unwrap_err()), ("value", "prefix"));
+    for shape in [[1, 6, 1, 8], [2, 5, 1, 8], [2, 6, 2, 8], [2, 6, 1, 4]] {
+        assert_eq!(named(run(1, Some(shape)).unwrap_err()), ("shape", "prefix"));
+    }
+}

@@ -1,0 +1,182 @@
+//! Row-invariant plans: the bits of a row depend on nothing but the row and the keys it sees.
+
+use crate::common::{Rng, Tensor};
+use crate::properties::cases::{configs, head_dims};
+use proptest::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use star_attention::cpu::InstructionSet;
+use star_attention::cpu::flash::Plan;
+use star_attention::{AttentionConfig, Batch, Element, Inputs, Keys, Mask, PlanConfig, Sequence, bf16, f16};
+use std::sync::LazyLock;
+
+/// What keys and values hold.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Normal,
+    /// Values that underflow when they are weighted: sums of zeros of either sign.
+    Tiny,
+    /// Some elements are NaN or infinite.
+    Special,
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    config: AttentionConfig,
+    rows: usize,
+    keys: usize,
+    /// Rows of the chunks, in turn.
+    chunks: Vec<usize>,
+    split_keys: Option<usize>,
+    kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+    kind: Kind,
+    seed: u64,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let lens = prop_oneof![
+        2 => (1..=140usize).prop_map(|n| (n, n)),
+        1 => (1..=140usize, 0..=200usize),
+        1 => (1..=6usize, 300..=700usize),
+    ];
+    let chunks = prop_oneof![
+        2 => Just(vec![1]),
+        3 => prop::collection::vec(1..=70usize, 1..5),
+    ];
+    let split_keys = prop::option::weighted(0.7, prop::sample::select(vec![1, 96, 150, 288]));
+    let extents = (1..=2usize, 1..=5usize, head_dims());
+    let kind = prop_oneof![3 => Just(Kind::Normal), 1 => Just(Kind::Tiny), 2 => Just(Kind::Special)];
+    (configs(), lens, chunks, split_keys, extents, kind, any::<u64>()).prop_map(
+        |(config, (rows, keys), chunks, split_keys, (kv_heads, group, head_dim), kind, seed)| Case {
+            config,
+            rows,
+            keys,
+            chunks,
+            split_keys,
+            kv_heads,
+            group,
+            head_dim,
+            kind,
+            seed,
+        },
+    )
+}
+
+static POOLS: LazyLock<[ThreadPool; 3]> = LazyLock::new(|| {
+    [1, 3, 16].map(|threads| ThreadPoolBuilder::new().num_threads(threads).build().unwrap())
+});
+
+impl Case {
+    /// The rows as one sequence, and in chunks, each over the keys up to its last row's own.
+    fn batches(&self) -> [Batch; 2] {
+        let query = [1, self.rows, self.kv_heads * self.group, self.head_dim];
+        let key = [1, self.keys, self.kv_heads, self.head_dim];
+        let [mut whole, mut chunks] = [0; 2].map(|_| Batch::new(query, key).unwrap());
+        let mask = self.config.mask;
+        whole.push(Sequence::new(0, 0..self.rows, Keys::rows(0, 0..self.keys), mask)).unwrap();
+        let mut start = 0;
+        for &len in self.chunks.iter().cycle() {
+            let end = self.rows.min(start + len);
+            // A chunk may end before the first key: then its rows see nothing.
+            let hidden = if mask == Mask::Full { 0 } else { self.rows - end };
+            let keys = Keys::rows(0, 0..self.keys.saturating_sub(hidden));
+            chunks.push(Sequence::new(0, start..end, keys, mask)).unwrap();
+            start = end;
+            if start == self.rows {
+                return [whole, chunks];
+            }
+        }
+        unreachable!("chunks have rows")
+    }
+
+    fn tensors<T: Element>(&self) -> [Tensor<T>; 3] {
+        let mut rng = Rng::new(self.seed);
+        let heads = self.kv_heads * self.group;
+        let shapes = [
+            [1, self.rows, heads, self.head_dim],
+            [1, self.keys, self.kv_heads, self.head_dim],
+            [1, self.keys, self.kv_heads, self.head_dim],
+        ];
+        [0, 1, 2].map(|tensor| {
+            Tensor::contiguous("input", shapes[tensor], |_| match self.kind {
+                Kind::Tiny if tensor == 2 => [1e-45, -1e-45, 0.0, -0.0, -2e-41, -1e-39][rng.below(6)],
+                Kind::Special if rng.below(if tensor == 0 { 2000 } else { 300 }) == 0 => {
+                    [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][rng.below(3)]
+                }
+                _ => rng.normal(),
+            })
+        })
+    }
+}
+
+/// Bits of numbers; all NaN are one.
+fn bits(values: impl Iterator<Item = f32>) -> Vec<u32> {
+    values.map(|x| if x.is_nan() { f32::NAN } else { x }).map(f32::to_bits).collect()
+}
+
+/// The rows as one sequence and in chunks of any size, down to one row, on any number of threads.
+fn rows_keep_their_bits<T: Element, O: Element>(case: &Case) -> Result<(), TestCaseError> {
+    let [query, key, value] = case.tensors::<T>();
+    let [whole, chunks] = case.batches();
+    let mut config = PlanConfig::from(case.config.score()).with_row_invariant();
+    config.split_keys = case.split_keys;
+    for instructions in InstructionSet::available() {
+        let results = |batch: &Batch, pool: &ThreadPool| {
+            pool.install(|| {
+                let plan = Plan::for_batch(&config, batch.clone()).unwrap();
+                let plan = plan.with_instructions(instructions).unwrap();
+                let mut out = Tensor::<O>::contiguous("out", batch.query_shape(), |_| 7.0);
+                let mut lse = vec![7.0; batch.lse_len()];
+                let inputs = Inputs::new(query.view(), key.view(), value.view());
+                let mut workspace = vec![0xffu8; plan.workspace_bytes()];
+                plan.run(inputs, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+                (bits(out.values()), bits(lse.into_iter()))
+            })
+        };
+        let expected = results(&whole, &POOLS[0]);
+        for pool in POOLS.iter() {
+            let threads = pool.current_num_threads();
+            let got = results(&whole, pool);
+            prop_assert!(got == expected, "{instructions:?}: other bits on {threads} threads");
+            let (out, lse) = results(&chunks, pool);
+            prop_assert!(lse == expected.1, "{instructions:?}: other lse in chunks, {threads} threads");
+            let differs = out.iter().zip(&expected.0).position(|(a, b)| a != b);
+            prop_assert_eq!(differs, None, "{:?}: in chunks, {} threads", instructions, threads);
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn a_row_keeps_its_bits_in_chunks_of_any_size(case in cases(), dtype in 0..4) {
+        match dtype {
+            0 => rows_keep_their_bits::<f32, f32>(&case)?,
+            1 => rows_keep_their_bits::<f16, f16>(&case)?,
+            2 => rows_keep_their_bits::<bf16, f32>(&case)?,
+            _ => rows_keep_their_bits::<bf16, bf16>(&case)?,
+        }
+    }
+}
+
+/// Beyond the split length that row-invariant plans have by default: prefill equals each decode.
+#[test]
+fn a_prefill_equals_its_decodes_over_more_than_one_split() {
+    for rows in [3, 20] {
+        let case = Case {
+            config: AttentionConfig::new(Mask::Causal),
+            rows,
+            keys: star_attention::ROW_INVARIANT_SPLIT_KEYS + rows / 2,
+            chunks: vec![1],
+            split_keys: None,
+            kv_heads: 1,
+            group: 4,
+            head_dim: 64,
+            kind: Kind::Normal,
+            seed: 3,
+        };
+        rows_keep_their_bits::<f32, f32>(&case).unwrap();
+        rows_keep_their_bits::<bf16, bf16>(&case).unwrap();
+    }
+}

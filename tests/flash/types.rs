@@ -1,0 +1,63 @@
+//! Queries of one element type over keys and values of another.
+
+use crate::common::Tensor;
+use crate::properties::cases::{Case, Inputs, cases};
+use proptest::prelude::*;
+use star_attention::cpu::InstructionSet;
+use star_attention::{DType, Element, bf16, f16};
+
+/// The same numbers as f32, into which each type converts exactly.
+fn wide<T: Element>(name: &'static str, tensor: &Tensor<T>) -> Tensor<f32> {
+    Tensor::contiguous(name, tensor.shape(), |index| tensor.get(index).to_f32())
+}
+
+/// Nothing is rounded but what f32 rounds: within f32's tolerance of the oracle, and the bits of a
+/// call on the same numbers in f32. Products of bf16 pairs are the exception.
+fn is_as_good_as_f32<Q: Element, T: Element>(case: &Case) -> Result<(), TestCaseError> {
+    let (queries, keys) = (case.inputs::<Q>(), case.inputs::<T>());
+    let inputs = star_attention::Inputs::new(queries.query.view(), keys.key.view(), keys.value.view());
+    let exact = Inputs {
+        query: wide("query", &queries.query),
+        key: wide("key", &keys.key),
+        value: wide("value", &keys.value),
+    };
+    let expected = case.expected(&exact);
+    for instructions in InstructionSet::available() {
+        let on = |error: TestCaseError| TestCaseError::fail(format!("{instructions:?}: {error}"));
+        let plan = case.plan().with_instructions(instructions).unwrap();
+        let mut workspace = vec![0xffu8; plan.workspace_bytes()];
+        let (mut out, mut lse) = (case.output::<f32>(), vec![f32::NAN; case.shape.lse_len()]);
+        plan.run(inputs, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+        let all_bf16 = (Q::DTYPE, T::DTYPE) == (DType::BF16, DType::BF16);
+        if all_bf16 && instructions == InstructionSet::Avx512Bf16 {
+            let expected = case.expected(&keys);
+            expected.check_out(out.values()).map_err(on)?;
+            expected.check_lse(&lse).map_err(on)?;
+            continue;
+        }
+        expected.check_out(out.values()).map_err(on)?;
+        expected.check_lse(&lse).map_err(on)?;
+        let (in_f32, lse_in_f32) = case.run_plan::<f32, f32>(&plan, &exact);
+        prop_assert!(out.bits() == in_f32.bits(), "{instructions:?}: other bits than in f32");
+        let bits = |lse: Vec<f32>| lse.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        prop_assert!(bits(lse) == bits(lse_in_f32), "{instructions:?}: other bits of lse than in f32");
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn queries_and_keys_of_any_two_types(case in cases(), pair in 0..9) {
+        match pair {
+            0 => is_as_good_as_f32::<f32, f32>(&case)?,
+            1 => is_as_good_as_f32::<f32, f16>(&case)?,
+            2 => is_as_good_as_f32::<f32, bf16>(&case)?,
+            3 => is_as_good_as_f32::<f16, f32>(&case)?,
+            4 => is_as_good_as_f32::<f16, f16>(&case)?,
+            5 => is_as_good_as_f32::<f16, bf16>(&case)?,
+            6 => is_as_good_as_f32::<bf16, f32>(&case)?,
+            7 => is_as_good_as_f32::<bf16, f16>(&case)?,
+            _ => is_as_good_as_f32::<bf16, bf16>(&case)?,
+        }
+    }
+}
