@@ -9,7 +9,6 @@ use proptest::prelude::*;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{Device, HalfElement};
 use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16, f16};
-use std::ops::Range;
 
 /// Bits of output and log-sum-exp, in memory that held rubbish.
 fn bits<B: Backend, T: HalfElement, O: Element>(
@@ -95,12 +94,14 @@ fn inputs<T: Element>(query: [usize; 4], key: [usize; 4], seed: u64) -> Inputs<T
     Inputs { query: Tensor::normal("query", query, &mut rng), key: key_rows, value }
 }
 
-/// The rows of chunks, each over the keys up to its last row.
-fn batch_of(query: [usize; 4], key: [usize; 4], chunks: &[Range<usize>]) -> Batch {
+/// Chunks of rows that end at `ends`, each over the keys up to its last row.
+fn batch_of(query: [usize; 4], key: [usize; 4], ends: &[usize]) -> Batch {
     let mut batch = Batch::new(query, key).unwrap();
-    for rows in chunks {
-        let keys = Keys::rows(0, 0..key[1] - query[1] + rows.end);
-        batch.push(Sequence::new(0, rows.clone(), keys, Mask::Causal)).unwrap();
+    let mut start = 0;
+    for &end in ends {
+        let keys = Keys::rows(0, 0..key[1] - query[1] + end);
+        batch.push(Sequence::new(0, start..end, keys, Mask::Causal)).unwrap();
+        start = end;
     }
     batch
 }
@@ -111,10 +112,8 @@ fn chunks_change_no_bit<B: Backend, T: HalfElement, O: Element>(case: &Chunked) 
     let backend = B::open(seed);
     let config = PlanConfig::new().with_row_invariant().with_split_keys(split_keys);
     let inputs = inputs::<T>(query, key, seed);
-    let starts = std::iter::once(0).chain(ends.iter().copied());
-    let chunks: Vec<_> = starts.zip(ends).map(|(start, &end)| start..end).collect();
-    let (whole, lse) = bits::<B, T, O>(&backend, &config, &batch_of(query, key, &[0..query[1]]), &inputs);
-    let (parts, parts_lse) = bits::<B, T, O>(&backend, &config, &batch_of(query, key, &chunks), &inputs);
+    let [(whole, lse), (parts, parts_lse)] = [&[query[1]][..], ends]
+        .map(|ends| bits::<B, T, O>(&backend, &config, &batch_of(query, key, ends), &inputs));
     prop_assert!(whole.bits() == parts.bits(), "other outputs in chunks");
     prop_assert!(lse == parts_lse, "other log-sum-exps in chunks");
     Ok(())
@@ -160,8 +159,8 @@ on_each_device! {
         };
         for split_keys in [128, 4096] {
             let config = PlanConfig::new().with_row_invariant().with_split_keys(split_keys);
-            let [whole, alone] = [0..45, 0..1].map(|rows| {
-                let batch = batch_of(query, key, &[rows]);
+            let [whole, alone] = [45, 1].map(|end| {
+                let batch = batch_of(query, key, &[end]);
                 bits::<B, bf16, f32>(&B::open(3), &config, &batch, &inputs).0
             });
             for d in 0..64 {
