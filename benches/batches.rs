@@ -69,8 +69,7 @@ impl<T: Element> Call<T> {
         }
         let plan = Plan::for_batch(config, batch).unwrap();
         let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
-        let (query_len, key_len) =
-            (elements(plan.batch().query_shape()), elements(plan.batch().key_shape()));
+        let (query_len, key_len) = (elements(plan.batch().query_shape()), elements(plan.batch().key_shape()));
         Self {
             query: random(query_len, 1),
             key: random(key_len, 2),
@@ -164,7 +163,8 @@ impl Bench {
     }
 
     fn paged<T: Element>(&mut self, lens: &[[usize; 2]], page_len: usize) {
-        let name = format!("decode of {} x {} keys, pages of {page_len}, {}", lens.len(), lens[0][1], T::DTYPE);
+        let name =
+            format!("decode of {} x {} keys, pages of {page_len}, {}", lens.len(), lens[0][1], T::DTYPE);
         if !self.wants(&name) {
             return;
         }
@@ -198,7 +198,8 @@ fn schedule(bench: &Bench) {
                 Batch::new([1, rows, QUERY_HEADS, HEAD_DIM], [1, keys, KV_HEADS, HEAD_DIM]).unwrap();
             let (mut row, mut key) = (0, 0);
             for &[rows, keys] in lens {
-                let sequence = Sequence::new(0, row..row + rows, Keys::rows(0, key..key + keys), Mask::Causal);
+                let sequence =
+                    Sequence::new(0, row..row + rows, Keys::rows(0, key..key + keys), Mask::Causal);
                 batch.push(sequence).unwrap();
                 (row, key) = (row + rows, key + keys);
             }
@@ -213,12 +214,16 @@ fn schedule(bench: &Bench) {
     let tiles = rows / (128 / (QUERY_HEADS / KV_HEADS));
     let prefill = plan_of(&[[rows, rows]]);
     println!("\nA plan of 256 decodes takes {:.1} µs,", decodes * 1e6);
-    println!("one of a prefill of {rows} rows {:.1} ns for each of {tiles} tiles.", prefill * 1e9 / tiles as f64);
+    println!(
+        "one of a prefill of {rows} rows {:.1} ns for each of {tiles} tiles.",
+        prefill * 1e9 / tiles as f64
+    );
 }
 
 fn main() {
     // `cargo test --benches` passes `--test`, `cargo bench` passes `--bench`.
-    let (options, filters): (Vec<String>, _) = std::env::args().skip(1).partition(|arg| arg.starts_with("--"));
+    let (options, filters): (Vec<String>, _) =
+        std::env::args().skip(1).partition(|arg| arg.starts_with("--"));
     let quick = options.iter().any(|option| option == "--test");
     let mut bench = Bench { filters, pairs: if quick { 1 } else { PAIRS }, lines: Vec::new() };
     let scale = if quick { 64 } else { 1 };

@@ -108,8 +108,6 @@ typedef struct {
     uint64_t lse;
 } StarPartial;
 
-enum { STAR_MOST_PARTIALS = 32 };
-
 /* merge.cu: partials to one, the same number for each row or as `merged` says. */
 typedef struct {
     /* [batch, seq, heads, dim] for each partial, `partial_stride` elements apart; with `merged`
@@ -136,7 +134,7 @@ typedef struct {
     /* 1: the partials are those of `each`, of which `n` are there. */
     uint32_t separate;
     uint32_t padding;
-    StarPartial each[STAR_MOST_PARTIALS];
+    StarPartial each[32];
 } StarMergeParams;
 
 /* append.cu: new keys and values to their places. */

@@ -6,7 +6,7 @@
 //! function that is called from each arm of a `match`.
 
 use crate::merge::PartialOf;
-use crate::{Append, Batch, Element, Error, Inputs, PlanConfig, Result};
+use crate::{Append, Batch, Element, Error, Inputs, Keys, PlanConfig, Result};
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -83,10 +83,16 @@ impl Capacity {
         }
         for (index, sequence) in sequences.iter().enumerate() {
             let rows = sequence.rows.len();
-            if rows > self.rows {
-                let source = Error::value("rows", format!("at most {}", self.rows), rows);
-                return Err(Error::Sequence { index, source: Box::new(source) });
-            }
+            let wrong = if rows > self.rows {
+                Error::value("rows", format!("at most {}", self.rows), rows)
+            } else {
+                match (&sequence.keys, self.pages) {
+                    (Keys::Pages { .. }, 0) => Error::value("keys", "rows, as the plan is for", "pages"),
+                    (Keys::Rows { .. }, 1..) => Error::value("keys", "pages, as the plan is for", "rows"),
+                    _ => continue,
+                }
+            };
+            return Err(Error::Sequence { index, source: Box::new(wrong) });
         }
         let pages = batch.pages();
         if pages > self.pages {

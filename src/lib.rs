@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_op_in_unsafe_fn, missing_docs, clippy::undocumented_unsafe_blocks)]
 
+mod append;
+mod backend;
 mod batch;
 #[cfg(feature = "candle")]
 pub mod candle;
@@ -16,6 +18,8 @@ pub mod merge;
 mod schedule;
 mod tensor;
 
+pub use append::{Append, LEFT_OUT, Rotation};
+pub use backend::{Backend, Capacity, Plain};
 pub use batch::{Batch, Inputs, Keys, Prefix, Sequence};
 pub use config::{AttentionConfig, AttentionShape, Mask, PlanConfig, ROW_INVARIANT_SPLIT_KEYS, ScoreConfig};
 pub use error::{Error, Result};

@@ -167,9 +167,7 @@ pub(crate) fn for_each_row<O: Output>(
     let [batches, seqs, heads, _] = out.shape();
     let out = SharedRows::new(out);
     let lse = match lse {
-        Some(lse) => {
-            Some(SharedRows::new(TensorViewMut::contiguous("lse", lse, [batches, heads, seqs, 1])?))
-        }
+        Some(lse) => Some(SharedRows::new(TensorViewMut::contiguous("lse", lse, [batches, heads, seqs, 1])?)),
         None => None,
     };
     (0..batches * seqs * heads).into_par_iter().with_min_len(ROWS_PER_TASK).for_each(|index| {

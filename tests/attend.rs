@@ -255,8 +255,11 @@ fn ways<T: Bytes>(key: &Tensor<T>, value: &Tensor<T>) -> Vec<Vec<Entry>> {
     let i32s = |lens: [usize; 3]| lens.map(|len| len as i32);
     vec![
         [&packed[..], &[numbers("key_offsets", &[4], &[0, 9, 15, 19])]].concat(),
-        [&gaps[..], &[numbers("key_offsets", &[4], &[0, 10, 20, 30]), numbers("key_lens", &[3], &i32s(lens))]]
-            .concat(),
+        [
+            &gaps[..],
+            &[numbers("key_offsets", &[4], &[0, 10, 20, 30]), numbers("key_lens", &[3], &i32s(lens))],
+        ]
+        .concat(),
         [&batched[..], &[numbers("key_lens", &[3], &i32s(lens))]].concat(),
         [&paged[..], &[numbers("page_table", &[3, 3], &table), numbers("key_lens", &[3], &i32s(lens))]]
             .concat(),
@@ -325,7 +328,10 @@ fn sequences_of_any_lengths() {
     ragged::<f32, f32>(cpu, 1e-6);
     ragged::<f32, bf16>(cpu, 1e-6);
     ragged::<bf16, f32>(cpu, 3.9e-3);
-    ragged::<bf16, bf16>(&[cpu, &[&["--backend", "simt"], &["--backend", "simt", "--row-invariant"]]].concat(), 3.9e-3);
+    ragged::<bf16, bf16>(
+        &[cpu, &[&["--backend", "simt"], &["--backend", "simt", "--row-invariant"]]].concat(),
+        3.9e-3,
+    );
     ragged::<f16, f16>(&[&["--backend", "simt", "--split-keys", "64"]], 4.9e-4);
 }
 
@@ -336,9 +342,8 @@ fn bad_sequences() {
         (folder.file("in.safetensors"), folder.file("out.safetensors"), folder.file("masks.json"));
     let [q, k, v] = inputs::<f32>();
     let tensors = [entry("q", &q), entry("k", &k), entry("v", &v)];
-    let packed = tensors.clone().map(|(name, dtype, [b, s, h, d], data)| {
-        (name, dtype, vec![1, b * s, h, d], data)
-    });
+    let packed =
+        tensors.clone().map(|(name, dtype, [b, s, h, d], data)| (name, dtype, vec![1, b * s, h, d], data));
     let refused = |tensors: &[Entry; 3], more: &[Entry], masks: &str, message: &str| {
         save(&input, &[&tensors[..], more].concat());
         fs::write(&masks_file, masks).unwrap();

@@ -211,6 +211,9 @@ struct Flash {
         const uint32_t heads = p.query_heads / p.pack;
         // Left in memory and its cache: registers are scarcer.
         const StarTile& tile = refer(reinterpret_cast<const StarTile*>(p.tiles) + block_index() / heads);
+        if (tile.rows == 0) {
+            return;
+        }
         const uint32_t head = block_index() % heads;
         const QueryRows<P> rows{p, tile, head};
         const KeyList list{p, tile, head * p.pack / p.group};

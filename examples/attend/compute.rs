@@ -56,8 +56,13 @@ impl Settings {
 
     fn run_keys<Q: FileElement, T: FileElement>(&self, file: &File<'_>, batch: Batch) -> Result<Vec<u8>> {
         let [query, key, value] = file.inputs.each_ref().map(|input| input.data.data());
-        let call =
-            Call { config: self.config, batch, query: Q::read(query), key: T::read(key), value: T::read(value) };
+        let call = Call {
+            config: self.config,
+            batch,
+            query: Q::read(query),
+            key: T::read(key),
+            value: T::read(value),
+        };
         let results = match self.backend {
             Kind::Cpu => {
                 let mut cpu = Cpu::new();
@@ -87,7 +92,9 @@ fn instructions(name: &str) -> Result<InstructionSet> {
         InstructionSet::Avx512Bf16,
     ];
     let known = all.into_iter().find(|set| format!("{set:?}").eq_ignore_ascii_case(name));
-    known.ok_or_else(|| format!("--instructions: expected one of {:?}, got {name}", InstructionSet::available()))
+    known.ok_or_else(|| {
+        format!("--instructions: expected one of {:?}, got {name}", InstructionSet::available())
+    })
 }
 
 /// One call on tensors in memory.

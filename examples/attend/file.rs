@@ -21,8 +21,7 @@ pub struct File<'a> {
 impl<'a> File<'a> {
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
         let tensors = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
-        let inputs =
-            [input(&tensors, "q")?, input(&tensors, "k")?, input(&tensors, "v")?];
+        let inputs = [input(&tensors, "q")?, input(&tensors, "k")?, input(&tensors, "v")?];
         let [query, key, value] = inputs.each_ref().map(|tensor| tensor.data.dtype());
         if key != value {
             let (name, expected, like, got) =

@@ -39,7 +39,8 @@ impl Masks {
         let json: Value = serde_json::from_slice(&bytes).map_err(|e| format!("{file}: {e}"))?;
         let list = json.as_array().ok_or_else(|| format!("{file}: expected a list"))?;
         let masks = list.iter().enumerate().map(|(index, entry)| {
-            let mask = parse(entry).and_then(|mask| mask.validate().map(|()| mask).map_err(|e| e.to_string()));
+            let mask =
+                parse(entry).and_then(|mask| mask.validate().map(|()| mask).map_err(|e| e.to_string()));
             mask.map_err(|e| format!("{file}: sequence {index}: {e}"))
         });
         Ok(Self::Each { masks: masks.collect::<Result<_>>()?, file })

@@ -43,7 +43,10 @@ fn packed(
         return Err(format!("{name}: expected shape [sequences + 1], got {:?}", offsets.shape));
     }
     if ends[0] != 0 || !ends.is_sorted() || ends[ends.len() - 1] > shape[1] {
-        return Err(format!("{name}: expected offsets that ascend from 0 to at most {}, got {ends:?}", shape[1]));
+        return Err(format!(
+            "{name}: expected offsets that ascend from 0 to at most {}, got {ends:?}",
+            shape[1]
+        ));
     }
     Ok(ends.windows(2).map(|ends| (0, ends[0]..ends[1])).collect())
 }

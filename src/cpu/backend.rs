@@ -3,9 +3,7 @@
 use super::{InstructionSet, append::append, flash};
 use crate::backend::{Backend, Capacity, Plain, clamp};
 use crate::merge::{PartialOf, merge_rows};
-use crate::{
-    Append, Batch, Element, Error, Inputs, PlanConfig, Result, TensorView, TensorViewMut,
-};
+use crate::{Append, Batch, Element, Error, Inputs, PlanConfig, Result, TensorView, TensorViewMut};
 use std::ops::RangeBounds;
 
 /// The CPU: memory is vectors, slices and views of them, and calls are done when they return.
@@ -115,7 +113,10 @@ impl Backend for Cpu {
         slice: &'a [T],
         shape: [usize; 4],
         strides: [usize; 4],
-    ) -> Result<TensorView<'a, T>> {
+    ) -> Result<TensorView<'a, T>>
+    where
+        Self: 'a,
+    {
         TensorView::new(argument, slice, shape, strides)
     }
 
@@ -124,7 +125,10 @@ impl Backend for Cpu {
         slice: &'a mut [T],
         shape: [usize; 4],
         strides: [usize; 4],
-    ) -> Result<TensorViewMut<'a, T>> {
+    ) -> Result<TensorViewMut<'a, T>>
+    where
+        Self: 'a,
+    {
         TensorViewMut::new(argument, slice, shape, strides)
     }
 

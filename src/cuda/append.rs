@@ -3,22 +3,11 @@
 use super::device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Span, bytes_of};
 use super::params::StarAppendParams;
 use super::{APPEND_THREADS, Launch};
-use crate::{Error, Result};
+use crate::{Append, DType, Element, Error, Result};
 
-/// The rotation of keys by position (RoPE): pairs of dims `(x, y)` become `(x cos - y sin, x sin + y cos)`.
-#[derive(Debug)]
-pub struct Rotation<'a, D: Device> {
-    /// `[positions, rotated / 2]`.
-    pub cos: Span<'a, D, f32>,
-    /// `[positions, rotated / 2]`.
-    pub sin: Span<'a, D, f32>,
-    /// `[batch, seq]`: the position of each new row.
-    pub positions: Span<'a, D, u32>,
-    /// The first dims of a head that are rotated, a multiple of 16; the others stay.
-    pub rotated: usize,
-    /// Pairs are `(2 i, 2 i + 1)`; else `(i, i + rotated / 2)`, as in Hugging Face's Llama.
-    pub interleaved: bool,
-}
+/// The rotation of keys by position (RoPE), with tables in device memory. `rotated` is a multiple of
+/// 16.
+pub type Rotation<'a, D> = crate::Rotation<Span<'a, D, f32>, Span<'a, D, u32>>;
 
 /// A shard to be appended to: keys and values `[pages, page_len, kv_heads, head_dim]`, or `[batch, capacity, kv_heads, head_dim]`, which is
 /// the same with a page for each sequence.
@@ -38,17 +27,43 @@ pub struct ShardMut<'a, D: Device, T> {
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together; errors of the driver.
-pub fn append<D: Device, T: HalfElement>(
+pub fn append<'a, D: Device, T: HalfElement>(
     device: &D,
     stream: &D::Stream,
-    key: &DeviceTensor<'_, D, T>,
-    value: &DeviceTensor<'_, D, T>,
-    places: &Span<'_, D, u32>,
-    rotation: Option<&Rotation<'_, D>>,
+    key: &DeviceTensor<'a, D, T>,
+    value: &DeviceTensor<'a, D, T>,
+    places: &Span<'a, D, u32>,
+    rotation: Option<&Rotation<'a, D>>,
     shard: &mut ShardMut<'_, D, T>,
 ) -> Result<()> {
+    let mut new = Append::new(key, value, places);
+    if let Some(crate::Rotation { cos, sin, positions, rotated, interleaved }) = rotation {
+        let (rotated, interleaved) = (*rotated, *interleaved);
+        new = new.with_rotation(crate::Rotation { cos, sin, positions, rotated, interleaved });
+    }
+    append_rows(device, stream, &new, &mut shard.key, &mut shard.value)
+}
+
+type Borrowed<'r, 'v, 'f, 'u, D, T> =
+    Append<&'r DeviceTensor<'v, D, T>, &'r Span<'f, D, f32>, &'r Span<'u, D, u32>>;
+
+/// [`append`] with any element types, of which the kernel takes two of 16 bits that are the same.
+pub(super) fn append_rows<D: Device, T: Element, C: Element>(
+    device: &D,
+    stream: &D::Stream,
+    new: &Borrowed<'_, '_, '_, '_, D, T>,
+    cache_key: &mut DeviceTensorMut<'_, D, C>,
+    cache_value: &mut DeviceTensorMut<'_, D, C>,
+) -> Result<()> {
+    let Append { key, value, places, rotation, .. } = new;
+    if T::DTYPE == DType::F32 {
+        return Err(Error::DType { argument: "key", expected: DType::BF16, got: T::DTYPE });
+    }
+    if C::DTYPE != T::DTYPE {
+        return Err(Error::DType { argument: "cache_key", expected: T::DTYPE, got: C::DTYPE });
+    }
     let shape @ [batch, seq, kv_heads, dim] = key.shape();
-    let stored @ [pages, page_len, ..] = shard.key.shape();
+    let stored @ [pages, page_len, ..] = cache_key.shape();
     if dim == 0 || !dim.is_multiple_of(8) {
         return Err(Error::shape("key", "head_dim a multiple of 8", format!("{shape:?}")));
     }
@@ -61,15 +76,15 @@ pub fn append<D: Device, T: HalfElement>(
         Err(Error::shape(argument, "extents below 2³²", format!("{extents:?}")))
     };
     let extents = narrow("key", shape)?;
-    let stored_extents = narrow("shard", stored)?;
+    let stored_extents = narrow("cache_key", stored)?;
     key.check_rows("key", shape)?;
     value.check_rows("value", shape)?;
-    shard.key.check_rows("shard", [pages, page_len, kv_heads, dim])?;
-    shard.value.check_rows("shard", [pages, page_len, kv_heads, dim])?;
+    cache_key.check_rows("cache_key", [pages, page_len, kv_heads, dim])?;
+    cache_value.check_rows("cache_value", [pages, page_len, kv_heads, dim])?;
     key.check_stream("key", stream)?;
     value.check_stream("value", stream)?;
-    shard.key.check_stream("shard", stream)?;
-    shard.value.check_stream("shard", stream)?;
+    cache_key.check_stream("cache_key", stream)?;
+    cache_value.check_stream("cache_value", stream)?;
     places.check_stream("places", stream)?;
     let tokens = batch * seq;
     let check_len = |argument, expected: usize, got: usize| {
@@ -86,13 +101,13 @@ pub fn append<D: Device, T: HalfElement>(
     }
     let stored_rows = pages * page_len;
     if u32::try_from(stored_rows).is_err() {
-        return Err(Error::shape("shard", "fewer than 2³² rows", format!("{stored:?}")));
+        return Err(Error::shape("cache_key", "fewer than 2³² rows", format!("{stored:?}")));
     }
     let mut params = StarAppendParams {
         key: key.params(),
         value: value.params(),
-        shard_key: shard.key.params(),
-        shard_value: shard.value.params(),
+        shard_key: cache_key.params(),
+        shard_value: cache_value.params(),
         places: places.address,
         batch: extents[0],
         seq: extents[1],
@@ -108,7 +123,7 @@ pub fn append<D: Device, T: HalfElement>(
             return Err(Error::value("rotated", format!("a multiple of 16, at most {dim}"), rotated));
         }
         check_len("positions", tokens, rotation.positions.len)?;
-        for (argument, span) in [("cos", &rotation.cos), ("sin", &rotation.sin)] {
+        for (argument, span) in [("cos", rotation.cos), ("sin", rotation.sin)] {
             span.check_stream(argument, stream)?;
         }
         rotation.positions.check_stream("positions", stream)?;

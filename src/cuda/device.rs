@@ -223,9 +223,8 @@ macro_rules! span {
             }
 
             /// Elements that are borrowed for `'a`, for work on one stream.
-            pub(crate) fn on(address: u64, len: usize, stream: &D::Stream) -> Self {
-                let stream = Some(D::stream_id(stream));
-                Self { address, len, stream, _guard: None, _borrow: PhantomData }
+            pub(crate) fn on(address: u64, len: usize, stream_id: [u64; 2]) -> Self {
+                Self { address, len, stream: Some(stream_id), _guard: None, _borrow: PhantomData }
             }
 
             /// Refuses memory that was borrowed for work on another stream.

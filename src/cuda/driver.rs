@@ -36,8 +36,8 @@ use cudarc::driver::sys::{
     self, CUdevice_attribute, CUfunction_attribute_enum, CUstreamCaptureMode, CUstreamCaptureStatus,
 };
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
-    result,
+    CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError,
+    SyncOnDrop, result,
 };
 use cudarc::nvrtc::Ptx;
 use std::sync::{Arc, LazyLock};

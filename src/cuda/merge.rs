@@ -1,14 +1,17 @@
 //! The exact softmax over several sets of keys on a GPU: [`crate::merge`] in one pass over device memory.
 
 use super::device::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Span, SpanMut, bytes_of};
-use super::params::{STAR_MOST_PARTIALS, StarMergeParams, StarPartial, StarTensor};
+use super::params::{StarMergeParams, StarPartial, StarTensor};
 use super::{Launch, MERGE_THREADS};
 use crate::config::check_rows;
 use crate::merge::PartialOf;
 use crate::{DType, Element, Error, Result};
 
+/// Attention over some of the keys, in device memory.
+pub type DevicePartial<'a, 'b, D, T> = PartialOf<DeviceTensor<'a, D, T>, Span<'b, D, f32>>;
+
 /// Partials that [`merge_separate`] merges at once.
-pub const MOST_PARTIALS: usize = STAR_MOST_PARTIALS as usize;
+pub const MOST_PARTIALS: usize = 32;
 
 /// Partials one after another in device memory: of the splits of one call, or of hosts after an all-gather.
 #[derive(Debug)]
@@ -79,7 +82,7 @@ pub fn merge<D: Device, T: Element, O: Element>(
 pub fn merge_separate<D: Device, T: Element, O: Element>(
     device: &D,
     stream: &D::Stream,
-    partials: &[PartialOf<DeviceTensor<'_, D, T>, Span<'_, D, f32>>],
+    partials: &[DevicePartial<'_, '_, D, T>],
     out: &mut DeviceTensorMut<'_, D, O>,
     lse: Option<&mut SpanMut<'_, D, f32>>,
 ) -> Result<()> {

@@ -10,6 +10,7 @@
 //! [`Span::from_raw`].
 
 mod append;
+mod backend;
 mod collective;
 mod device;
 #[cfg(feature = "cuda")]
@@ -28,6 +29,7 @@ pub mod simt;
 mod staging;
 
 pub use append::{Rotation, ShardMut, append};
+pub use backend::{Buffer, Cuda};
 #[cfg(feature = "nccl")]
 pub(crate) use collective::check_exchange;
 pub use collective::{DeviceCollective, Exchange, Staged};
@@ -35,7 +37,7 @@ pub use collective::{DeviceCollective, Exchange, Staged};
 pub(crate) use device::check_not_capturing;
 pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
 pub use hosts::{HostsMerge, PreparedMerge};
-pub use merge::{Partials, merge};
+pub use merge::{DevicePartial, MOST_PARTIALS, Partials, merge, merge_separate};
 pub use policy::HEAD_DIMS;
 use policy::{APPEND_THREADS, MERGE_THREADS};
 pub use staging::Staging;

@@ -227,6 +227,23 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
+pub struct StarPartial {
+    pub out: StarTensor,
+    pub lse: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarPartial"][::std::mem::size_of::<StarPartial>() - 40usize];
+    ["Alignment of StarPartial"][::std::mem::align_of::<StarPartial>() - 8usize];
+    [
+        "Offset of field: StarPartial::out",
+    ][::std::mem::offset_of!(StarPartial, out) - 0usize];
+    [
+        "Offset of field: StarPartial::lse",
+    ][::std::mem::offset_of!(StarPartial, lse) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
 pub struct StarMergeParams {
     pub partials: StarTensor,
     pub out: StarTensor,
@@ -241,10 +258,13 @@ pub struct StarMergeParams {
     pub heads: u32,
     pub dim: u32,
     pub lanes: u32,
+    pub separate: u32,
+    pub padding: u32,
+    pub each: [StarPartial; 32usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StarMergeParams"][::std::mem::size_of::<StarMergeParams>() - 128usize];
+    ["Size of StarMergeParams"][::std::mem::size_of::<StarMergeParams>() - 1416usize];
     ["Alignment of StarMergeParams"][::std::mem::align_of::<StarMergeParams>() - 8usize];
     [
         "Offset of field: StarMergeParams::partials",
@@ -285,6 +305,15 @@ const _: () = {
     [
         "Offset of field: StarMergeParams::lanes",
     ][::std::mem::offset_of!(StarMergeParams, lanes) - 124usize];
+    [
+        "Offset of field: StarMergeParams::separate",
+    ][::std::mem::offset_of!(StarMergeParams, separate) - 128usize];
+    [
+        "Offset of field: StarMergeParams::padding",
+    ][::std::mem::offset_of!(StarMergeParams, padding) - 132usize];
+    [
+        "Offset of field: StarMergeParams::each",
+    ][::std::mem::offset_of!(StarMergeParams, each) - 136usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

@@ -69,6 +69,11 @@ pub fn layouts() -> impl Strategy<Value = Layout> {
     ]
 }
 
+/// Rows at multiples of 16 bytes.
+pub fn aligned(layout: &Layout) -> Layout {
+    Layout { order: layout.order, padding: layout.padding.map(|p| p / 4 * 8), offset: layout.offset / 4 * 8 }
+}
+
 /// An owned tensor `[batch, seq, heads, dim]`. The buffer ends with its last element.
 #[derive(Clone, Debug)]
 pub struct Tensor<T> {

@@ -8,6 +8,7 @@ mod common;
 #[path = "../properties/mod.rs"]
 mod properties;
 
+mod backend;
 mod batches;
 mod edges;
 mod errors;

@@ -1,8 +1,8 @@
 //! Rows go to their places and nowhere else, keys turned by their positions.
 
 use crate::backend::Backend;
-use crate::call::{Memory, aligned, on_each_device};
-use crate::common::{Layout, Rng, Tensor, indices, layouts};
+use crate::call::{Memory, on_each_device};
+use crate::common::{Layout, Rng, Tensor, aligned, indices, layouts};
 use crate::properties::cases::RUBBISH;
 use proptest::prelude::*;
 use star_attention::cuda::{HalfElement, Rotation, ShardMut, append};

@@ -2,8 +2,8 @@
 //! length.
 
 use crate::backend::Backend;
-use crate::call::{aligned, kernel_dims, on_each_device, run_plan};
-use crate::common::{Rng, Tensor};
+use crate::call::{kernel_dims, on_each_device, run_plan};
+use crate::common::{Rng, Tensor, aligned};
 use crate::properties::batches::{BatchCase, batches, each_sequence_of_a_batch_stands_alone};
 use crate::properties::cases::{Inputs, RUBBISH};
 use proptest::prelude::*;

@@ -1,7 +1,7 @@
 //! Calls of the kernels on tensors of the host.
 
 use crate::backend::{Backend, Plain};
-use crate::common::{Layout, Tensor};
+use crate::common::{Tensor, aligned};
 use crate::properties::Attend;
 use crate::properties::cases::{Case, Inputs, RUBBISH, cases};
 use proptest::prelude::*;
@@ -43,11 +43,6 @@ macro_rules! on_each_device {
     };
 }
 pub(crate) use on_each_device;
-
-/// Rows at multiples of 16 bytes.
-pub fn aligned(layout: &Layout) -> Layout {
-    Layout { order: layout.order, padding: layout.padding.map(|p| p / 4 * 8), offset: layout.offset / 4 * 8 }
-}
 
 pub fn kernel_dims() -> impl Strategy<Value = usize> {
     prop::sample::select(HEAD_DIMS.to_vec())

@@ -45,7 +45,10 @@ fn mixed() -> Error {
 }
 
 /// Takes an option of either apart.
-fn option<A, B, T>(option: Option<Either<A, B>>, take: impl Fn(Either<A, B>) -> Result<T>) -> Result<Option<T>> {
+fn option<A, B, T>(
+    option: Option<Either<A, B>>,
+    take: impl Fn(Either<A, B>) -> Result<T>,
+) -> Result<Option<T>> {
     option.map(take).transpose()
 }
 

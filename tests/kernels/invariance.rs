@@ -1,8 +1,8 @@
 //! What plans promise about bits: under a fixed split length, and for any number of rows.
 
 use crate::backend::Backend;
-use crate::call::{aligned, kernel_dims, on_each_device, run_plan};
-use crate::common::{Rng, Tensor};
+use crate::call::{kernel_dims, on_each_device, run_plan};
+use crate::common::{Rng, Tensor, aligned};
 use crate::properties::batches::{BatchCase, batches};
 use crate::properties::cases::{Inputs, RUBBISH};
 use proptest::prelude::*;

@@ -15,6 +15,8 @@ mod count;
 mod append;
 mod batches;
 mod edges;
+mod either;
+mod engine;
 mod errors;
 mod faults;
 mod hosts;

@@ -1,8 +1,8 @@
 //! The laws of merging by the kernel, in every type, at any strides, and in place.
 
 use crate::backend::Backend;
-use crate::call::{aligned, merge_on, on_each_device};
-use crate::common::{Layout, Rng, Tensor, layouts};
+use crate::call::{merge_on, on_each_device};
+use crate::common::{Layout, Rng, Tensor, aligned, layouts};
 use crate::properties::cases::RUBBISH;
 use crate::properties::merge::{self as laws, Data, exact, parts};
 use proptest::prelude::*;

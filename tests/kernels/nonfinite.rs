@@ -1,7 +1,8 @@
 //! NaN and infinities in the data, and softcaps of any size, on the kernels.
 
 use crate::backend::Backend;
-use crate::call::{Kernels, aligned, kernel_cases, kernel_dims, on_each_device};
+use crate::call::{Kernels, kernel_cases, kernel_dims, on_each_device};
+use crate::common::aligned;
 use crate::properties::nonfinite::{
     PLACES, spots_stay_in_their_rows, spotted, values_reach_the_rows_that_see_them,
 };

@@ -1,8 +1,8 @@
 //! Keys and values in pages: the same as keys and values one after another.
 
 use crate::backend::Backend;
-use crate::call::{aligned, kernel_dims, on_each_device, run_plan};
-use crate::common::{Rng, Tensor};
+use crate::call::{kernel_dims, on_each_device, run_plan};
+use crate::common::{Rng, Tensor, aligned};
 use crate::properties::cases::{Inputs, RUBBISH};
 use crate::properties::packed::{Packed, packed};
 use proptest::prelude::*;

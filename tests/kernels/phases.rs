@@ -1,7 +1,8 @@
 //! Packed sequences, the two phases and their merge by kernels, against their definitions.
 
 use crate::backend::Backend;
-use crate::call::{Kernels, aligned, kernel_dims, on_each_device};
+use crate::call::{Kernels, kernel_dims, on_each_device};
+use crate::common::aligned;
 use crate::properties::packed::{each_sequence_stands_alone, packed};
 use crate::properties::query::{both_phases, merged_shards_equal_dense, splits};
 use crate::properties::star::{contexts, star_equals_re_encoding};

@@ -1,8 +1,8 @@
 //! Sequences whose first keys lie in prefix tensors: the bits of the same sequences without.
 
 use crate::backend::Backend;
-use crate::call::{aligned, kernel_dims, on_each_device, run_plan, run_plan_with_prefix};
-use crate::common::{Rng, Tensor, named};
+use crate::call::{kernel_dims, on_each_device, run_plan, run_plan_with_prefix};
+use crate::common::{Rng, Tensor, aligned, named};
 use crate::properties::batches::batches;
 use crate::properties::cases::{Inputs, RUBBISH};
 use proptest::prelude::*;

@@ -135,11 +135,8 @@ pub fn each_row_is_in_its_place<B: Backend, T: Element, C: Element>(
         let numbers = |i: usize| places.iter().map(|place| place[i]).collect::<Vec<u32>>();
         let [places, positions] = [0, 1].map(|i| backend.buffer_of(&numbers(i)).unwrap());
         let [cos, sin] = [&cos, &sin].map(|table| backend.buffer_of(table).unwrap());
-        let mut rows = Append::new(
-            key.view(backend, "key"),
-            value.view(backend, "value"),
-            backend.slice(&places, ..),
-        );
+        let mut rows =
+            Append::new(key.view(backend, "key"), value.view(backend, "value"), backend.slice(&places, ..));
         if case.rotated > 0 {
             rows = rows.with_rotation(Rotation {
                 cos: backend.slice(&cos, ..),

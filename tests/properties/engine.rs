@@ -79,8 +79,7 @@ struct Request {
 impl Request {
     fn new(rng: &mut Rng) -> Self {
         let block_len = 1 + rng.below(20);
-        let star =
-            Mask::Star { anchor_len: rng.below(block_len + 1), block_len, first_block_len: block_len };
+        let star = Mask::Star { anchor_len: rng.below(block_len + 1), block_len, first_block_len: block_len };
         let context_len = 1 + rng.below(60);
         let total_len = context_len + rng.below(6);
         Self { star, context_len, total_len, tokens: Vec::new(), pages: Vec::new() }

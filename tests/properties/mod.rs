@@ -2,8 +2,10 @@
 
 #![allow(dead_code)] // every test binary takes what it needs
 
+pub mod append;
 pub mod batches;
 pub mod cases;
+pub mod engine;
 pub mod expected;
 pub mod merge;
 pub mod nonfinite;

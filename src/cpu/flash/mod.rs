@@ -35,8 +35,8 @@ use crate::config::{check_lse, check_rows};
 use crate::merge::merge_row;
 use crate::tensor::SharedRows;
 use crate::{
-    AttentionConfig, AttentionShape, Batch, DType, Element, Error, Inputs, Output, PlanConfig, Result,
-    TensorView, TensorViewMut,
+    AttentionConfig, AttentionShape, Batch, Capacity, DType, Element, Error, Inputs, Output, PlanConfig,
+    Result, TensorView, TensorViewMut,
 };
 use piece::{Operands, Piece, Source};
 use rayon::prelude::*;
@@ -161,6 +161,14 @@ impl Plan {
     /// pool the plan runs on so many of its threads.
     pub fn workspace_bytes(&self) -> usize {
         bytes_for(self.workspace_len())
+    }
+
+    /// [`workspace_bytes`](Self::workspace_bytes) of plans for any batch within a capacity, on at
+    /// most `threads` threads.
+    pub(in crate::cpu) fn most_workspace_bytes(&self, capacity: &Capacity, threads: usize) -> usize {
+        let rows = work::most_partial_rows(capacity, self.config.fixed_split_keys());
+        let partials = rows.saturating_mul(capacity.query[3] + 1);
+        bytes_for(threads.saturating_mul(self.scratch_len()).saturating_add(partials))
     }
 
     fn workspace_len(&self) -> usize {

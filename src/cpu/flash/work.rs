@@ -7,8 +7,8 @@
 
 use super::piece::Piece;
 use super::tile;
-use crate::Batch;
 use crate::schedule::{self, Segment};
+use crate::{Batch, Capacity};
 use std::cmp::Reverse;
 use std::ops::Range;
 
@@ -200,6 +200,33 @@ impl Work {
         let start = partials + plane * splits * rows;
         (self.piece_of(batch, task, plane, 0), start..start + splits * rows, rows)
     }
+}
+
+/// Rows of all partials at most, for any batch within a capacity.
+pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>) -> usize {
+    let (kv_heads, group) = (capacity.key[2], capacity.query[2] / capacity.key[2]);
+    let heads = group.min(tile::ROWS);
+    let planes = kv_heads * group.div_ceil(heads);
+    let tile_rows = capacity.rows.min(tile::ROWS / heads).saturating_mul(heads);
+    let of_planes = |rows: usize| rows.saturating_mul(planes);
+    let Some(split_keys) = split_keys else {
+        // The keys of all tasks are less than this many splits long, and a task that is split has at
+        // least one whole one: no more than twice as many splits.
+        let whole = PIECES.div_ceil(planes) + 1;
+        return of_planes(2 * whole * tile_rows);
+    };
+    let prefix = capacity.prefix[1];
+    let (most_keys, all_keys) = match capacity.pages {
+        0 => (capacity.key[1], capacity.sequences.saturating_mul(capacity.key[1])),
+        pages => (pages.saturating_mul(capacity.key[1]), pages.saturating_mul(capacity.key[1])),
+    };
+    if most_keys.saturating_add(prefix) <= split_keys {
+        return 0;
+    }
+    // Each row of a sequence is in one task, whose list is no longer than the sequence.
+    let all_keys = all_keys.saturating_add(capacity.sequences.saturating_mul(prefix));
+    let splits = (all_keys / split_keys).saturating_add(capacity.sequences);
+    of_planes(splits.saturating_mul(capacity.rows).saturating_mul(heads))
 }
 
 /// The tiles of a sequence: rows that share their keys, as many tokens as fill a tile.

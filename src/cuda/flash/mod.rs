@@ -13,19 +13,26 @@
 //! Keys are split where there are too few tiles for the multiprocessors, or some tiles have far
 //! more keys than others; or at a fixed length ([`PlanConfig`]).
 
+mod call;
 mod division;
+mod lasting;
 mod pages;
 mod prepared;
+mod room;
 mod splits;
 mod tiles;
 
 use super::Properties;
-use super::device::{ALIGNMENT, Device, SpanMut, bytes_of, check_not_capturing};
+use super::device::{Device, SpanMut, bytes_of, check_not_capturing};
 use super::params::{StarMergedRow, StarTile};
-use super::policy::{HEAD_DIMS, Policy};
+use super::policy::HEAD_DIMS;
+#[cfg(feature = "variants")]
+use super::policy::Policy;
 use crate::{AttentionConfig, AttentionShape, Batch, Error, PlanConfig, Result, ScoreConfig};
+pub use lasting::DevicePlan;
 pub use pages::PageTable;
 pub use prepared::Prepared;
+use room::Room;
 use tiles::{KernelTiles, Kernels};
 
 /// Rows of a KV head up to which attention is bound by reading its keys: two tiles of 16, which
@@ -99,6 +106,7 @@ impl Plan {
             &config.score().into(),
             &uniform(config, shape)?,
             |config, head_dim| Kernels::new(config, head_dim).with_encode(policy),
+            None,
         )
     }
 
@@ -130,7 +138,12 @@ impl Plan {
     /// [`Error::Value`] for a sequence of 2³¹ keys or more, or whose keys are rows where others'
     /// are in pages.
     pub fn for_batch(properties: &Properties, config: &PlanConfig, batch: &Batch) -> Result<Self> {
-        Self::with_kernels(properties, config, batch, Kernels::new)
+        Self::with_kernels(properties, config, batch, Kernels::new, None)
+    }
+
+    /// A plan for a batch, whose tables fit a room.
+    fn within(properties: &Properties, config: &PlanConfig, batch: &Batch, room: &Room) -> Result<Self> {
+        Self::with_kernels(properties, config, batch, Kernels::new, Some(room))
     }
 
     /// `kernels` gives the kernels to choose from for a head dim.
@@ -139,6 +152,7 @@ impl Plan {
         config: &PlanConfig,
         batch: &Batch,
         kernels: impl FnOnce(&PlanConfig, usize) -> Kernels,
+        room: Option<&Room>,
     ) -> Result<Self> {
         let (query, key, prefix) = (batch.query_shape(), batch.key_shape(), batch.prefix_shape());
         let head_dim = query[3];
@@ -160,7 +174,7 @@ impl Plan {
             partial_rows: 0,
             pairs: 0,
         };
-        plan.push_launches(properties, config, batch, &kernels(config, head_dim))?;
+        plan.push_launches(properties, config, batch, &kernels(config, head_dim), room)?;
         Ok(plan)
     }
 
@@ -175,19 +189,11 @@ impl Plan {
         4 * self.pairs * (self.query[2] * self.query[3]) as u64
     }
 
-    /// Bytes of the workspace: the tiles, the page table, and, where keys are split, the rows to
-    /// merge and their partials.
+    /// Bytes of the workspace of [`prepare`](Self::prepare): the tiles, the page table, and, where
+    /// keys are split, the rows to merge and their partials.
     pub fn workspace_bytes(&self) -> usize {
-        self.workspace().end
-    }
-
-    fn workspace(&self) -> Workspace {
-        let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(ALIGNMENT);
-        let pages = after(0, size_of_val(&self.tiles[..]));
-        let merged = after(pages, size_of_val(&self.pages[..]));
-        let partials = after(merged, size_of_val(&self.merged[..]));
-        let partials_lse = after(partials, 4 * self.partial_rows * self.query[3]);
-        Workspace { pages, merged, partials, partials_lse, end: partials_lse + 4 * self.partial_rows }
+        let room = Room::of(self);
+        room.places().end + room.partials_bytes()
     }
 
     fn lse_len(&self) -> usize {
@@ -213,11 +219,12 @@ impl Plan {
         workspace.check("workspace", 0)?;
         workspace.check_stream("workspace", stream)?;
         check_not_capturing::<D>(stream)?;
-        let at = self.workspace();
+        let room = Room::of(self);
+        let places = room.places();
         let parts = [
             (0, bytes_of(&self.tiles)),
-            (at.pages, bytes_of(&self.pages)),
-            (at.merged, bytes_of(&self.merged)),
+            (places.pages, bytes_of(&self.pages)),
+            (places.merged, bytes_of(&self.merged)),
         ];
         // SAFETY: inside the workspace, as just checked, and that is borrowed to be written.
         unsafe {
@@ -225,17 +232,8 @@ impl Plan {
                 device.upload(stream, workspace.address + at as u64, bytes)?;
             }
         }
-        Ok(Prepared { plan: self, device, stream, workspace })
+        Ok(Prepared { plan: self, device, stream, room, workspace })
     }
-}
-
-/// Where the parts of a workspace begin, in bytes. The tiles come first.
-struct Workspace {
-    pages: usize,
-    merged: usize,
-    partials: usize,
-    partials_lse: usize,
-    end: usize,
 }
 
 fn uniform(config: &AttentionConfig, shape: &AttentionShape) -> Result<Batch> {

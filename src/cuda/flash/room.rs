@@ -110,11 +110,15 @@ impl Room {
             let blocks = counts.tiles.saturating_mul(heads);
             room.merged = room.merged.saturating_add(counts.merged);
             room.partial_rows = room.partial_rows.saturating_add(counts.partial_rows);
-            if [blocks, end, room.merged, room.partial_rows, room.pages].iter().any(|&n| i32::try_from(n).is_err()) {
+            if [blocks, end, room.merged, room.partial_rows, room.pages]
+                .iter()
+                .any(|&n| i32::try_from(n).is_err())
+            {
                 let got = format!("{counts:?}, {} pages", room.pages);
                 return Err(Error::value("capacity", "fewer than 2³¹ blocks, rows and pages", got));
             }
-            room.launches.push(LaunchRoom { launch: KernelTiles { policy, pack, tiles: tiles..end }, counts });
+            room.launches
+                .push(LaunchRoom { launch: KernelTiles { policy, pack, tiles: tiles..end }, counts });
             tiles = end;
         }
         Ok(room)

@@ -118,7 +118,8 @@ impl Plan {
                 None => kernels.pack(&policy, batch.group(), most_rows),
             };
             let mut launch = KernelTiles { policy, pack, tiles: self.tiles.len()..self.tiles.len() };
-            let tiles: Vec<Vec<StarTile>> = own().map(|placed| self.tiles_of(placed, &launch)).collect();
+            let tiles: Vec<Vec<StarTile>> =
+                own().map(|placed| self.tiles_of_sequence(placed, &launch)).collect();
             let len = split_len(properties, config, kernels, &launch, self.heads(&launch), &tiles);
             let len = match room {
                 Some(room) => self.fit(len, config, &launch, &tiles, &room.counts)?,
@@ -139,6 +140,12 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// The tiles of a kernel.
+    pub(super) fn tiles_of_kernel(&self, kernel: &str) -> &[StarTile] {
+        let launch = self.launches.iter().find(|launch| launch.policy.kernel == kernel);
+        launch.map_or(&[], |launch| &self.tiles[launch.tiles.clone()])
     }
 
     /// Heads of a launch: query heads, or KV heads where the others are rows.
@@ -175,7 +182,7 @@ impl Plan {
     }
 
     /// The tiles of a sequence, none of them split.
-    fn tiles_of(&mut self, placed: &Placed<'_>, launch: &KernelTiles) -> Vec<StarTile> {
+    fn tiles_of_sequence(&mut self, placed: &Placed<'_>, launch: &KernelTiles) -> Vec<StarTile> {
         let mut tiles = Vec::new();
         let sequence = placed.sequence;
         schedule::segments(sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {

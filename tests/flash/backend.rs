@@ -1,0 +1,145 @@
+//! The CPU as a backend: appends, and engines on it.
+
+use crate::properties::append::{appends, each_row_is_in_its_place};
+use crate::properties::engine::{an_engine_serves_requests, histories};
+use proptest::prelude::*;
+use star_attention::cpu::{Cpu, InstructionSet};
+use star_attention::{
+    Append, Backend, Batch, Capacity, Error, Keys, LEFT_OUT, Mask, PlanConfig, Rotation, Sequence, bf16, f16,
+};
+
+proptest! {
+    #[test]
+    fn rows_go_to_their_places(case in appends(), types in 0..6usize) {
+        let cpu = Cpu::new();
+        match types {
+            0 => each_row_is_in_its_place::<_, f32, f32>(&cpu, &case)?,
+            1 => each_row_is_in_its_place::<_, f16, f16>(&cpu, &case)?,
+            2 => each_row_is_in_its_place::<_, bf16, bf16>(&cpu, &case)?,
+            3 => each_row_is_in_its_place::<_, f32, bf16>(&cpu, &case)?,
+            4 => each_row_is_in_its_place::<_, f32, f16>(&cpu, &case)?,
+            _ => each_row_is_in_its_place::<_, bf16, f32>(&cpu, &case)?,
+        }
+    }
+
+    #[test]
+    fn an_engine_on_the_cpu(history in histories(12, 1..70usize), dtype in 0..3usize) {
+        let cpu = Cpu::new();
+        match dtype {
+            0 => an_engine_serves_requests::<_, f32>(&cpu, &history)?,
+            1 => an_engine_serves_requests::<_, f16>(&cpu, &history)?,
+            _ => an_engine_serves_requests::<_, bf16>(&cpu, &history)?,
+        }
+    }
+}
+
+#[test]
+fn an_engine_on_each_instruction_set_and_one_thread() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    for instructions in InstructionSet::available() {
+        let cpu = Cpu::new().with_instructions(instructions).unwrap().with_threads(1).unwrap();
+        let history = histories(12, 1..70usize).new_tree(&mut runner).unwrap().current();
+        an_engine_serves_requests::<_, bf16>(&cpu, &history).unwrap();
+    }
+}
+
+/// The index of the sequence that an error names, and its argument.
+fn of_sequence(result: star_attention::Result<()>) -> (usize, &'static str) {
+    match result.unwrap_err() {
+        Error::Sequence { index, source } => match *source {
+            Error::Value { argument, .. } => (index, argument),
+            other => panic!("{other}"),
+        },
+        other => panic!("{other}"),
+    }
+}
+
+/// Nothing is written where an append is refused.
+#[test]
+fn appends_that_are_refused() {
+    let cpu = Cpu::new();
+    let new = vec![1f32; 2 * 3 * 8];
+    let refused = |places: [u32; 6], rotation: Option<(usize, [u32; 6], usize)>| {
+        let mut cache = [vec![0f32; 4 * 2 * 8], vec![0f32; 4 * 2 * 8]];
+        let [cache_key, cache_value] = &mut cache;
+        let view = |name| Cpu::view(name, &new[..], [2, 3, 1, 8], [24, 8, 8, 1]).unwrap();
+        let mut rows = Append::new(view("key"), view("value"), &places[..]);
+        let (tables, positions);
+        if let Some((rotated, of_rows, len)) = rotation {
+            (tables, positions) = (vec![0.5f32; len], of_rows);
+            rows = rows.with_rotation(Rotation {
+                cos: &tables[..],
+                sin: &tables[..],
+                positions: &positions[..],
+                rotated,
+                interleaved: false,
+            });
+        }
+        let result = cpu.append(
+            rows,
+            cpu.whole_mut("cache_key", cache_key, [4, 2, 1, 8]).unwrap(),
+            cpu.whole_mut("cache_value", cache_value, [4, 2, 1, 8]).unwrap(),
+        );
+        if result.is_err() {
+            assert!(cache.iter().flatten().all(|&x| x == 0.0), "wrote in spite of the error");
+        }
+        result
+    };
+    refused([0, 1, LEFT_OUT, LEFT_OUT, 7, 2], None).unwrap();
+    assert_eq!(of_sequence(refused([0, 1, 2, 3, 8, 4], None)), (1, "places"));
+    assert_eq!(of_sequence(refused([0, 1, 2, 3, 1, 4], None)), (1, "places"));
+    assert_eq!(of_sequence(refused([0, 0, 2, 3, 1, 4], None)), (0, "places"));
+    let places = [0, 1, 2, 3, LEFT_OUT, 5];
+    refused(places, Some((4, [9, 0, 0, 0, 10, 0], 20))).unwrap();
+    assert_eq!(of_sequence(refused(places, Some((4, [0, 0, 0, 0, 0, 10], 20)))), (1, "positions"));
+    for rotated in [0, 3, 10] {
+        let error = refused(places, Some((rotated, [0; 6], 20))).unwrap_err();
+        assert!(matches!(error, Error::Value { argument: "rotated", .. }), "{error}");
+    }
+    let error = refused(places, Some((4, [0; 6], 21))).unwrap_err();
+    assert!(matches!(error, Error::Shape { argument: "cos", .. }), "{error}");
+}
+
+/// Batches beyond a plan's capacity are refused, and the plan goes on with the one it had.
+#[test]
+fn batches_beyond_a_capacity() {
+    let cpu = Cpu::new();
+    let (query, key) = ([1, 8, 2, 8], [4, 2, 1, 8]);
+    let capacity = Capacity::new(query, key, 2, 3).with_pages(4);
+    let mut plan = cpu.plan(&PlanConfig::new(), &capacity).unwrap();
+    let batch = |sequences: &[(usize, Keys)]| {
+        let mut batch = Batch::new(query, key).unwrap();
+        let mut start = 0;
+        for (rows, keys) in sequences {
+            batch.push(Sequence::new(0, start..start + rows, keys.clone(), Mask::Causal)).unwrap();
+            start += rows;
+        }
+        batch
+    };
+    let pages = |len: usize| Keys::pages(len, (0..len.div_ceil(2) as u32).collect::<Vec<u32>>());
+    cpu.update(&mut plan, &batch(&[(3, pages(5)), (1, pages(2))])).unwrap();
+    let mut refused = |sequences: &[(usize, Keys)]| cpu.update(&mut plan, &batch(sequences)).unwrap_err();
+    let error = refused(&[(1, pages(1)), (1, pages(1)), (1, pages(1))]);
+    assert!(matches!(error, Error::Value { argument: "sequences", .. }), "{error}");
+    assert!(matches!(refused(&[(1, pages(8)), (1, pages(1))]), Error::Value { argument: "pages", .. }));
+    let (Error::Sequence { index: 1, source }, "rows") = (refused(&[(1, pages(1)), (4, pages(4))]), "rows")
+    else {
+        panic!("a sequence of too many rows")
+    };
+    assert!(matches!(*source, Error::Value { argument: "rows", .. }), "{source}");
+    let error = refused(&[(1, Keys::rows(0, 0..1))]);
+    assert!(matches!(error, Error::Sequence { index: 0, .. }), "{error}");
+    let other = Batch::new([1, 9, 2, 8], key).unwrap();
+    let error = cpu.update(&mut plan, &other).unwrap_err();
+    assert!(matches!(error, Error::Shape { argument: "query", .. }), "{error}");
+    let mut alone = cpu.plan_for(&PlanConfig::new(), &batch(&[])).unwrap();
+    let error = cpu.update(&mut alone, &batch(&[])).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "plan", .. }), "{error}");
+}
+
+/// An engine keeps plans in its own structs, and moves them between threads.
+#[test]
+fn plans_are_owned_and_send() {
+    fn owned<T: Send + 'static>() {}
+    owned::<<Cpu as Backend>::Plan>();
+}

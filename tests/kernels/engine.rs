@@ -1,0 +1,77 @@
+//! Engines on the kernels: one loop for all backends, and graphs that stay valid while sequences
+//! come and go.
+
+use crate::either::Either;
+use crate::properties::append::{appends, each_row_is_in_its_place};
+use crate::properties::engine::{an_engine_serves_requests, histories};
+use proptest::prelude::*;
+use star_attention::cpu::Cpu;
+use star_attention::cuda::simt::Simt;
+use star_attention::cuda::{Cuda, HEAD_DIMS};
+use star_attention::{Backend, bf16, f16};
+
+fn dims() -> impl Strategy<Value = usize> {
+    prop::sample::select(HEAD_DIMS.to_vec())
+}
+
+fn emulator(seed: u64) -> Cuda<Simt> {
+    Cuda::new(Simt::new(seed), ())
+}
+
+#[cfg(feature = "cuda")]
+fn gpu() -> Cuda<star_attention::cuda::driver::Driver> {
+    use crate::backend::{Backend as _, Gpu};
+    let gpu = Gpu::open(0);
+    let stream = gpu.stream().clone();
+    Cuda::new(star_attention::cuda::driver::Driver::new(gpu.device().context().clone()).unwrap(), stream)
+}
+
+proptest! {
+    #[test]
+    fn rows_go_to_their_places(case in appends(), bf in any::<bool>()) {
+        let backend = emulator(case.seed);
+        match bf {
+            true => each_row_is_in_its_place::<_, bf16, bf16>(&backend, &case)?,
+            false => each_row_is_in_its_place::<_, f16, f16>(&backend, &case)?,
+        }
+    }
+
+    #[test]
+    #[cfg(feature = "cuda")]
+    #[ignore = "needs an NVIDIA GPU"]
+    fn an_engine_on_a_gpu(history in histories(12, dims()), bf in any::<bool>()) {
+        match bf {
+            true => an_engine_serves_requests::<_, bf16>(&gpu(), &history)?,
+            false => an_engine_serves_requests::<_, f16>(&gpu(), &history)?,
+        }
+    }
+}
+
+proptest! {
+    // A step on the emulator takes some ten milliseconds.
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn an_engine_on_the_emulator(history in histories(6, dims()), bf in any::<bool>()) {
+        let backend = emulator(history.seed);
+        match bf {
+            true => an_engine_serves_requests::<_, bf16>(&backend, &history)?,
+            false => an_engine_serves_requests::<_, f16>(&backend, &history)?,
+        }
+    }
+
+    #[test]
+    fn an_engine_on_a_backend_chosen_at_run_time(history in histories(3, dims()), cpu in any::<bool>()) {
+        let backend: Either<Cpu, Cuda<Simt>> =
+            if cpu { Either::One(Cpu::new()) } else { Either::Other(emulator(history.seed)) };
+        an_engine_serves_requests::<_, bf16>(&backend, &history)?;
+    }
+}
+
+#[test]
+fn plans_are_owned_and_send() {
+    fn owned<T: Send + 'static>() {}
+    owned::<<Cuda<Simt> as Backend>::Plan>();
+    #[cfg(feature = "cuda")]
+    owned::<<Cuda<star_attention::cuda::driver::Driver> as Backend>::Plan>();
+}
