@@ -176,8 +176,6 @@ fn prefixes_change_no_bit<T: Element>(case: &Case) -> Result<(), TestCaseError> 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
-
     #[test]
     fn where_the_first_keys_lie_changes_no_bit(case in cases(), dtype in 0..3) {
         match dtype {
