@@ -67,6 +67,15 @@ pub trait Device: Send + Sync {
     /// Errors of the driver.
     fn is_capturing(stream: &Self::Stream) -> Result<bool>;
 
+    /// Makes a kernel ready to be launched, where its first launch would have to load it: that may
+    /// not be captured in a graph.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    fn load(&self, _kernel: &str) -> Result<()> {
+        Ok(())
+    }
+
     /// Starts a kernel after all earlier work of the stream.
     ///
     /// # Errors

@@ -269,6 +269,10 @@ impl Device for Driver {
         Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
+    fn load(&self, kernel: &str) -> Result<()> {
+        self.function(kernel).map(|_| ())
+    }
+
     unsafe fn launch(&self, stream: &Self::Stream, launch: &Launch<'_>) -> Result<()> {
         check_stream(&self.context, stream)?;
         let function = self.function(launch.kernel)?;

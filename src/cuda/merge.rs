@@ -218,6 +218,11 @@ impl MergeLaunch<'_> {
     }
 }
 
+/// The kernel that merges one type into another; `fast` for rows at multiples of 16 bytes.
+pub(super) fn merge_kernel(from: DType, to: DType, fast: bool) -> String {
+    format!("merge_{from}_{to}{}", if fast { "" } else { "_unaligned" })
+}
+
 /// # Safety
 /// The memory has the extents that `merge` says, and no one else writes it.
 pub(super) unsafe fn launch_merge<D: Device>(
@@ -243,7 +248,7 @@ pub(super) unsafe fn launch_merge<D: Device>(
         ..partials
     };
     let [from, to] = merge.dtypes;
-    let kernel = format!("merge_{from}_{to}{}", if fast { "" } else { "_unaligned" });
+    let kernel = merge_kernel(from, to, fast);
     let launch = Launch {
         kernel: &kernel,
         // Whole rows for each block.

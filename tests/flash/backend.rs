@@ -3,6 +3,7 @@
 use crate::properties::append::{appends, each_row_is_in_its_place};
 use crate::properties::engine::{an_engine_serves_requests, histories};
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use star_attention::cpu::{Cpu, InstructionSet};
 use star_attention::{
     Append, Backend, Batch, Capacity, Error, Keys, LEFT_OUT, Mask, PlanConfig, Rotation, Sequence, bf16, f16,

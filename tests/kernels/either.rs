@@ -1,7 +1,8 @@
 //! A backend that is chosen at run time, as an engine would write one.
 
+use star_attention::merge::PartialOf;
 use star_attention::{
-    Append, Backend, Batch, Capacity, Element, Error, Inputs, PartialOf, Plain, PlanConfig, Result, Rotation,
+    Append, Backend, Batch, Capacity, Element, Error, Inputs, Plain, PlanConfig, Result, Rotation,
 };
 use std::ops::RangeBounds;
 

@@ -19,7 +19,7 @@ fn emulator(seed: u64) -> Cuda<Simt> {
 }
 
 #[cfg(feature = "cuda")]
-fn gpu() -> Cuda<star_attention::cuda::driver::Driver> {
+pub fn gpu() -> Cuda<star_attention::cuda::driver::Driver> {
     use crate::backend::{Backend as _, Gpu};
     let gpu = Gpu::open(0);
     let stream = gpu.stream().clone();

@@ -19,6 +19,7 @@ mod either;
 mod engine;
 mod errors;
 mod faults;
+mod graph;
 mod hosts;
 mod invariance;
 mod merge;

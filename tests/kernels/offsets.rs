@@ -131,12 +131,12 @@ fn append_to_pages<B: Backend>(axis: usize) -> Option<()> {
         .flat_map(|b| (0..seq).map(move |s| place(b, s)))
         .map(|[page, row]| (page * 2 * seq + row) as u32)
         .collect();
-    let places = backend.memory(&places);
+    let (key, value, places) = (key?, value?, backend.memory(&places));
     append(
         backend.device(),
         backend.stream(),
-        &key?.view(&backend, "key"),
-        &value?.view(&backend, "value"),
+        &key.view(&backend, "key"),
+        &value.view(&backend, "value"),
         &backend.span(&places),
         None,
         &mut ShardMut {

@@ -118,7 +118,7 @@ impl<D: Device> Call<'_, D> {
             pack: *pack as u32,
             ..params
         };
-        let kernel = format!("{}_{dtype}_d{}", policy.kernel, policy.head_dim);
+        let kernel = policy.kernel_of(dtype);
         let launch = Launch {
             kernel: &kernel,
             blocks: (tiles.len() * self.plan.heads(launch)) as u32,

@@ -8,9 +8,10 @@ use super::tiles::KernelTiles;
 use crate::cuda::device::{
     ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, SpanMut, bytes_of, check_not_capturing,
 };
+use crate::cuda::merge::merge_kernel;
 use crate::cuda::params::{StarMergedRow, StarTile};
 use crate::cuda::{Properties, Staging};
-use crate::{Batch, Capacity, Element, Error, Inputs, PlanConfig, Result};
+use crate::{Batch, Capacity, DType, Element, Error, Inputs, PlanConfig, Result};
 use std::ops::Range;
 
 /// Updates that may be under way at a time: an engine prepares a step or two ahead of the device.
@@ -82,6 +83,7 @@ impl<D: Device> DevicePlan<D> {
         let room = Room::for_capacity(&properties, config, capacity)?;
         let plan = Plan::within(&properties, config, &batch, &room)?;
         check_not_capturing::<D>(stream)?;
+        load_kernels(device, &room)?;
         let bytes = room.places().end;
         let tables = device.allocate(stream, bytes)?;
         let staging = Staging::new(device, UPDATES, bytes)?;
@@ -221,6 +223,16 @@ impl<D: Device> DevicePlan<D> {
         };
         self.room.launches.iter().map(of_room).collect()
     }
+}
+
+/// Loads all kernels that a plan may launch, so that its first call can be captured.
+fn load_kernels<D: Device>(device: &D, room: &Room) -> Result<()> {
+    for dtype in [DType::F16, DType::BF16] {
+        for LaunchRoom { launch, .. } in &room.launches {
+            device.load(&launch.policy.kernel_of(dtype))?;
+        }
+    }
+    [DType::F32, DType::F16, DType::BF16].into_iter().try_for_each(|to| device.load(&merge_kernel(DType::F32, to, true)))
 }
 
 /// A table's entries, and empty ones in the place of those that an earlier update has left.

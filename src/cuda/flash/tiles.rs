@@ -7,7 +7,7 @@ use crate::cuda::Properties;
 use crate::cuda::params::StarTile;
 use crate::cuda::policy::Policy;
 use crate::schedule::{self, Segment};
-use crate::{Batch, Error, Keys, PlanConfig, Result, Sequence};
+use crate::{Batch, DType, Error, Keys, PlanConfig, Result, Sequence};
 use std::ops::Range;
 
 /// The kernels of a head dim that sequences choose from.
@@ -78,6 +78,13 @@ impl Kernels {
 
 fn lcm(a: usize, b: usize) -> usize {
     (1..=b).map(|i| a * i).find(|multiple| multiple.is_multiple_of(b)).unwrap_or(a * b)
+}
+
+impl Policy {
+    /// Name of the entry point for an element type.
+    pub(super) fn kernel_of(&self, dtype: DType) -> String {
+        format!("{}_{dtype}_d{}", self.kernel, self.head_dim)
+    }
 }
 
 /// The tiles of one kernel: one launch.
