@@ -22,13 +22,11 @@ struct KeyList {
     template <bool Values>
     DEVICE const uint16_t* row(uint32_t entry, bool paged) const {
         const uint32_t at = key(entry);
-        return at < tile.prefix_len ? prefix_row<Values>(at) : main_row<Values>(at - tile.prefix_len, paged);
-    }
-
-    // Of key `at` of the prefix.
-    template <bool Values>
-    DEVICE const uint16_t* prefix_row(uint32_t at) const {
-        return at_row(Values ? p.prefix_value : p.prefix_key, tile.prefix_batch, tile.prefix_start + at);
+        if (at < tile.prefix_len) {
+            const StarTensor& from = Values ? p.prefix_value : p.prefix_key;
+            return at_row(from, tile.prefix_batch, tile.prefix_start + at);
+        }
+        return main_row<Values>(at - tile.prefix_len, paged);
     }
 
     // Of key `at` of those after the prefix.
