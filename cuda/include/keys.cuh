@@ -22,13 +22,11 @@ struct KeyList {
     template <bool Values>
     DEVICE const uint16_t* row(uint32_t entry, bool paged) const {
         const uint32_t at = key(entry);
-        return at < tile.prefix_len ? prefix_row<Values>(at) : main_row<Values>(at - tile.prefix_len, paged);
-    }
-
-    // Of key `at` of the prefix.
-    template <bool Values>
-    DEVICE const uint16_t* prefix_row(uint32_t at) const {
-        return at_row(Values ? p.prefix_value : p.prefix_key, tile.prefix_batch, tile.prefix_start + at);
+        if (at < tile.prefix_len) {
+            const StarTensor& from = Values ? p.prefix_value : p.prefix_key;
+            return at_row(from, tile.prefix_batch, tile.prefix_start + at);
+        }
+        return main_row<Values>(at - tile.prefix_len, paged);
     }
 
     // Of key `at` of those after the prefix.
@@ -232,27 +230,29 @@ struct Ring {
     }
 
     // The same for a list with a prefix. Whole tiles of the prefix, and of contiguous rows after it,
-    // are rows at equal distances.
+    // are rows at equal distances. Nothing in here is computed ahead for the steps of other lists.
     template <bool Values>
     DEVICE void copy_prefixed(Shared to, uint32_t first, uint32_t end) const {
+        to = opaque(to), first = opaque(first);
+        const uint32_t begin = opaque(row()), next = first + P::keys;
         const bool paged = list.p.page_table != 0;
         const uint32_t prefix = list.tile.prefix_len;
-        const uint32_t low = list.key(first), high = list.key(first + P::keys - 1);
-        const bool whole = first + P::keys <= end && high - low == P::keys - 1;
-        if (whole && (high < prefix || (low >= prefix && !paged))) {
+        const uint32_t low = list.key(first), high = list.key(next - 1);
+        const bool one_source = high < prefix || (low >= prefix && !paged);
+        if (next <= end && high - low == P::keys - 1 && one_source) {
             const StarTensor& from = high < prefix ? (Values ? list.p.prefix_value : list.p.prefix_key)
                                                    : (Values ? list.p.value : list.p.key);
-            const uint16_t* source = list.template row<Values>(first + row(), false);
+            const uint16_t* source = list.template row<Values>(first + begin, false);
 #pragma unroll 1
-            for (uint32_t r = row(); r < P::keys; r += row_step, source += row_step * from.seq) {
+            for (uint32_t r = begin; r < P::keys; r += row_step, source += row_step * from.seq) {
                 copy_row(to, r, source, false);
             }
-            return;
-        }
+        } else {
 #pragma unroll 1
-        for (uint32_t r = row(); r < P::keys; r += row_step) {
-            const bool beyond = first + r >= end;
-            copy_row(to, r, list.template row<Values>(beyond ? first : first + r, paged), beyond);
+            for (uint32_t r = begin; r < P::keys; r += row_step) {
+                const bool beyond = first + r >= end;
+                copy_row(to, r, list.template row<Values>(beyond ? first : first + r, paged), beyond);
+            }
         }
     }
 

@@ -1,0 +1,72 @@
+// The query rows of a block's tile: where they are read, what they see, and where their results go.
+#pragma once
+
+#include "eight.cuh"
+
+// Results go to the output or, where the tile's list is split, to partial rows.
+template <class P>
+struct QueryRows {
+    const StarFlashParams& p;
+    const StarTile& tile;
+    uint32_t head;
+
+    DEVICE uint32_t token(uint32_t row) const { return (tile.row + row) / p.pack; }
+    DEVICE uint32_t query_head(uint32_t row) const { return head * p.pack + (tile.row + row) % p.pack; }
+    DEVICE uint64_t offset(const StarTensor& tensor, uint32_t row) const {
+        return tile.batch * tensor.batch + token(row) * tensor.seq + query_head(row) * tensor.head;
+    }
+    DEVICE bool partial() const { return tile.splits > 1; }
+    DEVICE uint64_t partial_row(uint32_t row) const {
+        return tile.partial + (static_cast<uint64_t>(head) * tile.rows + row) * tile.splits;
+    }
+    // Whether results are f32.
+    DEVICE bool wide() const { return p.out_f32 || partial(); }
+    // The address of a row of f32 results.
+    DEVICE float* wide_row(uint32_t row) const {
+        return partial() ? reinterpret_cast<float*>(p.partials) + partial_row(row) * P::head_dim
+                         : reinterpret_cast<float*>(p.out.data) + offset(p.out, row);
+    }
+    DEVICE uint16_t* narrow_row(uint32_t row) const {
+        return reinterpret_cast<uint16_t*>(p.out.data) + offset(p.out, row);
+    }
+    // The row sees the entries before this one.
+    DEVICE uint32_t limit(uint32_t row) const {
+        const uint32_t visible = tile.visible + tile.causal * (token(row) - token(0));
+        return visible < tile.end ? visible : tile.end;
+    }
+    DEVICE bool has_lse() const { return p.lse != 0 || partial(); }
+    DEVICE void store_lse(uint32_t row, float lse) const {
+        if (partial()) {
+            store(reinterpret_cast<float*>(p.partials_lse) + partial_row(row), lse);
+        } else {
+            const uint64_t plane = tile.batch * static_cast<uint64_t>(p.query_heads) + query_head(row);
+            store(reinterpret_cast<float*>(p.lse) + plane * p.query_len + token(row), lse);
+        }
+    }
+    // Eight elements of an output row from `column` on.
+    template <class Element>
+    DEVICE void store_out(uint32_t row, uint32_t column, const float (&x)[8]) const {
+        if (wide()) {
+            write8(wide_row(row) + column, x);
+        } else {
+            store(reinterpret_cast<uint4*>(narrow_row(row) + column), pack8<Element>(x));
+        }
+    }
+    // Adds to what `store_out` stored.
+    template <class Element>
+    DEVICE void add_out(uint32_t row, uint32_t column, const uint4& more) const {
+        float x[8], y[8];
+        if (wide()) {
+            const float4* from = reinterpret_cast<const float4*>(wide_row(row) + column);
+            unpack8(load(from), load(from + 1), x);
+        } else {
+            unpack8<Element>(load(reinterpret_cast<const uint4*>(narrow_row(row) + column)), x);
+        }
+        unpack8<Element>(more, y);
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            x[c] += y[c];
+        }
+        store_out<Element>(row, column, x);
+    }
+};
