@@ -132,7 +132,8 @@ impl Bench {
         let style = ProgressStyle::with_template("{msg:48} {wide_bar} {pos}/{len}");
         let bar = ProgressBar::new(self.pairs as u64 + 1).with_style(style.unwrap());
         bar.set_message(name.to_string());
-        (one(), other());
+        one();
+        other();
         bar.inc(1);
         let (mut ones, mut others, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.pairs {

@@ -342,8 +342,9 @@ fn bad_sequences() {
         (folder.file("in.safetensors"), folder.file("out.safetensors"), folder.file("masks.json"));
     let [q, k, v] = inputs::<f32>();
     let tensors = [entry("q", &q), entry("k", &k), entry("v", &v)];
-    let packed =
-        tensors.clone().map(|(name, dtype, [b, s, h, d], data)| (name, dtype, vec![1, b * s, h, d], data));
+    let packed = tensors.clone().map(|(name, dtype, shape, data)| {
+        (name, dtype, vec![1, shape[0] * shape[1], shape[2], shape[3]], data)
+    });
     let refused = |tensors: &[Entry; 3], more: &[Entry], masks: &str, message: &str| {
         save(&input, &[&tensors[..], more].concat());
         fs::write(&masks_file, masks).unwrap();

@@ -6,7 +6,6 @@ use star_attention::{Element, bf16, f16};
 
 /// A tensor `[batch, seq, heads, dim]` of a file.
 pub struct Input<'a> {
-    pub name: &'static str,
     pub shape: [usize; 4],
     pub data: Stored<'a>,
 }
@@ -48,7 +47,7 @@ fn input<'a>(file: &SafeTensors<'a>, name: &'static str) -> Result<Input<'a>> {
         .shape()
         .try_into()
         .map_err(|_| format!("{name}: expected 4 axes [batch, seq, heads, dim], got {:?}", data.shape()))?;
-    Ok(Input { name, shape, data })
+    Ok(Input { shape, data })
 }
 
 /// An i32 tensor.

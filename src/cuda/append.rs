@@ -27,31 +27,36 @@ pub struct ShardMut<'a, D: Device, T> {
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together; errors of the driver.
-pub fn append<'a, D: Device, T: HalfElement>(
+pub fn append<D: Device, T: HalfElement>(
     device: &D,
     stream: &D::Stream,
-    key: &DeviceTensor<'a, D, T>,
-    value: &DeviceTensor<'a, D, T>,
-    places: &Span<'a, D, u32>,
-    rotation: Option<&Rotation<'a, D>>,
+    key: &DeviceTensor<'_, D, T>,
+    value: &DeviceTensor<'_, D, T>,
+    places: &Span<'_, D, u32>,
+    rotation: Option<&Rotation<'_, D>>,
     shard: &mut ShardMut<'_, D, T>,
 ) -> Result<()> {
-    let mut new = Append::new(key, value, places);
+    let mut new = Append::new(key.reborrow(), value.reborrow(), places.reborrow());
     if let Some(crate::Rotation { cos, sin, positions, rotated, interleaved }) = rotation {
-        let (rotated, interleaved) = (*rotated, *interleaved);
-        new = new.with_rotation(crate::Rotation { cos, sin, positions, rotated, interleaved });
+        new = new.with_rotation(crate::Rotation {
+            cos: cos.reborrow(),
+            sin: sin.reborrow(),
+            positions: positions.reborrow(),
+            rotated: *rotated,
+            interleaved: *interleaved,
+        });
     }
     append_rows(device, stream, &new, &mut shard.key, &mut shard.value)
 }
 
-type Borrowed<'r, 'v, 'f, 'u, D, T> =
-    Append<&'r DeviceTensor<'v, D, T>, &'r Span<'f, D, f32>, &'r Span<'u, D, u32>>;
+/// New rows in device memory.
+type NewRows<'v, 'f, 'u, D, T> = Append<DeviceTensor<'v, D, T>, Span<'f, D, f32>, Span<'u, D, u32>>;
 
 /// [`append`] with any element types, of which the kernel takes two of 16 bits that are the same.
 pub(super) fn append_rows<D: Device, T: Element, C: Element>(
     device: &D,
     stream: &D::Stream,
-    new: &Borrowed<'_, '_, '_, '_, D, T>,
+    new: &NewRows<'_, '_, '_, D, T>,
     cache_key: &mut DeviceTensorMut<'_, D, C>,
     cache_value: &mut DeviceTensorMut<'_, D, C>,
 ) -> Result<()> {
@@ -123,7 +128,7 @@ pub(super) fn append_rows<D: Device, T: Element, C: Element>(
             return Err(Error::value("rotated", format!("a multiple of 16, at most {dim}"), rotated));
         }
         check_len("positions", tokens, rotation.positions.len)?;
-        for (argument, span) in [("cos", rotation.cos), ("sin", rotation.sin)] {
+        for (argument, span) in [("cos", &rotation.cos), ("sin", &rotation.sin)] {
             span.check_stream(argument, stream)?;
         }
         rotation.positions.check_stream("positions", stream)?;

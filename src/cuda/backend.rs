@@ -6,7 +6,7 @@ use super::flash::DevicePlan;
 use super::merge::merge_separate;
 use crate::backend::{Backend, Capacity, Plain, clamp};
 use crate::merge::PartialOf;
-use crate::{Append, Batch, Element, Error, Inputs, PlanConfig, Result, Rotation};
+use crate::{Append, Batch, Element, Error, Inputs, PlanConfig, Result};
 use std::marker::PhantomData;
 use std::ops::RangeBounds;
 use std::sync::Arc;
@@ -207,12 +207,6 @@ impl<D: Device> Backend for Cuda<D> {
         mut cache_key: DeviceTensorMut<'_, D, C>,
         mut cache_value: DeviceTensorMut<'_, D, C>,
     ) -> Result<()> {
-        let Append { key, value, places, rotation, .. } = &new;
-        let mut new = Append::new(key, value, places);
-        if let Some(Rotation { cos, sin, positions, rotated, interleaved }) = rotation {
-            let (rotated, interleaved) = (*rotated, *interleaved);
-            new = new.with_rotation(Rotation { cos, sin, positions, rotated, interleaved });
-        }
         append_rows(&*self.device, &self.stream, &new, &mut cache_key, &mut cache_value)
     }
 

@@ -59,7 +59,7 @@ fn of_sequence(result: star_attention::Result<()>) -> (usize, &'static str) {
 #[test]
 fn appends_that_are_refused() {
     let cpu = Cpu::new();
-    let new = vec![1f32; 2 * 3 * 8];
+    let new = [1f32; 2 * 3 * 8];
     let refused = |places: [u32; 6], rotation: Option<(usize, [u32; 6], usize)>| {
         let mut cache = [vec![0f32; 4 * 2 * 8], vec![0f32; 4 * 2 * 8]];
         let [cache_key, cache_value] = &mut cache;

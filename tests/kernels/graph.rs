@@ -122,13 +122,8 @@ impl Captures for Cuda<Recording> {
 
     fn replay(&self, graph: &Vec<Recorded>) {
         for Recorded { kernel, blocks, threads, shared_bytes, params } in graph {
-            let launch = Launch {
-                kernel,
-                blocks: *blocks,
-                threads: *threads,
-                shared_bytes: *shared_bytes,
-                params,
-            };
+            let launch =
+                Launch { kernel, blocks: *blocks, threads: *threads, shared_bytes: *shared_bytes, params };
             // SAFETY: the memory that was captured lives as long as the test.
             unsafe { self.device().launch(self.stream(), &launch) }.unwrap();
         }

@@ -232,7 +232,9 @@ fn load_kernels<D: Device>(device: &D, room: &Room) -> Result<()> {
             device.load(&launch.policy.kernel_of(dtype))?;
         }
     }
-    [DType::F32, DType::F16, DType::BF16].into_iter().try_for_each(|to| device.load(&merge_kernel(DType::F32, to, true)))
+    [DType::F32, DType::F16, DType::BF16]
+        .into_iter()
+        .try_for_each(|to| device.load(&merge_kernel(DType::F32, to, true)))
 }
 
 /// A table's entries, and empty ones in the place of those that an earlier update has left.
