@@ -149,7 +149,7 @@ def main():
             row += f" {4 * rows * keys * number['HEAD_DIM'] / 1e3:7.0f} {4 * keys * number['HEAD_DIM'] / 1024:8.0f}"
             modules[f"{defines['KERNEL_NAME']}_d{defines['HEAD_DIM']}"] = None
         print(row)
-        if (spills or figures["stack"]) and defines.get("KERNEL_NAME", "merge") in ("encode", "query", "merge"):
+        if (spills or figures["stack"]) and defines.get("KERNEL_NAME", "merge") in ("encode", "encode_64", "query", "merge"):
             spilled.append(f"{kernel} ({arch})")
     if arguments.mix:
         names = [name for name, _ in CLASSES] + ["integer and other"]
