@@ -379,8 +379,8 @@ fn appends<B: Backend>() {
     let refused = |a: Append| named(run(a).unwrap_err());
     assert_eq!(refused(Append { value: [1, 2, 2, 32], ..good() }), ("shape", "value"));
     assert_eq!(refused(Append { key: [1, 3, 2, 12], ..good() }), ("shape", "key"));
-    assert_eq!(refused(Append { shard: [[2, 4, 1, 32], SHARD], ..good() }), ("shape", "shard"));
-    assert_eq!(refused(Append { shard: [SHARD, [2, 3, 2, 32]], ..good() }), ("shape", "shard"));
+    assert_eq!(refused(Append { shard: [[2, 4, 1, 32], SHARD], ..good() }), ("shape", "cache_key"));
+    assert_eq!(refused(Append { shard: [SHARD, [2, 3, 2, 32]], ..good() }), ("shape", "cache_value"));
     assert_eq!(refused(Append { offset: 4, ..good() }), ("value", "key"));
     assert_eq!(refused(Append { places: 4, ..good() }), ("shape", "places"));
     for rotated in [0, 8, 24, 48] {

@@ -193,7 +193,7 @@ fn appends_of_extents_that_kernels_cannot_count() {
     }
     for stored in [[big, 1, 1, 8], [1, big, 1, 8], [1 << 16, 1 << 16, 1, 8]] {
         let error = append_rows(&recorder, [1, 2, 1, 8], stored).unwrap_err();
-        assert_eq!(named(error), ("shape", "shard"), "{stored:?}");
+        assert_eq!(named(error), ("shape", "cache_key"), "{stored:?}");
     }
     assert_eq!(recorder.asked_for(), [0, 0]);
     append_rows(&recorder, [1, (1 << 31) - 1, 1, 8], stored).unwrap();
