@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use star_attention::cuda::Properties;
 use star_attention::cuda::flash::Plan;
-use star_attention::{AttentionConfig, AttentionShape, Mask, Result};
+use star_attention::{AttentionConfig, AttentionShape, Batch, Mask, PlanConfig, Result};
 
 /// One row of the table.
 #[derive(Clone, Debug)]
@@ -49,18 +49,24 @@ pub struct Call {
     pub f32_out: bool,
     /// Where packed sequences begin on the axes of queries and keys.
     pub offsets: Option<[Vec<usize>; 2]>,
+    /// Whether bits do not depend on the rows of the call.
+    pub row_invariant: bool,
 }
 
 impl Call {
     /// The library's own plan.
     ///
     /// # Errors
-    /// Those of [`Plan::new`] and [`Plan::packed`].
+    /// Those of [`Batch`] and [`Plan::for_batch`].
     pub fn plan(&self, properties: &Properties) -> Result<Plan> {
-        match &self.offsets {
-            None => Plan::new(properties, &self.config, &self.shape),
-            Some([query, key]) => Plan::packed(properties, &self.config, &self.shape, query, key),
-        }
+        let Self { config: AttentionConfig { mask, .. }, shape, .. } = self;
+        let batch = match &self.offsets {
+            None => Batch::uniform(shape, *mask)?,
+            Some([query, key]) => Batch::packed(shape, query, key, *mask)?,
+        };
+        let config = PlanConfig::from(self.config.score());
+        let config = if self.row_invariant { config.with_row_invariant() } else { config };
+        Plan::for_batch(properties, &config, &batch)
     }
 }
 
@@ -73,7 +79,7 @@ impl Case {
     pub fn describe(&self) -> Value {
         let mut row = match &self.work {
             Work::Copy { bytes } => json!({ "kind": "rate", "bytes": bytes }),
-            Work::Attention(Call { config, shape, order, f32_out, offsets }) => {
+            Work::Attention(Call { config, shape, order, f32_out, offsets, row_invariant }) => {
                 let AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim } = shape;
                 let (anchor_len, block_len) = match config.mask {
                     Mask::Star { anchor_len, block_len, .. } => (anchor_len, block_len),
@@ -84,7 +90,7 @@ impl Case {
                     "query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim,
                     "causal": config.mask == Mask::Causal, "anchor_len": anchor_len, "block_len": block_len,
                     "heads_first": *order == Order::HeadsSeq, "packed": offsets.is_some(),
-                    "f32_out": f32_out,
+                    "f32_out": f32_out, "row_invariant": row_invariant,
                 })
             }
             Work::Merge { n, tokens, .. } => json!({ "kind": "merge", "n": n, "tokens": tokens }),
@@ -133,6 +139,7 @@ impl Sizes {
             order: Order::SeqHeads,
             f32_out: false,
             offsets: None,
+            row_invariant: false,
         }
     }
 
@@ -165,6 +172,13 @@ impl Sizes {
     /// Query attention: a few tokens over many keys.
     pub fn query(&self, batch: usize, query_len: usize, key_len: usize, head_dim: usize) -> Case {
         attention("query", self.call(Mask::Full, batch, query_len, self.len(key_len), head_dim))
+    }
+
+    /// The same with bits that do not depend on the rows of the call, beside plain ones.
+    fn query_row_invariant(&self, query_len: usize, key_len: usize) -> Case {
+        let call = self.call(Mask::Full, 1, query_len, self.len(key_len), 128);
+        let case = attention("query, row-invariant", Call { row_invariant: true, ..call });
+        Case { parts: vec![self.query(1, query_len, key_len, 128).label], ..case }
     }
 
     /// The same over keys in the order `[batch, heads, seq, dim]`.
@@ -227,6 +241,7 @@ pub fn all(sizes: &Sizes) -> Vec<Case> {
     for query_len in [1, 4, 16, 64, 128] {
         cases.push(sizes.query(1, query_len, 128 * KILO, 128));
     }
+    cases.extend([1, 16].map(|query_len| sizes.query_row_invariant(query_len, 128 * KILO)));
     cases.push(sizes.query_heads_first(1, 128 * KILO));
     cases.push(sizes.query_heads_first(16, 128 * KILO));
     cases.push(sizes.query(1, 1, 16 * KILO, 128));
