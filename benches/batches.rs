@@ -3,15 +3,17 @@
 //! - Ragged: sequences of different lengths in one call, over the sum of calls for its parts alone.
 //! - Paged: keys in pages of 16, over the same keys in rows.
 //! - Row-invariant: decodes whose bits do not depend on the rows of a call, over plain ones.
-//! - Schedule: the time of a plan, per sequence of 256 decodes and per tile of a long prefill.
+//! - Schedule: the time of plans of 256 decodes, and per tile of a long prefill.
 //!
 //! `cargo bench --bench batches`, and `-- TEXT` for the rows whose name holds a text.
 
 use indicatif::{ProgressBar, ProgressStyle};
 use star_attention::cpu::flash::Plan;
+use star_attention::cuda::{self, Properties};
 use star_attention::{
     Batch, Element, Inputs, Keys, Mask, PlanConfig, Sequence, TensorView, TensorViewMut, bf16,
 };
+use std::hint::black_box;
 use std::time::Instant;
 
 const QUERY_HEADS: usize = 16;
@@ -185,40 +187,54 @@ impl Bench {
     }
 }
 
-/// Prints the time of plans alone, batch included.
+/// Sequences of so many query rows and keys each, packed one after another.
+fn packed(lens: &[[usize; 2]]) -> Batch {
+    let [rows, keys] = [0, 1].map(|i| lens.iter().map(|len| len[i]).sum::<usize>());
+    let mut batch = Batch::new([1, rows, QUERY_HEADS, HEAD_DIM], [1, keys, KV_HEADS, HEAD_DIM]).unwrap();
+    let (mut row, mut key) = (0, 0);
+    for &[rows, keys] in lens {
+        let keys_at = Keys::rows(0, key..key + keys);
+        batch.push(Sequence::new(0, row..row + rows, keys_at, Mask::Causal)).unwrap();
+        (row, key) = (row + rows, key + keys);
+    }
+    batch
+}
+
+/// Prints the time of plans alone, of the CPU and of a GPU (which need not be there), and of their
+/// batch.
 fn schedule(bench: &Bench) {
     if !bench.wants("schedule") {
         return;
     }
-    let plan_of = |lens: &[[usize; 2]]| {
+    let time = |lens: &[[usize; 2]], work: &dyn Fn(Batch)| {
         let samples = (0..20 * bench.pairs).map(|_| {
-            let rows = lens.iter().map(|[rows, _]| rows).sum();
-            let keys: usize = lens.iter().map(|[_, keys]| keys).sum();
-            let start = Instant::now();
-            let mut batch =
-                Batch::new([1, rows, QUERY_HEADS, HEAD_DIM], [1, keys, KV_HEADS, HEAD_DIM]).unwrap();
-            let (mut row, mut key) = (0, 0);
-            for &[rows, keys] in lens {
-                let sequence =
-                    Sequence::new(0, row..row + rows, Keys::rows(0, key..key + keys), Mask::Causal);
-                batch.push(sequence).unwrap();
-                (row, key) = (row + rows, key + keys);
-            }
-            std::hint::black_box(Plan::for_batch(&PlanConfig::new(), batch).unwrap());
-            start.elapsed().as_secs_f64()
+            let mut batch = Some(packed(lens));
+            seconds(&mut || batch.take().into_iter().for_each(work))
         });
         median(samples.collect())
     };
-    let decodes = plan_of(&vec![[1, 4096]; 256]);
-    // A tile is 128 rows of the query heads of a KV head.
+    let config = PlanConfig::new();
+    let h100 = Properties::new(132, 228 * 1024, 50 << 20);
+    let cpu = |batch: Batch| drop(black_box(Plan::for_batch(&config, batch).unwrap()));
+    let cuda = |batch: Batch| drop(black_box(cuda::flash::Plan::for_batch(&h100, &config, &batch).unwrap()));
+
+    let decodes = vec![[1, 4096]; 256];
     let rows = 1 << 20;
-    let tiles = rows / (128 / (QUERY_HEADS / KV_HEADS));
-    let prefill = plan_of(&[[rows, rows]]);
-    println!("\nA plan of 256 decodes takes {:.1} µs,", decodes * 1e6);
-    println!(
-        "one of a prefill of {rows} rows {:.1} ns for each of {tiles} tiles.",
-        prefill * 1e9 / tiles as f64
-    );
+    let prefill = [[rows, rows]];
+    let batch = time(&decodes, &|_| drop(black_box(packed(&decodes))));
+    println!("\nA batch of 256 decodes takes {:.1} µs.", batch * 1e6);
+    // Tiles are 128 rows: of the query heads of a KV head on the CPU, of one head on a GPU.
+    for (name, plan, tiles) in [
+        ("the CPU", &cpu as &dyn Fn(Batch), rows * QUERY_HEADS / KV_HEADS / 128),
+        ("a GPU", &cuda, rows / 128),
+    ] {
+        println!(
+            "A plan of them for {name} takes {:.1} µs, one of a prefill of {rows} rows {:.1} ns for each of \
+             {tiles} tiles.",
+            time(&decodes, plan) * 1e6,
+            time(&prefill, plan) * 1e9 / tiles as f64
+        );
+    }
 }
 
 fn main() {

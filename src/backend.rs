@@ -5,6 +5,9 @@
 //! that chooses at run time writes an enum over the backends that it serves, or one generic
 //! function that is called from each arm of a `match`.
 
+#[cfg(test)]
+pub(crate) mod cases;
+
 use crate::merge::PartialOf;
 use crate::{Append, Batch, Element, Error, Inputs, Keys, PlanConfig, Result};
 use std::fmt::Debug;
@@ -54,6 +57,45 @@ impl Capacity {
     #[must_use]
     pub fn with_prefix(self, batch: usize, seq: usize) -> Self {
         Self { prefix: [batch, seq], ..self }
+    }
+
+    /// Query rows of one sequence at most: the tensor may have fewer than [`rows`](Self::rows).
+    pub(crate) fn most_rows(&self) -> usize {
+        self.rows.min(self.query[1])
+    }
+
+    /// Query rows of all sequences at most, where each has at most `rows`.
+    pub(crate) fn most_rows_in_all(&self, rows: usize) -> usize {
+        self.sequences.saturating_mul(rows).min(self.query[0].saturating_mul(self.query[1]))
+    }
+
+    /// Keys of one sequence at most, and of all sequences together.
+    pub(crate) fn most_keys(&self) -> [usize; 2] {
+        let prefix = if self.prefix[0] == 0 { 0 } else { self.prefix[1] };
+        let (keys, in_all) = match self.pages {
+            0 => (self.key[1], self.sequences.saturating_mul(self.key[1])),
+            pages => [pages.saturating_mul(self.key[1]); 2].into(),
+        };
+        let prefixes = self.sequences.saturating_mul(prefix);
+        [keys.saturating_add(prefix), in_all.saturating_add(prefixes)]
+    }
+
+    /// What splits at multiples of `len` keys give at most, where sequences have at most `rows`
+    /// query rows: the rows of more than one split, and the sum of these rows' splits.
+    pub(crate) fn most_split_rows(&self, rows: usize, len: usize) -> [usize; 2] {
+        let [longest, in_all] = self.most_keys();
+        if longest <= len {
+            return [0, 0];
+        }
+        // A sequence of more than one split has a whole one.
+        let whole = in_all / len;
+        let sequences = self.sequences.min(whole);
+        let all_rows = self.most_rows_in_all(rows);
+        let splits = rows.saturating_mul(whole.saturating_add(sequences));
+        [
+            rows.saturating_mul(sequences).min(all_rows),
+            splits.min(all_rows.saturating_mul(longest.div_ceil(len))),
+        ]
     }
 
     /// A batch of these extents without sequences.
@@ -339,4 +381,24 @@ pub(crate) fn clamp(range: impl std::ops::RangeBounds<usize>, len: usize) -> Ran
     };
     let end = end.min(len);
     start.min(end)..end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows and keys count as far as the tensors have them, and pages as far as they are named.
+    #[test]
+    fn what_a_capacity_counts() {
+        let rows = Capacity::new([2, 10, 4, 8], [3, 100, 2, 8], 5, usize::MAX);
+        assert_eq!((rows.most_rows(), rows.most_rows_in_all(3), rows.most_rows_in_all(10)), (10, 15, 20));
+        assert_eq!(rows.most_keys(), [100, 500]);
+        assert_eq!(rows.clone().with_prefix(1, 7).most_keys(), [107, 535]);
+        assert_eq!(rows.with_prefix(0, 7).most_keys(), [100, 500]);
+        let pages = Capacity::new([2, 10, 4, 8], [3, 16, 2, 8], 5, 1).with_pages(9);
+        assert_eq!(pages.most_keys(), [144, 144]);
+        // One split of 100 and one of 44 keys, of one sequence.
+        assert_eq!(pages.most_split_rows(1, 100), [1, 2]);
+        assert_eq!(pages.most_split_rows(1, 144), [0, 0]);
+    }
 }

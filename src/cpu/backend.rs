@@ -44,8 +44,8 @@ impl Cpu {
         self.threads.unwrap_or_else(rayon::current_num_threads)
     }
 
-    fn flash_plan(&self, config: &PlanConfig, batch: Batch) -> Result<flash::Plan> {
-        let plan = flash::Plan::for_batch(config, batch)?.with_threads(self.threads())?;
+    fn flash_plan(&self, config: &PlanConfig, batch: Batch, threads: usize) -> Result<flash::Plan> {
+        let plan = flash::Plan::for_batch(config, batch)?.with_threads(threads)?;
         match self.instructions {
             Some(instructions) => plan.with_instructions(instructions),
             None => Ok(plan),
@@ -59,6 +59,8 @@ pub struct Plan {
     config: PlanConfig,
     /// None for one batch alone.
     capacity: Option<Capacity>,
+    /// Threads at most: the workspace has memory for each.
+    threads: usize,
     plan: flash::Plan,
     workspace_bytes: usize,
 }
@@ -133,15 +135,17 @@ impl Backend for Cpu {
     }
 
     fn plan(&self, config: &PlanConfig, capacity: &Capacity) -> Result<Plan> {
-        let plan = self.flash_plan(config, capacity.empty_batch()?)?;
-        let workspace_bytes = plan.most_workspace_bytes(capacity, self.threads());
-        Ok(Plan { config: *config, capacity: Some(capacity.clone()), plan, workspace_bytes })
+        let threads = self.threads();
+        let plan = self.flash_plan(config, capacity.empty_batch()?, threads)?;
+        let workspace_bytes = plan.most_workspace_bytes(capacity, threads);
+        Ok(Plan { config: *config, capacity: Some(capacity.clone()), threads, plan, workspace_bytes })
     }
 
     fn plan_for(&self, config: &PlanConfig, batch: &Batch) -> Result<Plan> {
-        let plan = self.flash_plan(config, batch.clone())?;
+        let threads = self.threads();
+        let plan = self.flash_plan(config, batch.clone(), threads)?;
         let workspace_bytes = plan.workspace_bytes();
-        Ok(Plan { config: *config, capacity: None, plan, workspace_bytes })
+        Ok(Plan { config: *config, capacity: None, threads, plan, workspace_bytes })
     }
 
     fn update(&self, plan: &mut Plan, batch: &Batch) -> Result<()> {
@@ -149,7 +153,7 @@ impl Backend for Cpu {
             Some(capacity) => capacity.check(batch)?,
             None => return Err(Error::value("plan", "one that was made for a capacity", "one for a batch")),
         }
-        plan.plan = self.flash_plan(&plan.config, batch.clone())?;
+        plan.plan = self.flash_plan(&plan.config, batch.clone(), plan.threads)?;
         Ok(())
     }
 

@@ -6,7 +6,8 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use star_attention::cpu::{Cpu, InstructionSet};
 use star_attention::{
-    Append, Backend, Batch, Capacity, Error, Keys, LEFT_OUT, Mask, PlanConfig, Rotation, Sequence, bf16, f16,
+    Append, Backend, Batch, Capacity, Error, Inputs, Keys, LEFT_OUT, Mask, PlanConfig, Rotation, Sequence,
+    bf16, f16,
 };
 
 proptest! {
@@ -136,6 +137,31 @@ fn batches_beyond_a_capacity() {
     let mut alone = cpu.plan_for(&PlanConfig::new(), &batch(&[])).unwrap();
     let error = cpu.update(&mut alone, &batch(&[])).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "plan", .. }), "{error}");
+}
+
+/// A plan's workspace is enough in whichever pool of threads it is updated and used.
+#[test]
+fn workspaces_do_not_depend_on_the_pool() {
+    let cpu = Cpu::new();
+    let (query, key) = ([1, 64, 8, 64], [1, 2048, 8, 64]);
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let mut plan =
+        pool(1).install(|| cpu.plan(&PlanConfig::new(), &Capacity::new(query, key, 1, 64))).unwrap();
+    let mut batch = Batch::new(query, key).unwrap();
+    batch.push(Sequence::new(0, 0..64, Keys::rows(0, 0..2048), Mask::Full)).unwrap();
+    pool(3).install(|| {
+        cpu.update(&mut plan, &batch).unwrap();
+        let (queries, keys) = (vec![1f32; 64 * 8 * 64], vec![1f32; 2048 * 8 * 64]);
+        let (mut out, mut workspace) = (vec![0f32; queries.len()], vec![0; cpu.workspace_bytes(&plan)]);
+        let inputs = Inputs::new(
+            cpu.whole("query", &queries, query).unwrap(),
+            cpu.whole("key", &keys, key).unwrap(),
+            cpu.whole("value", &keys, key).unwrap(),
+        );
+        let to = cpu.whole_mut("out", &mut out, query).unwrap();
+        cpu.attend(&mut plan, inputs, to, None, &mut workspace).unwrap();
+        assert!(out.iter().all(|&x| (x - 1.0).abs() < 1e-6));
+    });
 }
 
 /// An engine keeps plans in its own structs, and moves them between threads.

@@ -7,7 +7,7 @@ use crate::common::{Rng, Tensor};
 use proptest::prelude::*;
 use star_attention::{
     Append, AttentionConfig, Backend, Batch, Capacity, Element, Inputs, Keys, LEFT_OUT, Mask, PlanConfig,
-    Sequence,
+    Rotation, Sequence,
 };
 
 /// Query rows of a step, and so many of one request.
@@ -25,19 +25,59 @@ pub struct History {
     pub kv_heads: usize,
     pub group: usize,
     pub head_dim: usize,
+    pub config: PlanConfig,
+    pub rope: Option<Rope>,
     pub seed: u64,
 }
 
+/// The rotation of keys by quarter turns, which no rounding changes.
+#[derive(Clone, Copy, Debug)]
+pub struct Rope {
+    rotated: usize,
+    interleaved: bool,
+}
+
+impl Rope {
+    /// Cosine and sine of a pair at a position.
+    fn of(position: usize, pair: usize) -> [f32; 2] {
+        [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]][position * (pair + 1) % 4]
+    }
+
+    /// The table of cosines or of sines, for as many positions as there may be keys.
+    fn table(&self, which: usize) -> Vec<f32> {
+        let half = self.rotated / 2;
+        (0..CACHE_KEYS * half).map(|i| Self::of(i / half, i % half)[which]).collect()
+    }
+
+    /// The keys of a sequence from its first on, rotated.
+    fn rotate<T: Element>(&self, keys: &Tensor<T>) -> Tensor<T> {
+        let half = self.rotated / 2;
+        Tensor::contiguous("keys", keys.shape(), |[batch, position, head, d]| {
+            let at = |d: usize| keys.get([batch, position, head, d]).to_f32();
+            if d >= self.rotated {
+                return at(d);
+            }
+            let (pair, x, y) =
+                if self.interleaved { (d / 2, d & !1, d | 1) } else { (d % half, d % half, d % half + half) };
+            let [cos, sin] = Self::of(position, pair);
+            if d == x { at(x) * cos - at(y) * sin } else { at(x) * sin + at(y) * cos }
+        })
+    }
+}
+
 pub fn histories(steps: usize, head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = History> {
+    let heads = (1..=2usize, 1..=4usize, head_dims);
     let page_len = prop::sample::select(vec![1, 8, 16, 48]);
-    (1..=steps, page_len, 1..=2usize, 1..=4usize, head_dims, any::<u64>()).prop_map(
-        |(steps, page_len, kv_heads, group, head_dim, seed)| History {
-            steps,
-            page_len,
-            kv_heads,
-            group,
-            head_dim,
-            seed,
+    let plain = PlanConfig::new();
+    let configs = vec![plain, plain.with_split_keys(64), plain.with_row_invariant()];
+    let interleaved = prop::option::of(any::<bool>());
+    (1..=steps, page_len, heads, prop::sample::select(configs), interleaved, any::<u64>()).prop_map(
+        |(steps, page_len, (kv_heads, group, head_dim), config, interleaved, seed)| {
+            // Kernels rotate multiples of 16 dims.
+            let rotated = head_dim / 16 * 16;
+            let interleaved = interleaved.filter(|_| rotated > 0);
+            let rope = interleaved.map(|interleaved| Rope { rotated, interleaved });
+            History { steps, page_len, kv_heads, group, head_dim, config, rope, seed }
         },
     )
 }
@@ -122,7 +162,7 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
     backend: &B,
     history: &History,
 ) -> Result<(), TestCaseError> {
-    let History { steps, page_len, kv_heads, group, head_dim, seed } = *history;
+    let History { steps, page_len, kv_heads, group, head_dim, config, rope, seed } = *history;
     let heads = kv_heads * group;
     let mut rng = Rng::new(seed);
     let mut free = FreeList { users: vec![0; CACHE_KEYS / page_len] };
@@ -131,13 +171,14 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
     let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
 
     let capacity = Capacity::new(query_shape, cache_shape, REQUESTS, CHUNK).with_pages(REQUESTS * 80);
-    let mut plan = backend.plan(&PlanConfig::new(), &capacity).unwrap();
+    let mut plan = backend.plan(&config, &capacity).unwrap();
     let mut workspace = backend.buffer::<u8>(backend.workspace_bytes(&plan)).unwrap();
     let nan = T::from_f32(f32::NAN);
     let mut query = backend.buffer_of(&vec![nan; elements(query_shape)]).unwrap();
     let mut new = [(); 2].map(|()| backend.buffer_of(&vec![nan; elements(new_shape)]).unwrap());
     let mut cache = [(); 2].map(|()| backend.buffer_of(&vec![nan; elements(cache_shape)]).unwrap());
-    let mut places = backend.buffer::<u32>(ROWS).unwrap();
+    let [mut places, mut positions] = [(); 2].map(|()| backend.buffer::<u32>(ROWS).unwrap());
+    let angles = rope.map(|rope| [0, 1].map(|which| backend.buffer_of(&rope.table(which)).unwrap()));
     let mut requests: Vec<Request> = Vec::new();
 
     for _ in 0..steps {
@@ -153,7 +194,7 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
         // Who takes part, where: with some rows of padding, as far as pages and rows go.
         let mut batch = Batch::new(query_shape, cache_shape).unwrap();
         let mut turns = Vec::new();
-        let mut place_of = vec![LEFT_OUT; ROWS];
+        let (mut place_of, mut position_of) = (vec![LEFT_OUT; ROWS], vec![0; ROWS]);
         let mut end = 0;
         for (index, request) in requests.iter_mut().enumerate() {
             let (len, mask) = request.next(&mut rng);
@@ -167,6 +208,7 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
             request.tokens.extend((0..len).map(|_| rng.next()));
             for (row, token) in (start..start + len).zip(first..) {
                 place_of[row] = request.pages[token / page_len] * page_len as u32 + (token % page_len) as u32;
+                position_of[row] = token as u32;
             }
             end = start + len;
             let keys = Keys::pages(first + len, &request.pages[..]);
@@ -185,16 +227,26 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
             }
         }
         backend.write(&mut places, 0, &place_of).unwrap();
+        backend.write(&mut positions, 0, &position_of).unwrap();
         let mut out = backend.buffer_of(&vec![RUBBISH; elements(query_shape)]).unwrap();
         let mut lse = backend.buffer_of(&vec![RUBBISH; heads * ROWS]).unwrap();
 
         let [new_key, new_value] = &new;
         let [cache_key, cache_value] = &mut cache;
-        let rows_to_store = Append::new(
+        let mut rows_to_store = Append::new(
             backend.whole("key", new_key, new_shape).unwrap(),
             backend.whole("value", new_value, new_shape).unwrap(),
             backend.slice(&places, ..),
         );
+        if let (Some(Rope { rotated, interleaved }), Some([cos, sin])) = (rope, &angles) {
+            rows_to_store = rows_to_store.with_rotation(Rotation {
+                cos: backend.slice(cos, ..),
+                sin: backend.slice(sin, ..),
+                positions: backend.slice(&positions, ..),
+                rotated,
+                interleaved,
+            });
+        }
         backend
             .append(
                 rows_to_store,
@@ -222,7 +274,10 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
         for Turn { request, start, len, mask } in turns {
             let tokens = &requests[request].tokens;
             let query = rows::<T>(0, &tokens[tokens.len() - len..], heads, head_dim);
-            let [key, value] = [1, 2].map(|which| rows::<T>(which, tokens, kv_heads, head_dim));
+            let [mut key, value] = [1, 2].map(|which| rows::<T>(which, tokens, kv_heads, head_dim));
+            if let Some(rope) = rope {
+                key = rope.rotate(&key);
+            }
             let expected = Expected::of(&AttentionConfig::new(mask), &query, &key, &value, false);
             let own = &mut out[start * heads * head_dim..(start + len) * heads * head_dim];
             expected.check_out(own.iter().copied())?;

@@ -85,7 +85,7 @@ impl Work {
         });
         let split_keys = split_keys.max(1).checked_next_multiple_of(tile::KEYS).unwrap_or(usize::MAX);
         let mut work = Self {
-            tasks: Vec::new(),
+            tasks: Vec::with_capacity(sequences.iter().map(Vec::len).sum()),
             groups: Vec::new(),
             pieces: 0,
             heads,
@@ -207,32 +207,22 @@ pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>) 
     let (kv_heads, group) = (capacity.key[2], capacity.query[2] / capacity.key[2]);
     let heads = group.min(tile::ROWS);
     let planes = kv_heads * group.div_ceil(heads);
-    let tile_rows = capacity.rows.min(tile::ROWS / heads).saturating_mul(heads);
-    let of_planes = |rows: usize| rows.saturating_mul(planes);
     let Some(split_keys) = split_keys else {
+        let tile_rows = capacity.most_rows().min(tile::ROWS / heads) * heads;
         // The keys of all tasks are less than this many splits long, and a task that is split has at
         // least one whole one: no more than twice as many splits.
         let whole = PIECES.div_ceil(planes) + 1;
-        return of_planes(2 * whole * tile_rows);
+        return (2 * whole * tile_rows).saturating_mul(planes);
     };
-    let prefix = capacity.prefix[1];
-    let (most_keys, all_keys) = match capacity.pages {
-        0 => (capacity.key[1], capacity.sequences.saturating_mul(capacity.key[1])),
-        pages => (pages.saturating_mul(capacity.key[1]), pages.saturating_mul(capacity.key[1])),
-    };
-    if most_keys.saturating_add(prefix) <= split_keys {
-        return 0;
-    }
     // Each row of a sequence is in one task, whose list is no longer than the sequence.
-    let all_keys = all_keys.saturating_add(capacity.sequences.saturating_mul(prefix));
-    let splits = (all_keys / split_keys).saturating_add(capacity.sequences);
-    of_planes(splits.saturating_mul(capacity.rows).saturating_mul(heads))
+    let [_, splits] = capacity.most_split_rows(capacity.most_rows(), split_keys);
+    splits.saturating_mul(heads * planes)
 }
 
 /// The tiles of a sequence: rows that share their keys, as many tokens as fill a tile.
 fn tiles(sequence: &crate::Sequence, heads: usize) -> Vec<Segment> {
     let tokens = tile::ROWS / heads;
-    let mut tiles = Vec::new();
+    let mut tiles = Vec::with_capacity(sequence.rows.len().div_ceil(tokens));
     schedule::segments(sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
         for start in segment.rows.clone().step_by(tokens) {
             tiles.push(segment.part(start..segment.rows.end.min(start + tokens)));
@@ -244,7 +234,42 @@ fn tiles(sequence: &crate::Sequence, heads: usize) -> Vec<Segment> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Keys, Mask, Sequence};
+    use crate::backend::cases::{configs, within_capacities};
+    use crate::cpu::flash::Plan;
+    use crate::{Keys, Mask, PlanConfig, Sequence};
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_batch_takes_more_than_its_capacity(
+            (capacity, batch) in within_capacities(1..=300usize),
+            config in configs(),
+            threads in 1..=4usize,
+        ) {
+            let plan = |batch| Plan::for_batch(&config, batch).unwrap().with_threads(threads).unwrap();
+            let most = plan(capacity.empty_batch().unwrap()).most_workspace_bytes(&capacity, threads);
+            let bytes = plan(batch).workspace_bytes();
+            prop_assert!(bytes <= most, "{bytes} of {most}");
+        }
+    }
+
+    /// With a fixed split length that is about what the largest batch takes.
+    #[test]
+    fn fixed_splits_take_what_the_largest_batch_needs() {
+        let split_keys = PlanConfig::new().with_row_invariant().fixed_split_keys();
+        for (sequences, rows) in [(256, 1), (8, 2048)] {
+            let (query, key) = ([sequences, rows, 32, 128], [sequences, 1 << 17, 8, 128]);
+            let mut batch = Batch::new(query, key).unwrap();
+            for index in 0..sequences {
+                let keys = Keys::rows(index, 0..1 << 17);
+                batch.push(Sequence::new(index, 0..rows, keys, Mask::Full)).unwrap();
+            }
+            let capacity = Capacity::new(query, key, sequences, rows);
+            let most = most_partial_rows(&capacity, split_keys);
+            let rows = Work::new(&batch, split_keys).partial_rows();
+            assert!(rows <= most && rows as f64 > 0.9 * most as f64, "{rows} of {most}");
+        }
+    }
 
     /// A long sequence among short ones is cut into many pieces, the short ones are not cut.
     #[test]

@@ -23,6 +23,14 @@ const UPDATES: usize = 4;
 /// a stream is captured, calls ask for as many blocks as the capacity may need; those without work
 /// return at once. So a captured graph stays valid: what it attends to is the batch of the last
 /// update before it is replayed.
+///
+/// A mask may give each token a tile of its own, so a captured call asks for a block for each token
+/// of the capacity and head (or KV head, where its query heads share a tile): graphs are for steps
+/// of few rows.
+///
+/// A graph holds addresses of the plan's tables, as of the workspace and the tensors of the call:
+/// keep them all as long as it may be replayed, and replay it on the plan's stream, in whose order
+/// updates change the tables.
 #[derive(Debug)]
 pub struct DevicePlan<D: Device> {
     config: PlanConfig,
@@ -38,6 +46,8 @@ pub struct DevicePlan<D: Device> {
     /// How far each launch's part of the tiles, and the list of rows to merge, are filled.
     filled: Vec<usize>,
     filled_merged: usize,
+    /// An update failed while it copied, so the tables may be of no batch.
+    torn: bool,
 }
 
 impl<D: Device> DevicePlan<D> {
@@ -115,6 +125,7 @@ impl<D: Device> DevicePlan<D> {
             staging,
             filled,
             filled_merged: 0,
+            torn: false,
         }
     }
 
@@ -124,7 +135,8 @@ impl<D: Device> DevicePlan<D> {
     /// As [`Capacity::check`]; [`Error::Value`] for a plan of one batch, for another stream than the
     /// plan's, and for one that is being captured in a graph; [`Error::Busy`] while too many updates
     /// are under way: try again after the stream has moved on. The plan is as it was. Errors of the
-    /// driver, after which an update has to succeed before the next call.
+    /// driver, after which calls are refused, and graphs must not be replayed, until an update
+    /// succeeds.
     pub fn update(&mut self, device: &D, stream: &D::Stream, batch: &Batch) -> Result<()> {
         let (Some(capacity), Some(staging)) = (&self.capacity, &mut self.staging) else {
             return Err(Error::value("plan", "one that was made for a capacity", "one for a batch"));
@@ -147,9 +159,22 @@ impl<D: Device> DevicePlan<D> {
         parts.push((places.pages, bytes_of(&plan.pages)));
         parts.push((places.merged, bytes_of(&merged)));
         let mut to = SpanMut::on(D::address(&self.tables), places.end, self.stream);
-        staging.copy(device, stream, &mut to, &parts)?;
-        (self.filled, self.filled_merged, self.plan) = (filled, plan.merged.len(), plan);
-        Ok(())
+        match staging.copy(device, stream, &mut to, &parts) {
+            Ok(()) => {
+                (self.filled, self.filled_merged, self.plan) = (filled, plan.merged.len(), plan);
+                self.torn = false;
+                Ok(())
+            }
+            // Nothing was copied.
+            Err(error @ (Error::Busy { .. } | Error::Value { .. })) => Err(error),
+            Err(error) => {
+                // The next update has to clear what either batch may have left.
+                self.filled.iter_mut().zip(filled).for_each(|(old, new)| *old = new.max(*old));
+                self.filled_merged = self.filled_merged.max(plan.merged.len());
+                self.torn = true;
+                Err(error)
+            }
+        }
     }
 
     /// Bytes of the workspace that a call needs, for partial results; 0 if there are none. It
@@ -173,8 +198,9 @@ impl<D: Device> DevicePlan<D> {
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes
     /// contiguous, the others at multiples of 16 bytes), [`Error::Value`] for a prefix that is
-    /// missing, addresses that are no multiples of 16 bytes, or memory or a plan of another stream,
-    /// [`Error::DType`] for other element types, [`Error::Workspace`] for one that is smaller than
+    /// missing, addresses that are no multiples of 16 bytes, memory or a plan of another stream, or
+    /// a plan whose last update failed while it copied, [`Error::DType`] for other element types,
+    /// [`Error::Workspace`] for one that is smaller than
     /// [`workspace_bytes`](Self::workspace_bytes); errors of the driver. Nothing was written then.
     pub fn run<Q: Element, T: Element, O: Element>(
         &mut self,
@@ -186,6 +212,10 @@ impl<D: Device> DevicePlan<D> {
         workspace: &mut SpanMut<'_, D, u8>,
     ) -> Result<()> {
         check_stream::<D>(self.stream, stream)?;
+        if self.torn {
+            let expected = "one whose last update did not fail while it copied";
+            return Err(Error::value("plan", expected, "one that needs an update"));
+        }
         if workspace.len < self.workspace_bytes() {
             return Err(Error::Workspace { expected: self.workspace_bytes(), got: workspace.len });
         }
@@ -197,10 +227,10 @@ impl<D: Device> DevicePlan<D> {
             false => self.launches(),
         };
         let paged = match &self.capacity {
-            Some(capacity) => capacity.pages > 0,
+            Some(capacity) => capacity.pages > 0 && capacity.key[1] > 0,
             None => !self.plan.pages.is_empty(),
         };
-        let may_have_prefix = captured && self.capacity.as_ref().is_some_and(|c| c.prefix != [0, 0]);
+        let may_have_prefix = captured && self.capacity.as_ref().is_some_and(|c| !c.prefix.contains(&0));
         let tables = D::address(&self.tables);
         let call = Call {
             plan: &self.plan,

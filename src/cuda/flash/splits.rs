@@ -129,11 +129,16 @@ pub(super) fn places(policy: &Policy, properties: &Properties) -> usize {
     properties.multiprocessors.max(1) * resident
 }
 
+/// The shortest split, in keys.
+pub(super) fn smallest_split(policy: &Policy) -> usize {
+    policy.step_keys() * SPLIT_STEPS
+}
+
 /// The split length for tiles of several sequences, of which each is walked for every head: a
 /// multiple of the kernel's step.
 fn balanced_len(policy: &Policy, places: usize, heads: usize, tiles: &[Vec<StarTile>]) -> usize {
     let step = policy.step_keys();
-    let smallest = step * SPLIT_STEPS;
+    let smallest = smallest_split(policy);
     let longest_of = |tiles: &[StarTile]| tiles.iter().map(|tile| tile.end as usize).max().unwrap_or(0);
     let longest = tiles.iter().map(|tiles| longest_of(tiles)).max().unwrap_or(0);
     if longest <= smallest {
@@ -225,7 +230,7 @@ mod tests {
                 let total = plan.heads(launch) * tiles.iter().map(walk).sum::<usize>();
                 let longest = tiles.iter().map(walk).max().unwrap();
                 let share = total / places(&launch.policy, &properties);
-                let smallest = SPLIT_STEPS * launch.policy.step_keys();
+                let smallest = smallest_split(&launch.policy);
                 prop_assert!(longest <= 2 * share + smallest, "{longest} keys, a share of {share}");
             }
         }
