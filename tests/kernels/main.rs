@@ -30,4 +30,5 @@ mod paged;
 mod phases;
 mod prefix;
 mod recorder;
+mod separate;
 mod staging;
