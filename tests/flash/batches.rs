@@ -2,13 +2,18 @@
 //! fixed split length.
 
 use crate::common::Tensor;
-use crate::properties::batches::{BatchCase, batches, each_sequence_of_a_batch_stands_alone};
+use crate::phases::each_cpu;
+use crate::properties::backend::On;
+use crate::properties::batches::{
+    BatchCase, a_request_keeps_its_bits_among_others, batches, each_sequence_of_a_batch_stands_alone,
+    keys_in_pages_of_48_and_528_keep_their_bits,
+};
 use crate::properties::cases::{Inputs, head_dims};
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
-use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
-use star_attention::{Batch, Element, PlanConfig, Sequence, bf16, f16};
+use star_attention::cpu::{Cpu, InstructionSet};
+use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16, f16};
 
 /// Keys of a split in these tests: some sequences have several, most have one.
 const SPLIT_KEYS: usize = 192;
@@ -28,12 +33,11 @@ fn stands_alone<T: Element, O: Element>(
     instructions: InstructionSet,
     fixed: bool,
 ) -> Result<(), TestCaseError> {
+    let by = On(Cpu::new().with_instructions(instructions).unwrap());
     each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
         let config = PlanConfig::from(*score);
         let config = if fixed { config.with_split_keys(SPLIT_KEYS) } else { config };
-        let plan = Plan::for_batch(&config, batch.clone()).unwrap();
-        let plan = plan.with_instructions(instructions).unwrap();
-        run(&plan, inputs, out, lse);
+        by.run(&config, batch, inputs, out, lse);
     })
 }
 
@@ -137,4 +141,45 @@ proptest! {
             pages_change_no_bit::<f32>(&case, instructions)?;
         }
     }
+}
+
+#[test]
+fn pages_of_hybrid_models_change_no_bit() {
+    for by in each_cpu() {
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, f32>(&by);
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, bf16>(&by);
+    }
+}
+
+/// On any number of threads.
+#[test]
+fn a_long_request_keeps_its_bits_among_others() {
+    fn of<T: Element>() {
+        let on_threads = |threads: usize| {
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let by = On(Cpu::new());
+            let run = || a_request_keeps_its_bits_among_others::<_, T>(&by, 8192, 64, 512);
+            let (out, lse) = pool.install(run);
+            (out.bits(), lse)
+        };
+        let [one, three, sixteen] = [1, 3, 16].map(on_threads);
+        assert!(one == three && one == sixteen, "the number of threads changes bits");
+    }
+    of::<f32>();
+    of::<bf16>();
+}
+
+/// 128 query heads on one KV head, and 16,777,216 packed keys of 64 sequences.
+#[test]
+fn many_packed_keys_of_one_head_can_be_planned() {
+    const SEQUENCES: usize = 64;
+    const KEYS: usize = 16_777_216 / SEQUENCES;
+    let mut batch = Batch::new([1, SEQUENCES, 128, 128], [1, SEQUENCES * KEYS, 1, 128]).unwrap();
+    for i in 0..SEQUENCES {
+        let keys = Keys::rows(0, i * KEYS..(i + 1) * KEYS);
+        batch.push(Sequence::new(0, i..i + 1, keys, Mask::Causal)).unwrap();
+    }
+    let plan = Plan::for_batch(&PlanConfig::new(), batch).unwrap();
+    // Every key counts for every head.
+    assert_eq!(plan.flops(), 4 * 128 * 128 * (SEQUENCES * KEYS) as u64);
 }

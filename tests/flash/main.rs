@@ -18,4 +18,5 @@ mod oracle;
 mod phases;
 mod prefix;
 mod row_invariant;
+mod separate;
 mod types;

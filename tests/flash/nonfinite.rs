@@ -1,6 +1,7 @@
 //! NaN and infinities in the data, and softcaps of any size, on the CPU.
 
-use crate::phases::Flash;
+use crate::phases::each_cpu;
+use crate::properties::backend::On;
 use crate::properties::cases::{cases, head_dims};
 use crate::properties::nonfinite::{
     PLACES, spots_stay_in_their_rows, spotted, values_reach_the_rows_that_see_them,
@@ -8,13 +9,13 @@ use crate::properties::nonfinite::{
 use crate::properties::packed::{a_sequence_of_nan_stays_alone, packed};
 use crate::properties::softcap::{large_caps_change_nothing, one_key_has_its_capped_score, small_caps_hold};
 use proptest::prelude::*;
-use star_attention::cpu::InstructionSet;
+use star_attention::cpu::Cpu;
 use star_attention::{bf16, f16};
 
 proptest! {
     #[test]
     fn what_is_not_finite_stays_in_its_rows((case, spots) in spotted(cases()), dtype in 0..4) {
-        let by = Flash(case.instructions);
+        let by = On(Cpu::new().with_instructions(case.instructions).unwrap());
         match dtype {
             0 | 1 => spots_stay_in_their_rows::<f32, f32>(&by, &case, &spots, true)?,
             2 => spots_stay_in_their_rows::<f16, f32>(&by, &case, &spots, true)?,
@@ -28,7 +29,7 @@ proptest! {
         index in any::<prop::sample::Index>(),
         value in prop::sample::select(vec![f32::NAN, f32::INFINITY]),
     ) {
-        for by in InstructionSet::available().into_iter().map(Flash) {
+        for by in each_cpu() {
             a_sequence_of_nan_stays_alone::<f32, f32>(&by, &packed, index, value)?;
             a_sequence_of_nan_stays_alone::<bf16, bf16>(&by, &packed, index, value)?;
         }
@@ -37,7 +38,7 @@ proptest! {
 
 #[test]
 fn values_reach_the_rows_that_see_them_alone() {
-    for by in InstructionSet::available().into_iter().map(Flash) {
+    for by in each_cpu() {
         for place in PLACES {
             values_reach_the_rows_that_see_them::<f32, f32>(&by, 64, place);
             values_reach_the_rows_that_see_them::<bf16, bf16>(&by, 40, place);
@@ -47,7 +48,7 @@ fn values_reach_the_rows_that_see_them_alone() {
 
 #[test]
 fn softcaps_of_any_size() {
-    for by in InstructionSet::available().into_iter().map(Flash) {
+    for by in each_cpu() {
         one_key_has_its_capped_score::<f32>(&by, 24);
         one_key_has_its_capped_score::<bf16>(&by, 64);
         for rows in [1, 130] {

@@ -2,19 +2,20 @@
 
 use crate::common::Tensor;
 use crate::properties::Attend;
+use crate::properties::backend::On;
 use crate::properties::cases::{Inputs, head_dims};
 use crate::properties::packed::{each_sequence_stands_alone, packed};
 use crate::properties::query::{both_phases, merged_shards_equal_dense, splits};
 use crate::properties::star::{contexts, star_equals_re_encoding};
 use proptest::prelude::*;
-use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
+use star_attention::cpu::{Cpu, InstructionSet};
 use star_attention::merge::{Partial, merge, merge_into};
 use star_attention::{AttentionConfig, AttentionShape, Element, KvShard, bf16, f16};
 
-/// The default backend on given instructions.
+/// Plans, shards and both merges of host memory, on given instructions.
 #[derive(Debug)]
-pub struct Flash(pub InstructionSet);
+struct Flash(pub InstructionSet);
 
 impl<T: Element> Attend<T> for Flash {
     fn attend<O: Element>(
@@ -67,8 +68,15 @@ impl<T: Element> Attend<T> for Flash {
     }
 }
 
-fn cpu() -> impl Strategy<Value = Flash> {
-    prop::sample::select(InstructionSet::available()).prop_map(Flash)
+/// The backend on each instruction set.
+pub fn each_cpu() -> impl Iterator<Item = On<Cpu>> {
+    let on = |instructions| On(Cpu::new().with_instructions(instructions).unwrap());
+    InstructionSet::available().into_iter().map(on)
+}
+
+fn cpu() -> impl Strategy<Value = On<Cpu>> {
+    prop::sample::select(InstructionSet::available())
+        .prop_map(|instructions| On(Cpu::new().with_instructions(instructions).unwrap()))
 }
 
 proptest! {
@@ -101,6 +109,21 @@ proptest! {
             0 | 1 => both_phases::<f32>(&by, &context, query_len)?,
             2 => both_phases::<f16>(&by, &context, query_len)?,
             _ => both_phases::<bf16>(&by, &context, query_len)?,
+        }
+    }
+
+    #[test]
+    fn both_phases_without_a_backend(
+        instructions in prop::sample::select(InstructionSet::available()),
+        context in contexts(head_dims()),
+        query_len in 1..=40usize,
+        bf in any::<bool>(),
+    ) {
+        let by = Flash(instructions);
+        if bf {
+            both_phases::<bf16>(&by, &context, query_len)?;
+        } else {
+            both_phases::<f32>(&by, &context, query_len)?;
         }
     }
 

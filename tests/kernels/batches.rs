@@ -4,18 +4,22 @@
 use crate::backend::Backend;
 use crate::call::{kernel_dims, on_each_device, run_plan};
 use crate::common::{Rng, Tensor, aligned};
-use crate::properties::batches::{BatchCase, batches, each_sequence_of_a_batch_stands_alone};
+use crate::engine::Engine;
+use crate::properties::backend::On;
+use crate::properties::batches::{
+    BatchCase, a_request_keeps_its_bits_among_others, batches, each_sequence_of_a_batch_stands_alone,
+    keys_in_pages_of_48_and_528_keep_their_bits,
+};
 use crate::properties::cases::{Inputs, RUBBISH};
 use proptest::prelude::*;
 use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{Device, HalfElement};
+use star_attention::cuda::{Device, HalfElement, Properties};
 use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16, f16};
 
-fn stands_alone<B: Backend, T: HalfElement, O: Element>(case: &BatchCase) -> Result<(), TestCaseError> {
-    let backend = B::open(case.seed);
+fn stands_alone<B: Engine, T: HalfElement, O: Element>(case: &BatchCase) -> Result<(), TestCaseError> {
+    let by = On(B::cuda(case.seed));
     each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
-        let plan = Plan::for_batch(&backend.device().properties(), &(*score).into(), batch).unwrap();
-        run_plan(&backend, &plan, inputs, out, lse).unwrap();
+        by.run(&(*score).into(), batch, inputs, out, lse);
     })
 }
 
@@ -42,28 +46,14 @@ on_each_device! {
         }
     }
 
-    /// 60 keys in pages of 48 and of 528, in the order [1, 0].
     fn pages_of_hybrid_models_change_no_bit() {
-        let mut rng = Rng::new(4);
-        let query = Tensor::<bf16>::normal("query", [1, 3, 4, 64], &mut rng);
-        let [key, value] = ["key", "value"].map(|name| Tensor::<bf16>::normal(name, [1, 60, 2, 64], &mut rng));
-        let call = |key: &Tensor<bf16>, value: &Tensor<bf16>, keys: Keys| {
-            let mut batch = Batch::new(query.shape(), key.shape()).unwrap();
-            batch.push(Sequence::new(0, 0..3, keys, Mask::Causal)).unwrap();
-            let inputs = Inputs { query: query.clone(), key: key.clone(), value: value.clone() };
-            let (out, lse) = attend::<B>(&batch, &inputs, false);
-            (out.bits(), lse)
-        };
-        let unpaged = call(&key, &value, Keys::rows(0, 0..60));
-        for page_len in [48, 528] {
-            let paged = |rows: &Tensor<bf16>| {
-                Tensor::contiguous("paged", [2, page_len, 2, 64], |[page, row, head, d]| {
-                    let key = (1 - page) * page_len + row;
-                    if key < 60 { rows.get([0, key, head, d]).to_f32() } else { f32::NAN }
-                })
-            };
-            assert!(call(&paged(&key), &paged(&value), Keys::pages(60, [1, 0])) == unpaged, "{page_len}");
-        }
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, bf16>(&On(B::cuda(5)));
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, f16>(&On(B::cuda(6)));
+    }
+
+    fn a_long_request_keeps_its_bits_among_others() {
+        a_request_keeps_its_bits_among_others::<_, bf16>(&On(B::cuda(7)), 700, 9, 128);
+        a_request_keeps_its_bits_among_others::<_, f16>(&On(B::cuda(8)), 700, 3, 256);
     }
 
     /// Decodes whose keys are split, between rows of padding: the merge leaves these alone.
@@ -100,4 +90,21 @@ on_each_device! {
         let (out, lse) = attend::<B>(&batch, &inputs, false);
         assert!(out.values().all(|x| x == RUBBISH) && lse.iter().all(|&x| x == RUBBISH));
     }
+}
+
+/// 128 query heads on one KV head, and 16,777,216 packed keys of 64 sequences: 2³¹ elements of keys,
+/// and positions that no 32-bit product with the head dim holds.
+#[test]
+fn many_packed_keys_of_one_head_can_be_planned() {
+    const SEQUENCES: usize = 64;
+    const KEYS: usize = 16_777_216 / SEQUENCES;
+    let mut batch = Batch::new([1, SEQUENCES, 128, 128], [1, SEQUENCES * KEYS, 1, 128]).unwrap();
+    for i in 0..SEQUENCES {
+        let keys = Keys::rows(0, i * KEYS..(i + 1) * KEYS);
+        batch.push(Sequence::new(0, i..i + 1, keys, Mask::Causal)).unwrap();
+    }
+    let h100 = Properties::new(132, 228 * 1024, 50 << 20);
+    let plan = Plan::for_batch(&h100, &PlanConfig::new(), &batch).unwrap();
+    // Each row of each head takes 4 · head_dim operations a key, and sees all keys of its sequence.
+    assert_eq!(plan.flops(), 4 * 128 * 128 * (SEQUENCES * KEYS) as u64);
 }

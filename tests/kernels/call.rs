@@ -7,8 +7,7 @@ use crate::properties::cases::{Case, Inputs, RUBBISH, cases};
 use proptest::prelude::*;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
-    Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, HalfElement, Partials, Properties, ShardMut, append,
-    merge,
+    Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, HalfElement, Partials, Properties, merge,
 };
 use star_attention::{AttentionConfig, AttentionShape, Element, Result};
 
@@ -169,68 +168,6 @@ impl<B: Backend, T: HalfElement> Attend<T> for Variant<B> {
 
     fn merge(&self, _: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
         unreachable!("attention alone has variants")
-    }
-}
-
-/// The kernels on a device.
-pub struct Kernels<B>(pub B);
-
-impl<B: Backend, T: HalfElement> Attend<T> for Kernels<B> {
-    fn attend<O: Element>(
-        &self,
-        config: &AttentionConfig,
-        offsets: Option<[&[usize]; 2]>,
-        inputs: &Inputs<T>,
-        out: &mut Tensor<O>,
-        lse: Option<&mut [f32]>,
-    ) {
-        let shape = shape_of(inputs);
-        let properties = self.0.device().properties();
-        let plan = match offsets {
-            None => Plan::new(&properties, config, &shape),
-            Some([query, key]) => Plan::packed(&properties, config, &shape, query, key),
-        };
-        run_plan(&self.0, &plan.unwrap(), inputs, out, lse).unwrap();
-    }
-
-    /// `[batch, capacity, kv_heads, head_dim]`, each append by one launch.
-    fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2] {
-        let backend = &self.0;
-        let [batch, _, kv_heads, head_dim] = appended[0][0].shape();
-        let capacity: usize = appended.iter().map(|[key, _]| key.shape()[1]).sum();
-        let empty = Tensor::contiguous("shard", [batch, capacity, kv_heads, head_dim], |_| RUBBISH);
-        let mut stored = [Memory::of(backend, &empty), Memory::of(backend, &empty)];
-        let mut start = 0;
-        for rows in appended {
-            let len = rows[0].shape()[1];
-            let places: Vec<u32> = (0..batch)
-                .flat_map(|b| (start..start + len).map(move |row| (b * capacity + row) as u32))
-                .collect();
-            start += len;
-            let places = backend.memory(&places);
-            let [key, value] = rows.each_ref().map(|rows| Memory::of(backend, rows));
-            let [to_key, to_value] = &mut stored;
-            let mut shard = ShardMut {
-                key: to_key.view_mut(backend, "shard"),
-                value: to_value.view_mut(backend, "shard"),
-            };
-            let (key, value) = (key.view(backend, "key"), value.view(backend, "value"));
-            let places = backend.span(&places);
-            append(backend.device(), backend.stream(), &key, &value, &places, None, &mut shard).unwrap();
-        }
-        stored.map(|memory| {
-            let mut tensor = empty.clone();
-            tensor.buffer_mut().copy_from_slice(&backend.read(&memory.memory));
-            tensor
-        })
-    }
-
-    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
-        let (like, like_lse) = &partials[0];
-        let mut out = Tensor::contiguous("out", like.shape(), |_| f32::NAN);
-        let mut lse = vec![f32::NAN; like_lse.len()];
-        merge_on(&self.0, partials, &mut out, &mut lse).unwrap();
-        vec![(out, lse)]
     }
 }
 

@@ -1,9 +1,11 @@
 //! Every kernel by name; nothing to see, nothing to do, one of everything, uneven tails, and strides far larger than the data.
 
 use crate::backend::Backend;
-use crate::call::{Kernels, Memory, Variant, merge_on, on_each_device};
+use crate::call::{Memory, Variant, merge_on, on_each_device};
 use crate::common::{Layout, Rng, Tensor};
+use crate::engine::Engine;
 use crate::properties::Attend;
+use crate::properties::backend::On;
 use crate::properties::cases::Inputs;
 use crate::properties::expected::Expected;
 use star_attention::cuda::flash::{Plan, variants};
@@ -15,13 +17,13 @@ const STAR: Mask = Mask::Star { anchor_len: 33, block_len: 80, first_block_len: 
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
 
 /// A call on normal values, compared with the oracle; gives output and log-sum-exp.
-fn check<B: Backend, T: HalfElement>(
+fn check<B: Engine, T: HalfElement>(
     mask: Mask,
     lens: [usize; 3],
     heads: [usize; 2],
     dim: usize,
 ) -> (Vec<f32>, Vec<f32>) {
-    check_by::<T>(&Kernels(B::open(7)), mask, lens, heads, dim)
+    check_by::<T>(&On(B::cuda(7)), mask, lens, heads, dim)
 }
 
 /// The same by any kernels.
@@ -49,7 +51,7 @@ fn check_by<T: HalfElement>(
 }
 
 /// Few rows, some and many on every head dim under every mask.
-fn every_attention_kernel<B: Backend, T: HalfElement>() {
+fn every_attention_kernel<B: Engine, T: HalfElement>() {
     for dim in HEAD_DIMS {
         for mask in MASKS {
             for query_len in [3, 20, 70] {
@@ -61,7 +63,7 @@ fn every_attention_kernel<B: Backend, T: HalfElement>() {
         }
     }
     let rows = Tensor::<T>::normal("rows", [2, 5, 3, 64], &mut Rng::new(3));
-    let [key, value] = Kernels(B::open(3)).shard(&[[rows.clone(), rows.clone()]]);
+    let [key, value] = On(B::cuda(3)).shard(&[[rows.clone(), rows.clone()]]);
     assert!(key.bits() == rows.bits() && value.bits() == rows.bits());
 }
 
@@ -165,7 +167,7 @@ on_each_device! {
         let inputs = Inputs { query: normal("query", shape), key: normal("key", keys), value: normal("value", keys) };
         let mut out = Tensor::<f16>::new("out", shape, &far, 0.0, |_| f32::NAN);
         let config = AttentionConfig::new(Mask::Causal);
-        Kernels(B::open(0)).attend(&config, None, &inputs, &mut out, None);
+        On(B::cuda(0)).attend(&config, None, &inputs, &mut out, None);
         let expected = Expected::of(&config, &inputs.query, &inputs.key, &inputs.value, false);
         expected.check_out(out.values()).unwrap();
         assert!(out.padding_is(0.0));
@@ -181,7 +183,7 @@ on_each_device! {
             let mut copied = Tensor::<f32>::contiguous("out", query.shape(), |_| f32::NAN);
             let config = AttentionConfig::new(Mask::Causal);
             let inputs = Inputs { query: query.clone(), key: keys.clone(), value: keys.clone() };
-            Kernels(B::open(5)).attend(&config, None, &inputs, &mut copied, None);
+            On(B::cuda(5)).attend(&config, None, &inputs, &mut copied, None);
 
             let [batch, _, query_heads, head_dim] = query.shape();
             let shape = AttentionShape { batch, query_len, key_len: 40, query_heads, kv_heads: 2, head_dim };

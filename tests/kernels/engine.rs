@@ -14,16 +14,35 @@ fn dims() -> impl Strategy<Value = usize> {
     prop::sample::select(HEAD_DIMS.to_vec())
 }
 
+/// Devices on which the crate's backend is tested.
+pub trait Engine: crate::backend::Backend {
+    /// A stream of the device as a backend. `seed` draws the order of work, where it is drawn.
+    fn cuda(seed: u64) -> Cuda<Self::Device>;
+}
+
+impl Engine for Simt {
+    fn cuda(seed: u64) -> Cuda<Self> {
+        Cuda::new(Self::new(seed), ())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Engine for crate::backend::Gpu {
+    fn cuda(seed: u64) -> Cuda<Self::Device> {
+        use crate::backend::Backend as _;
+        let gpu = Self::open(seed);
+        let driver = Self::Device::new(gpu.device().context().clone()).unwrap();
+        Cuda::new(driver, gpu.stream().clone())
+    }
+}
+
 fn emulator(seed: u64) -> Cuda<Simt> {
-    Cuda::new(Simt::new(seed), ())
+    Simt::cuda(seed)
 }
 
 #[cfg(feature = "cuda")]
 pub fn gpu() -> Cuda<star_attention::cuda::driver::Driver> {
-    use crate::backend::{Backend as _, Gpu};
-    let gpu = Gpu::open(0);
-    let stream = gpu.stream().clone();
-    Cuda::new(star_attention::cuda::driver::Driver::new(gpu.device().context().clone()).unwrap(), stream)
+    crate::backend::Gpu::cuda(0)
 }
 
 proptest! {

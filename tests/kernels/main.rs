@@ -31,4 +31,5 @@ mod phases;
 mod prefix;
 mod recorder;
 mod recording;
+mod separate;
 mod staging;

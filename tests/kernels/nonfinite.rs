@@ -1,8 +1,9 @@
 //! NaN and infinities in the data, and softcaps of any size, on the kernels.
 
-use crate::backend::Backend;
-use crate::call::{Kernels, kernel_cases, kernel_dims, on_each_device};
+use crate::call::{kernel_cases, kernel_dims, on_each_device};
 use crate::common::aligned;
+use crate::engine::Engine;
+use crate::properties::backend::On;
 use crate::properties::nonfinite::{
     PLACES, spots_stay_in_their_rows, spotted, values_reach_the_rows_that_see_them,
 };
@@ -17,7 +18,7 @@ on_each_device! {
         let (mut case, spots) = spotted;
         // The kernels take the smallest positive number for a scale of 0: it times infinity is no NaN.
         case.config.scale = case.config.scale.filter(|&scale| scale > 0.0);
-        let by = Kernels(B::open(case.seed));
+        let by = On(B::cuda(case.seed));
         match dtypes {
             0 => spots_stay_in_their_rows::<f16, f16>(&by, &case, &spots, false)?,
             1 => spots_stay_in_their_rows::<f16, f32>(&by, &case, &spots, false)?,
@@ -32,7 +33,7 @@ on_each_device! {
         value in prop::sample::select(vec![f32::NAN, f32::INFINITY]),
         bf in any::<bool>(),
     ) {
-        let by = Kernels(B::open(3));
+        let by = On(B::cuda(3));
         let mut packed = packed;
         packed.layouts = packed.layouts.map(|layout| aligned(&layout));
         if bf {
@@ -43,7 +44,7 @@ on_each_device! {
     }
 
     fn values_reach_the_rows_that_see_them_alone() {
-        let by = Kernels(B::open(1));
+        let by = On(B::cuda(1));
         for dim in HEAD_DIMS {
             for place in PLACES {
                 values_reach_the_rows_that_see_them::<bf16, bf16>(&by, dim, place);
@@ -55,7 +56,7 @@ on_each_device! {
     }
 
     fn softcaps_of_any_size() {
-        let by = Kernels(B::open(2));
+        let by = On(B::cuda(2));
         one_key_has_its_capped_score::<bf16>(&by, 64);
         one_key_has_its_capped_score::<f16>(&by, 96);
         for rows in [1, 130] {

@@ -1,8 +1,9 @@
 //! Packed sequences, the two phases and their merge by kernels, against their definitions.
 
-use crate::backend::Backend;
-use crate::call::{Kernels, kernel_dims, on_each_device};
+use crate::call::{kernel_dims, on_each_device};
 use crate::common::aligned;
+use crate::engine::Engine;
+use crate::properties::backend::On;
 use crate::properties::packed::{each_sequence_stands_alone, packed};
 use crate::properties::query::{both_phases, merged_shards_equal_dense, splits};
 use crate::properties::star::{contexts, star_equals_re_encoding};
@@ -11,7 +12,7 @@ use star_attention::{bf16, f16};
 
 on_each_device! {
     fn the_star_mask_equals_re_encoding_each_block(context in contexts(kernel_dims()), bf in any::<bool>()) {
-        let by = Kernels(B::open(0));
+        let by = On(B::cuda(0));
         if bf {
             star_equals_re_encoding::<bf16>(&by, &context)?;
         } else {
@@ -20,7 +21,7 @@ on_each_device! {
     }
 
     fn merged_shards_equal_the_dense_softmax(split in splits(kernel_dims()), bf in any::<bool>()) {
-        let by = Kernels(B::open(1));
+        let by = On(B::cuda(1));
         let mut split = split;
         split.layout = aligned(&split.layout);
         if bf {
@@ -35,7 +36,7 @@ on_each_device! {
         query_len in 1..=40usize,
         bf in any::<bool>(),
     ) {
-        let by = Kernels(B::open(2));
+        let by = On(B::cuda(2));
         if bf {
             both_phases::<bf16>(&by, &context, query_len)?;
         } else {
@@ -44,7 +45,7 @@ on_each_device! {
     }
 
     fn packed_sequences_stand_alone(packed in packed(kernel_dims()), bf in any::<bool>()) {
-        let by = Kernels(B::open(3));
+        let by = On(B::cuda(3));
         let mut packed = packed;
         packed.layouts = packed.layouts.map(|layout| aligned(&layout));
         if bf {

@@ -1,17 +1,22 @@
-//! What is refused before anything is asked of a device: copies while a stream is captured, and extents that kernels cannot count.
+//! What is refused before anything is asked of a device: copies while a stream is captured, memory
+//! of another stream, and extents that kernels cannot count.
 
 use crate::common::named;
 use star_attention::comm::ThreadGroup;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
-    Device, DeviceCollective, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, ShardMut, Span,
-    SpanMut, Staged, append, merge,
+    Cuda, Device, DeviceCollective, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, ShardMut,
+    Span, SpanMut, Staged, append, merge, merge_separate,
 };
-use star_attention::{AttentionConfig, AttentionShape, Element, Result, f16};
+use star_attention::merge::PartialOf;
+use star_attention::{
+    AttentionConfig, AttentionShape, Backend, Batch, Capacity, Element, PlanConfig, Result, f16,
+};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A device without memory that counts what it is asked for.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Recorder {
     copies: AtomicUsize,
     launches: AtomicUsize,
@@ -25,10 +30,11 @@ impl Recorder {
 }
 
 /// A stream of a [`Recorder`].
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stream {
     Plain,
     Captured,
+    Other,
 }
 
 impl Device for Recorder {
@@ -42,8 +48,8 @@ impl Device for Recorder {
         Properties::new(8, 100 * 1024, 1024 * 1024)
     }
 
-    fn stream_id(_: &Stream) -> [u64; 2] {
-        [0; 2]
+    fn stream_id(stream: &Stream) -> [u64; 2] {
+        [0, u64::from(*stream == Stream::Other)]
     }
 
     fn is_capturing(stream: &Stream) -> Result<bool> {
@@ -200,13 +206,56 @@ fn appends_of_extents_that_kernels_cannot_count() {
     assert_eq!(recorder.asked_for(), [0, 1]);
 }
 
+/// Memory and plans serve the stream that they were made on. With others nothing is asked of the
+/// device.
+#[test]
+fn a_backend_takes_what_was_made_on_its_stream_alone() {
+    const SHAPE: [usize; 4] = [1, 2, 2, 64];
+    let recorder = Arc::new(Recorder::default());
+    let [own, other] =
+        [Stream::Plain, Stream::Other].map(|stream| Cuda::<Recorder>::new(recorder.clone(), stream));
+    let merge = |wrong: usize| {
+        let of = |i: usize| if i == wrong { &other } else { &own };
+        let rows = own.buffer::<f32>(256).unwrap();
+        let strange = (of(0).buffer::<f32>(256).unwrap(), of(1).buffer::<f32>(4).unwrap());
+        let lse = own.buffer::<f32>(4).unwrap();
+        let (mut out, mut to_lse) = (of(2).buffer::<f32>(256).unwrap(), of(3).buffer::<f32>(4).unwrap());
+        let all = [(&rows, &lse), (&strange.0, &strange.1)].map(|(rows, lse)| PartialOf {
+            out: own.whole("partial", rows, SHAPE).unwrap(),
+            lse: own.slice(lse, ..),
+        });
+        let to_lse = own.slice_mut(&mut to_lse, ..);
+        own.merge(all.into(), own.whole_mut::<f32>("out", &mut out, SHAPE).unwrap(), Some(to_lse))
+    };
+    for (wrong, argument) in [(0, "partial"), (1, "partial"), (2, "out"), (3, "lse")] {
+        assert_eq!(named(merge(wrong).unwrap_err()), ("value", argument));
+    }
+    let mut buffer = other.buffer::<u32>(4).unwrap();
+    assert_eq!(named(own.write(&mut buffer, 0, &[1]).unwrap_err()), ("value", "buffer"));
+    assert_eq!(named(own.read(&buffer).unwrap_err()), ("value", "buffer"));
+    let capacity = Capacity::new(SHAPE, SHAPE, 1, 1);
+    let mut plan = other.plan(&PlanConfig::new(), &capacity).unwrap();
+    let batch = Batch::new(SHAPE, SHAPE).unwrap();
+    assert_eq!(named(own.update(&mut plan, &batch).unwrap_err()), ("value", "stream"));
+    assert_eq!(recorder.asked_for(), [0, 0]);
+
+    merge(4).unwrap();
+    other.write(&mut buffer, 0, &[1]).unwrap();
+    assert_eq!(recorder.asked_for(), [1, 1]);
+}
+
 #[test]
 fn merges_of_extents_that_kernels_cannot_count() {
     let recorder = Recorder::default();
     let merge_of = |shape: [usize; 4]| {
         let rows = shape[..3].iter().fold(1usize, |rows, &extent| rows.wrapping_mul(extent));
         let from = Partials { out: tensor::<f16>(shape), lse: span(rows), lse_stride: rows };
-        merge(&recorder, &Stream::Plain, &from, &mut tensor_mut::<f16>(shape), None)
+        let stacked = merge(&recorder, &Stream::Plain, &from, &mut tensor_mut::<f16>(shape), None);
+        let from = [PartialOf { out: tensor::<f16>(shape), lse: span(rows) }];
+        let out = &mut tensor_mut::<f16>(shape);
+        let separate = merge_separate(&recorder, &Stream::Plain, &from, out, None);
+        assert_eq!(format!("{stacked:?}"), format!("{separate:?}"));
+        separate
     };
     let big = 1 << 33;
     for shape in [[big, 1, 1, 1], [1, big, 1, 1], [1, 1, big, 1], [1, 1, 1, big], [1, 1, 1, (1 << 32) - 1]] {
@@ -217,5 +266,5 @@ fn merges_of_extents_that_kernels_cannot_count() {
     merge_of([big, big, 0, 8]).unwrap();
     assert_eq!(recorder.asked_for(), [0, 0]);
     merge_of([1, 1, 1, (1 << 31) - 1]).unwrap();
-    assert_eq!(recorder.asked_for(), [0, 1]);
+    assert_eq!(recorder.asked_for(), [0, 2]);
 }

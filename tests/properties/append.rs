@@ -1,5 +1,6 @@
 //! New rows go to their places in a cache and nowhere else, keys turned by their positions.
 
+use super::backend::Stored;
 use super::cases::RUBBISH;
 use crate::common::{Layout, Rng, Tensor, aligned, indices, layouts};
 use proptest::prelude::*;
@@ -87,30 +88,6 @@ impl AppendCase {
     }
 }
 
-/// A tensor's buffer in a backend's memory.
-struct Stored<B: Backend, T: Element> {
-    buffer: B::Buffer<T>,
-    shape: [usize; 4],
-    strides: [usize; 4],
-    offset: usize,
-}
-
-impl<B: Backend, T: Element> Stored<B, T> {
-    fn of(backend: &B, tensor: &Tensor<T>) -> Self {
-        let buffer = backend.buffer_of(tensor.buffer()).unwrap();
-        Self { buffer, shape: tensor.shape(), strides: tensor.strides(), offset: tensor.offset() }
-    }
-
-    fn view<'a>(&'a self, backend: &'a B, name: &'static str) -> B::View<'a, T> {
-        B::view(name, backend.slice(&self.buffer, self.offset..), self.shape, self.strides).unwrap()
-    }
-
-    fn view_mut<'a>(&'a mut self, backend: &'a B, name: &'static str) -> B::ViewMut<'a, T> {
-        let slice = backend.slice_mut(&mut self.buffer, self.offset..);
-        B::view_mut(name, slice, self.shape, self.strides).unwrap()
-    }
-}
-
 pub fn each_row_is_in_its_place<B: Backend, T: Element, C: Element>(
     backend: &B,
     case: &AppendCase,
@@ -149,7 +126,7 @@ pub fn each_row_is_in_its_place<B: Backend, T: Element, C: Element>(
         let (cache_key, cache_value) = (to_key.view_mut(backend, "key"), to_value.view_mut(backend, "value"));
         backend.append(rows, cache_key, cache_value).unwrap();
         for (tensor, memory) in stored.iter_mut().zip([&to_key, &to_value]) {
-            tensor.buffer_mut().copy_from_slice(&backend.read(&memory.buffer).unwrap());
+            memory.read_to(backend, tensor);
         }
     }
 

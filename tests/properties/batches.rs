@@ -1,10 +1,13 @@
 //! Sequences of any lengths, places and masks in one call.
 
+use super::backend::On;
 use super::cases::{Inputs, RUBBISH, configs, masks};
 use super::expected::Expected;
 use crate::common::{Layout, Rng, Tensor, layouts};
 use proptest::prelude::*;
-use star_attention::{AttentionConfig, Batch, Element, Keys, Mask, ScoreConfig, Sequence};
+use star_attention::{
+    AttentionConfig, Backend, Batch, Element, Keys, Mask, PlanConfig, ScoreConfig, Sequence,
+};
 use std::ops::Range;
 
 /// A sequence, and how it lies beside the others.
@@ -270,4 +273,76 @@ pub fn each_sequence_of_a_batch_stands_alone<T: Element, O: Element>(
     run(&batch, &case.score, &inputs, &mut again, None);
     prop_assert!(out.bits() == again.bits(), "no log-sum-exp changes the output");
     Ok(())
+}
+
+/// Bits of the rows of a batch, and of their log-sum-exps.
+fn bits<B: Backend, T: Element>(
+    by: &On<B>,
+    config: &PlanConfig,
+    batch: &Batch,
+    inputs: &Inputs<T>,
+) -> (Tensor<f32>, Vec<u32>) {
+    let mut out = Tensor::contiguous("out", batch.query_shape(), |_| RUBBISH);
+    let mut lse = vec![RUBBISH; batch.lse_len()];
+    by.run(config, batch, inputs, &mut out, Some(&mut lse));
+    (out, lse.into_iter().map(f32::to_bits).collect())
+}
+
+/// 60 keys in pages of 48 and of 528, in the order [1, 0], are what they are in rows.
+pub fn keys_in_pages_of_48_and_528_keep_their_bits<B: Backend, T: Element>(by: &On<B>) {
+    let mut rng = Rng::new(4);
+    let query = Tensor::<T>::normal("query", [1, 3, 4, 64], &mut rng);
+    let [key, value] = ["key", "value"].map(|name| Tensor::<T>::normal(name, [1, 60, 2, 64], &mut rng));
+    let call = |key: &Tensor<T>, value: &Tensor<T>, keys: Keys| {
+        let mut batch = Batch::new(query.shape(), key.shape()).unwrap();
+        batch.push(Sequence::new(0, 0..3, keys, Mask::Causal)).unwrap();
+        let inputs = Inputs { query: query.clone(), key: key.clone(), value: value.clone() };
+        let (out, lse) = bits(by, &PlanConfig::new(), &batch, &inputs);
+        (out.bits(), lse)
+    };
+    let unpaged = call(&key, &value, Keys::rows(0, 0..60));
+    for page_len in [48, 528] {
+        let paged = |rows: &Tensor<T>| {
+            Tensor::contiguous("paged", [2, page_len, 2, 64], |[page, row, head, d]| {
+                let key = (1 - page) * page_len + row;
+                if key < 60 { rows.get([0, key, head, d]).to_f32() } else { f32::NAN }
+            })
+        };
+        assert!(call(&paged(&key), &paged(&value), Keys::pages(60, [1, 0])) == unpaged, "{page_len}");
+    }
+}
+
+/// A decode over `keys` keys has the same bits alone and as row 0 among `requests` requests over
+/// other numbers of keys, where the split length is fixed.
+pub fn a_request_keeps_its_bits_among_others<B: Backend, T: Element>(
+    by: &On<B>,
+    keys: usize,
+    requests: usize,
+    split_keys: usize,
+) -> (Tensor<f32>, Vec<u32>) {
+    const HEADS: [usize; 2] = [4, 2];
+    let mut rng = Rng::new(keys as u64);
+    let lens: Vec<usize> =
+        (0..requests).map(|i| if i == 0 { keys } else { 1 + rng.below(keys / 8) }).collect();
+    let shape = |rows: usize, heads: usize| [1, rows, heads, 64];
+    let inputs = Inputs::<T> {
+        query: Tensor::normal("query", shape(requests, HEADS[0]), &mut rng),
+        key: Tensor::normal("key", shape(lens.iter().sum(), HEADS[1]), &mut rng),
+        value: Tensor::normal("value", shape(lens.iter().sum(), HEADS[1]), &mut rng),
+    };
+    let of_first = |requests: usize| {
+        let mut batch = Batch::new(inputs.query.shape(), inputs.key.shape()).unwrap();
+        let mut start = 0;
+        for (row, &len) in lens[..requests].iter().enumerate() {
+            let keys = Keys::rows(0, start..start + len);
+            batch.push(Sequence::new(0, row..row + 1, keys, Mask::Causal)).unwrap();
+            start += len;
+        }
+        let (out, lse) = bits(by, &PlanConfig::new().with_split_keys(split_keys), &batch, &inputs);
+        (out.gather(0..1), lse.iter().step_by(inputs.query.shape()[1]).copied().collect::<Vec<u32>>())
+    };
+    let ((alone, alone_lse), (among, among_lse)) = (of_first(1), of_first(requests));
+    assert!(alone.bits() == among.bits(), "other outputs among {requests} requests");
+    assert_eq!(alone_lse, among_lse, "other log-sum-exps among {requests} requests");
+    (alone, alone_lse)
 }

@@ -1,8 +1,10 @@
 //! The laws of merging partials, whoever merges.
 
+#![allow(dead_code)] // every test binary takes what it needs
+
 use proptest::prelude::*;
-use star_attention::TensorView;
 use star_attention::merge::Partial;
+use star_attention::{DType, TensorView};
 
 /// `[batch, seq, heads, dim]` outputs and `[batch, heads, seq]` log-sum-exps.
 #[derive(Clone, Debug)]
@@ -17,6 +19,19 @@ impl Data {
         let [batch, seq, heads, dim] = shape;
         let rows = batch * seq * heads;
         Self { shape, out: vec![0.0; rows * dim], lse: vec![f32::NEG_INFINITY; rows] }
+    }
+
+    /// `n` parts of outputs within ±0.5, whose log-sum-exps are of one size.
+    pub fn several(shape: [usize; 4], n: usize) -> Vec<Self> {
+        let mut part = Self::identity(shape);
+        let mut numbers = (1u32..).map(|i| (i.wrapping_mul(2_654_435_769) >> 8) as f32 / 2f32.powi(24));
+        (0..n)
+            .map(|_| {
+                part.out.iter_mut().zip(&mut numbers).for_each(|(x, number)| *x = number - 0.5);
+                part.lse.iter_mut().zip(&mut numbers).for_each(|(x, number)| *x = 4.0 * number - 2.0);
+                part.clone()
+            })
+            .collect()
     }
 
     pub fn partial(&self) -> Partial<'_, f32> {
@@ -59,6 +74,23 @@ pub fn assert_close(result: &Data, parts: &[&Data], merges: usize) {
         let bound = 5e-7 * (1 + parts.len()) as f64 + merges as f64 * rounding;
         for (got, out) in result.row(index).iter().zip(out) {
             assert!((f64::from(*got) - out).abs() <= bound, "out {got} {out}");
+        }
+    }
+}
+
+/// Checks an output of type `dtype`: it may be off by its own rounding, and that of f32.
+pub fn assert_rounded(result: &Data, parts: &[&Data], dtype: DType) {
+    let unit = match dtype {
+        DType::F16 => 1.0 / 2048.0,
+        DType::BF16 => 1.0 / 256.0,
+        _ => 0.0,
+    };
+    for index in 0..result.lse.len() {
+        let (exact, _) = exact(parts, index, result.shape[3]);
+        for (got, exact) in result.row(index).iter().zip(exact) {
+            // The smallest step of f16 below its normal numbers is 6e-8.
+            let bound = unit * exact.abs() + 5e-7 * (1 + parts.len()) as f64 + 6e-8;
+            assert!((f64::from(*got) - exact).abs() <= bound, "{got} for {exact}");
         }
     }
 }

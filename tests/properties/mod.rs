@@ -3,6 +3,7 @@
 #![allow(dead_code)] // every test binary takes what it needs
 
 pub mod append;
+pub mod backend;
 pub mod batches;
 pub mod cases;
 pub mod engine;
@@ -11,6 +12,7 @@ pub mod merge;
 pub mod nonfinite;
 pub mod packed;
 pub mod query;
+pub mod separate;
 pub mod softcap;
 pub mod star;
 

@@ -1,0 +1,189 @@
+//! Attention, appends and merges by any backend, on tensors of the host.
+
+use super::Attend;
+use super::cases::{Inputs, RUBBISH};
+use crate::common::{Layout, Tensor};
+use star_attention::merge::PartialOf;
+use star_attention::{Append, AttentionConfig, AttentionShape, Backend, Batch, Element, PlanConfig, Result};
+
+/// A tensor's buffer in a backend's memory.
+pub struct Stored<B: Backend, T: Element> {
+    pub buffer: B::Buffer<T>,
+    shape: [usize; 4],
+    strides: [usize; 4],
+    /// Elements before the first one.
+    offset: usize,
+}
+
+impl<B: Backend, T: Element> Stored<B, T> {
+    pub fn of(backend: &B, tensor: &Tensor<T>) -> Self {
+        let buffer = backend.buffer_of(tensor.buffer()).unwrap();
+        Self { buffer, shape: tensor.shape(), strides: tensor.strides(), offset: tensor.offset() }
+    }
+
+    pub fn view<'a>(&'a self, backend: &'a B, name: &'static str) -> B::View<'a, T> {
+        B::view(name, backend.slice(&self.buffer, self.offset..), self.shape, self.strides).unwrap()
+    }
+
+    pub fn view_mut<'a>(&'a mut self, backend: &'a B, name: &'static str) -> B::ViewMut<'a, T> {
+        let slice = backend.slice_mut(&mut self.buffer, self.offset..);
+        B::view_mut(name, slice, self.shape, self.strides).unwrap()
+    }
+
+    /// Copies what is stored to a tensor that lies in its buffer in the same way.
+    pub fn read_to(&self, backend: &B, tensor: &mut Tensor<T>) {
+        tensor.buffer_mut().copy_from_slice(&backend.read(&self.buffer).unwrap());
+    }
+}
+
+/// A backend as the properties ask it.
+#[derive(Debug)]
+pub struct On<B>(pub B);
+
+impl<B: Backend> On<B> {
+    /// Attention of a batch into `out` and, if given, its log-sum-exp. The workspace holds rubbish.
+    pub fn run<T: Element, O: Element>(
+        &self,
+        config: &PlanConfig,
+        batch: &Batch,
+        Inputs { query, key, value }: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    ) {
+        let backend = &self.0;
+        let mut plan = backend.plan_for(config, batch).unwrap();
+        let [query, key, value] = [query, key, value].map(|tensor| Stored::of(backend, tensor));
+        let mut to = Stored::of(backend, out);
+        let mut to_lse = lse.as_ref().map(|lse| backend.buffer_of(lse).unwrap());
+        let workspace = vec![0xffu8; backend.workspace_bytes(&plan)];
+        let mut workspace = backend.buffer_of(&workspace).unwrap();
+        let inputs = star_attention::Inputs::new(
+            query.view(backend, "query"),
+            key.view(backend, "key"),
+            value.view(backend, "value"),
+        );
+        backend
+            .attend(
+                &mut plan,
+                inputs,
+                to.view_mut(backend, "out"),
+                to_lse.as_mut().map(|lse| backend.slice_mut(lse, ..)),
+                backend.slice_mut(&mut workspace, ..),
+            )
+            .unwrap();
+        to.read_to(backend, out);
+        if let (Some(lse), Some(stored)) = (lse, &to_lse) {
+            lse.copy_from_slice(&backend.read(stored).unwrap());
+        }
+    }
+}
+
+impl<B: Backend, T: Element> Attend<T> for On<B> {
+    fn attend<O: Element>(
+        &self,
+        config: &AttentionConfig,
+        offsets: Option<[&[usize]; 2]>,
+        inputs: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    ) {
+        let [batch, query_len, query_heads, head_dim] = inputs.query.shape();
+        let [_, key_len, kv_heads, _] = inputs.key.shape();
+        let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+        let batch = match offsets {
+            None => Batch::uniform(&shape, config.mask),
+            Some([query, key]) => Batch::packed(&shape, query, key, config.mask),
+        };
+        self.run(&config.score().into(), &batch.unwrap(), inputs, out, lse);
+    }
+
+    /// A cache with a page for each sequence, `[batch, capacity, kv_heads, head_dim]`.
+    fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2] {
+        let backend = &self.0;
+        let [batch, _, kv_heads, head_dim] = appended[0][0].shape();
+        let capacity: usize = appended.iter().map(|[key, _]| key.shape()[1]).sum();
+        let empty = Tensor::contiguous("cache", [batch, capacity, kv_heads, head_dim], |_| RUBBISH);
+        let mut cache = [Stored::of(backend, &empty), Stored::of(backend, &empty)];
+        let mut start = 0;
+        for rows in appended {
+            let end = start + rows[0].shape()[1];
+            let of_sequence = |index: usize| (start..end).map(move |row| (index * capacity + row) as u32);
+            let places: Vec<u32> = (0..batch).flat_map(of_sequence).collect();
+            start = end;
+            let places = backend.buffer_of(&places).unwrap();
+            let [key, value] = rows.each_ref().map(|rows| Stored::of(backend, rows));
+            let new = Append::new(
+                key.view(backend, "key"),
+                value.view(backend, "value"),
+                backend.slice(&places, ..),
+            );
+            let [to_key, to_value] = &mut cache;
+            backend
+                .append(new, to_key.view_mut(backend, "key"), to_value.view_mut(backend, "value"))
+                .unwrap();
+        }
+        cache.map(|stored| {
+            let mut tensor = empty.clone();
+            stored.read_to(backend, &mut tensor);
+            tensor
+        })
+    }
+
+    /// Each partial in a layout of its own, with the log-sum-exp and without.
+    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
+        let (like, like_lse) = &partials[0];
+        let partials: Vec<_> = partials
+            .iter()
+            .enumerate()
+            .map(|(i, (out, lse))| {
+                let layout = &LAYOUTS[i % LAYOUTS.len()];
+                let apart =
+                    Tensor::<f32>::new("partial", out.shape(), layout, f32::NAN, |index| out.get(index));
+                (apart, lse.clone())
+            })
+            .collect();
+        let mut out = Tensor::<f32>::contiguous("out", like.shape(), |_| f32::NAN);
+        let (mut without, mut lse) = (out.clone(), vec![f32::NAN; like_lse.len()]);
+        merge_on(&self.0, &partials, &mut out, Some(&mut lse)).unwrap();
+        merge_on(&self.0, &partials, &mut without, None).unwrap();
+        assert!(out.bits() == without.bits(), "no log-sum-exp changes the output");
+        vec![(out, lse)]
+    }
+}
+
+/// Rows one after another, by heads, and with gaps: at multiples of 16 bytes, and at others.
+const LAYOUTS: [Layout; 4] = [
+    Layout::CONTIGUOUS,
+    Layout { order: [0, 2, 1], ..Layout::CONTIGUOUS },
+    Layout { order: [1, 0, 2], padding: [8, 16, 24], offset: 8 },
+    Layout { order: [2, 1, 0], padding: [3, 1, 5], offset: 7 },
+];
+
+/// Merges partials that lie apart.
+pub fn merge_on<B: Backend, T: Element, O: Element>(
+    backend: &B,
+    partials: &[(Tensor<T>, Vec<f32>)],
+    out: &mut Tensor<O>,
+    lse: Option<&mut [f32]>,
+) -> Result<()> {
+    let stored: Vec<_> = partials
+        .iter()
+        .map(|(out, lse)| (Stored::of(backend, out), backend.buffer_of(lse).unwrap()))
+        .collect();
+    let mut to = Stored::of(backend, out);
+    let mut to_lse = lse.as_ref().map(|lse| backend.buffer_of(lse).unwrap());
+    let views = stored
+        .iter()
+        .map(|(out, lse)| PartialOf { out: out.view(backend, "partial"), lse: backend.slice(lse, ..) })
+        .collect();
+    let result = backend.merge(
+        views,
+        to.view_mut(backend, "out"),
+        to_lse.as_mut().map(|lse| backend.slice_mut(lse, ..)),
+    );
+    to.read_to(backend, out);
+    if let (Some(lse), Some(stored)) = (lse, &to_lse) {
+        lse.copy_from_slice(&backend.read(stored).unwrap());
+    }
+    result
+}
