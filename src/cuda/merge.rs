@@ -13,6 +13,9 @@ pub type DevicePartial<'a, 'b, D, T> = PartialOf<DeviceTensor<'a, D, T>, Span<'b
 /// Partials that [`merge_separate`] merges at once.
 pub const MOST_PARTIALS: usize = 32;
 
+// The kernel has room for as many.
+const _: fn(&StarMergeParams) -> &[StarPartial; MOST_PARTIALS] = |params| &params.each;
+
 /// Partials one after another in device memory: of the splits of one call, or of hosts after an all-gather.
 #[derive(Debug)]
 pub struct Partials<'a, D: Device, T> {

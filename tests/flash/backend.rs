@@ -1,13 +1,14 @@
 //! The CPU as a backend: appends, and engines on it.
 
+use crate::common::{Rng, Tensor};
 use crate::properties::append::{appends, each_row_is_in_its_place};
 use crate::properties::engine::{an_engine_serves_requests, histories};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
-use star_attention::cpu::{Cpu, InstructionSet};
+use star_attention::cpu::{Cpu, InstructionSet, flash};
 use star_attention::{
-    Append, Backend, Batch, Capacity, Error, Inputs, Keys, LEFT_OUT, Mask, PlanConfig, Rotation, Sequence,
-    bf16, f16,
+    Append, AttentionShape, Backend, Batch, Capacity, Error, Inputs, Keys, LEFT_OUT, Mask, PlanConfig,
+    Rotation, Sequence, bf16, f16,
 };
 
 proptest! {
@@ -43,6 +44,62 @@ fn an_engine_on_each_instruction_set_and_one_thread() {
         let history = histories(12, 1..70usize).new_tree(&mut runner).unwrap().current();
         an_engine_serves_requests::<_, bf16>(&cpu, &history).unwrap();
     }
+}
+
+/// The instructions of a backend are those of its plans: other sets give other bits.
+#[test]
+fn plans_take_the_instructions_of_their_backend() {
+    let shape =
+        AttentionShape { batch: 1, query_len: 40, key_len: 300, query_heads: 2, kv_heads: 1, head_dim: 64 };
+    let mut rng = Rng::new(11);
+    let query = Tensor::<bf16>::normal("query", shape.query_shape(), &mut rng);
+    let [key, value] = ["key", "value"].map(|name| Tensor::<bf16>::normal(name, shape.key_shape(), &mut rng));
+    let inputs = || Inputs::new(query.view(), key.view(), value.view());
+    let batch = Batch::uniform(&shape, Mask::Causal).unwrap();
+    let config = PlanConfig::new();
+    let mut results = Vec::new();
+    for instructions in InstructionSet::available() {
+        let cpu = Cpu::new().with_instructions(instructions).unwrap();
+        let mut plans = [cpu.plan_for(&config, &batch).unwrap(), {
+            let capacity = Capacity::new(batch.query_shape(), batch.key_shape(), 1, shape.query_len);
+            let mut plan = cpu.plan(&config, &capacity).unwrap();
+            cpu.update(&mut plan, &batch).unwrap();
+            plan
+        }];
+        let expected = flash::Plan::for_batch(&config, batch.clone()).unwrap();
+        let expected = expected.with_instructions(instructions).unwrap();
+        let mut out = Tensor::<f32>::contiguous("out", shape.query_shape(), |_| f32::NAN);
+        let mut workspace = Vec::with_capacity(expected.workspace_bytes());
+        expected.run(inputs(), out.view_mut(), None, &mut workspace).unwrap();
+        for plan in &mut plans {
+            let mut got = Tensor::<f32>::contiguous("out", shape.query_shape(), |_| f32::NAN);
+            let mut workspace = vec![0; cpu.workspace_bytes(plan)];
+            cpu.attend(plan, inputs(), got.view_mut(), None, &mut workspace).unwrap();
+            assert_eq!(got.bits(), out.bits(), "{instructions:?}");
+        }
+        results.push(out.bits());
+    }
+    let count = results.len();
+    results.sort();
+    results.dedup();
+    assert!(count == 1 || results.len() > 1, "no set can be told from another");
+}
+
+/// The elements of a range, however it is written, as far as there are any.
+#[test]
+fn slices_end_with_their_buffer() {
+    let cpu = Cpu::new();
+    let mut buffer = cpu.buffer_of(&[0u32, 1, 2, 3, 4]).unwrap();
+    assert_eq!(cpu.slice(&buffer, 1..3), [1, 2]);
+    assert_eq!(cpu.slice(&buffer, 1..=3), [1, 2, 3]);
+    assert_eq!(cpu.slice(&buffer, ..), [0, 1, 2, 3, 4]);
+    assert_eq!(cpu.slice(&buffer, 3..9), [3, 4]);
+    assert!(cpu.slice(&buffer, 7..usize::MAX).is_empty());
+    let from_the_second = (std::ops::Bound::Excluded(0), std::ops::Bound::Unbounded);
+    assert_eq!(cpu.slice_mut(&mut buffer, from_the_second), [1, 2, 3, 4]);
+    let error = cpu.write(&mut buffer, 4, &[7, 8]).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "data", .. }), "{error}");
+    assert_eq!(buffer, [0, 1, 2, 3, 4]);
 }
 
 /// The index of the sequence that an error names, and its argument.
@@ -100,6 +157,30 @@ fn appends_that_are_refused() {
     }
     let error = refused(places, Some((4, [0; 6], 21))).unwrap_err();
     assert!(matches!(error, Error::Shape { argument: "cos", .. }), "{error}");
+
+    // Tables of unequal lengths, and positions for fewer rows.
+    let mut cache = [vec![0f32; 64], vec![0f32; 64]];
+    let [cache_key, cache_value] = &mut cache;
+    let mut of_lens = |sin: usize, positions: usize| {
+        let view = |name| Cpu::view(name, &new[..], [2, 3, 1, 8], [24, 8, 8, 1]).unwrap();
+        let (table, numbers) = ([0.5f32; 20], [0u32; 6]);
+        let rotation = Rotation {
+            cos: &table[..],
+            sin: &table[..sin],
+            positions: &numbers[..positions],
+            rotated: 4,
+            interleaved: true,
+        };
+        let rows = Append::new(view("key"), view("value"), &places[..]).with_rotation(rotation);
+        cpu.append(
+            rows,
+            cpu.whole_mut("cache_key", cache_key, [4, 2, 1, 8]).unwrap(),
+            cpu.whole_mut("cache_value", cache_value, [4, 2, 1, 8]).unwrap(),
+        )
+    };
+    of_lens(20, 6).unwrap();
+    assert!(matches!(of_lens(18, 6).unwrap_err(), Error::Shape { argument: "sin", .. }));
+    assert!(matches!(of_lens(20, 5).unwrap_err(), Error::Shape { argument: "positions", .. }));
 }
 
 /// Batches beyond a plan's capacity are refused, and the plan goes on with the one it had.

@@ -10,7 +10,8 @@ use star_attention::cuda::{
 };
 use star_attention::merge::PartialOf;
 use star_attention::{
-    AttentionConfig, AttentionShape, Backend, Batch, Capacity, Element, PlanConfig, Result, f16,
+    AttentionConfig, AttentionShape, Backend, Batch, Capacity, Element, Inputs, Keys, Mask, PlanConfig,
+    Result, Sequence, f16,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -267,4 +268,43 @@ fn merges_of_extents_that_kernels_cannot_count() {
     assert_eq!(recorder.asked_for(), [0, 0]);
     merge_of([1, 1, 1, (1 << 31) - 1]).unwrap();
     assert_eq!(recorder.asked_for(), [0, 2]);
+}
+
+/// A call that is refused asks for no launch: memory of another stream, a workspace that is too
+/// small, and a prefix that is missing where a graph might need it.
+#[test]
+fn calls_that_do_not_fit_are_not_launched() {
+    const SHAPE: [usize; 4] = [1, 2, 2, 64];
+    let recorder = Arc::new(Recorder::default());
+    let [own, other, captured] = [Stream::Plain, Stream::Other, Stream::Captured]
+        .map(|stream| Cuda::<Recorder>::new(recorder.clone(), stream));
+    let capacity = Capacity::new(SHAPE, SHAPE, 1, 1).with_prefix(1, 3);
+    let mut plan = own.plan(&PlanConfig::new(), &capacity).unwrap();
+    let mut batch = Batch::new(SHAPE, SHAPE).unwrap().with_prefix(1, 3).unwrap();
+    batch.push(Sequence::new(0, 0..1, Keys::rows(0, 0..2), Mask::Full)).unwrap();
+    own.update(&mut plan, &batch).unwrap();
+    let copies = recorder.asked_for()[0];
+    let bytes = own.workspace_bytes(&plan);
+    assert!(bytes > 0);
+    let mut attend = |on: &Cuda<Recorder>, out_of: &Cuda<Recorder>, bytes: usize, prefix: bool| {
+        let rows = own.buffer::<f16>(256).unwrap();
+        let rows_of_prefix = own.buffer::<f16>(3 * 128).unwrap();
+        let view = |name| own.whole(name, &rows, SHAPE).unwrap();
+        let mut inputs = Inputs::new(view("query"), view("key"), view("value"));
+        if prefix {
+            let view = || own.whole("prefix", &rows_of_prefix, [1, 3, 2, 64]).unwrap();
+            inputs = inputs.with_prefix(view(), view());
+        }
+        let (mut out, mut workspace) = (out_of.buffer::<f16>(256).unwrap(), own.buffer::<u8>(bytes).unwrap());
+        let out = out_of.whole_mut("out", &mut out, SHAPE).unwrap();
+        on.attend(&mut plan, inputs, out, None, own.slice_mut(&mut workspace, ..))
+    };
+    assert_eq!(named(attend(&other, &own, bytes, true).unwrap_err()), ("value", "stream"));
+    assert_eq!(named(attend(&own, &other, bytes, true).unwrap_err()), ("value", "out"));
+    assert_eq!(named(attend(&own, &own, bytes - 1, true).unwrap_err()), ("workspace", "workspace"));
+    assert_eq!(named(attend(&captured, &own, bytes, false).unwrap_err()), ("value", "prefix"));
+    assert_eq!(recorder.asked_for(), [copies, 0]);
+    attend(&own, &own, bytes, false).unwrap();
+    attend(&captured, &own, bytes, true).unwrap();
+    assert!(recorder.asked_for()[1] > 1);
 }
