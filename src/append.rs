@@ -1,7 +1,7 @@
 //! What an append to a KV cache is told, on every backend: new rows, their places, and how keys are
 //! rotated on the way.
 
-/// The place of a row that is not stored.
+/// The place of a row that is not stored. Its position is not looked at.
 pub const LEFT_OUT: u32 = u32::MAX;
 
 /// New keys and values, and where they go. `V` is a backend's view of a tensor, `F` and `U` are its

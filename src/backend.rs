@@ -146,6 +146,10 @@ impl Capacity {
 
 /// Where attention runs, with its memory and, on a GPU, its stream.
 ///
+/// A layer of an engine's step is: [`append`](Self::append) the new keys, [`attend`](Self::attend).
+/// Before the first layer, [`update`](Self::update) the plan. Masks count from the last key: a chunk
+/// of a context passes all keys so far under its star mask, and a decode after it [`Mask::Causal`](crate::Mask::Causal).
+///
 /// Calls happen in the order in which they are made. On a GPU they return before they are done;
 /// [`read`](Self::read) waits.
 ///
@@ -265,7 +269,7 @@ pub trait Backend {
     /// the driver.
     fn plan(&self, config: &PlanConfig, capacity: &Capacity) -> Result<Self::Plan>;
 
-    /// A plan for one batch, with no room for more.
+    /// A plan for one batch alone: [`update`](Self::update) refuses it.
     ///
     /// # Errors
     /// As [`plan`](Self::plan) and [`update`](Self::update).
@@ -274,7 +278,7 @@ pub trait Backend {
     /// Sets the batch of the calls that follow.
     ///
     /// # Errors
-    /// As [`Capacity::check`]; on a GPU [`Error::Busy`] while too many updates are under way, and
+    /// As [`Capacity::check`]; [`Error::Value`] for a plan of one batch alone; on a GPU [`Error::Busy`] while too many updates are under way, and
     /// [`Error::Value`] for a stream that is being captured. The plan is as it was.
     fn update(&self, plan: &mut Self::Plan, batch: &Batch) -> Result<()>;
 
@@ -305,6 +309,9 @@ pub trait Backend {
     /// # Errors
     /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for what does not fit together,
     /// [`Error::DType`] for element types that the backend does not take; errors of the driver.
+    /// Nothing was written then. The CPU also refuses places and positions that are out of range and
+    /// places that two rows have ([`Error::Sequence`]). A GPU leaves rows out whose place or position
+    /// is out of range; that no two rows have one place is the caller's promise there.
     fn append<T: Element, C: Element>(
         &self,
         new: Append<Self::View<'_, T>, Self::Slice<'_, f32>, Self::Slice<'_, u32>>,

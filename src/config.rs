@@ -88,7 +88,8 @@ impl Mask {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct ScoreConfig {
-    /// Factor of the scores; `1/sqrt(head_dim)` if `None`. Finite and not negative.
+    /// Factor of the scores; `1/sqrt(head_dim)` if `None`. Finite and not negative. Scores must be
+    /// in f32's range: beyond it a row's results may be NaN.
     pub scale: Option<f32>,
     /// If `Some(c)`, scaled scores `s` become `c · tanh(s / c)`. Finite and positive.
     pub softcap: Option<f32>,
@@ -262,9 +263,9 @@ impl AttentionShape {
         check_addressable("key", self.key_shape())
     }
 
-    /// Query heads that share a KV head.
+    /// Query heads that share a KV head; 0 without KV heads.
     pub fn group(&self) -> usize {
-        self.query_heads / self.kv_heads
+        self.query_heads.checked_div(self.kv_heads).unwrap_or(0)
     }
 
     /// The shape of queries and outputs.
@@ -279,7 +280,7 @@ impl AttentionShape {
 
     /// Elements of the log-sum-exp, `[batch, query_heads, query_len]`.
     pub fn lse_len(&self) -> usize {
-        self.batch * self.query_heads * self.query_len
+        self.batch.saturating_mul(self.query_heads).saturating_mul(self.query_len)
     }
 
     /// Refuses tensors that have not these extents, or whose last axis is not contiguous.

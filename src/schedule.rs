@@ -49,7 +49,8 @@ impl Segment {
     /// Visible (row, key) pairs.
     pub fn pairs(&self) -> usize {
         let (rows, first) = (self.rows.len(), self.first_visible);
-        if self.causal { rows * first + rows * rows.saturating_sub(1) / 2 } else { rows * first }
+        let triangle = if self.causal { rows.saturating_mul(rows.saturating_sub(1)) / 2 } else { 0 };
+        rows.saturating_mul(first).saturating_add(triangle)
     }
 }
 

@@ -170,7 +170,7 @@ fn bad_options() {
     let star = |lens: [&'static str; 3]| {
         vec!["--mask", "star", "--anchor-len", lens[0], "--block-len", lens[1], "--first-block-len", lens[2]]
     };
-    let cases: [(Vec<&str>, &str); 24] = [
+    let cases: [(Vec<&str>, &str); 25] = [
         (vec!["--mask", "sliding"], "--mask"),
         (vec!["--backend", "gpu"], "--backend"),
         (vec!["--mask", "star"], "--anchor-len"),
@@ -190,7 +190,12 @@ fn bad_options() {
         (vec!["--split-keys", "-1"], "--split-keys"),
         (vec!["--threads", "0"], "--threads"),
         (vec!["--threads", "2", "--backend", "simt"], "--threads"),
-        (vec!["--instructions", "sse"], "--instructions"),
+        (vec!["--instructions", "sse"], "error: --instructions"),
+        // Of another CPU.
+        (
+            vec!["--instructions", if cfg!(target_arch = "aarch64") { "avx2" } else { "neon" }],
+            "error: --instructions",
+        ),
         (vec!["--instructions", "portable", "--backend", "reference"], "--instructions"),
         (vec!["--masks", "no/such/file"], "--masks"),
         (vec!["--masks", "no/such/file", "--mask", "causal"], "--mask: not with --masks"),
@@ -377,7 +382,7 @@ fn bad_sequences() {
     for (masks, message) in [
         ("[", "--masks"),
         ("{}", "expected a list"),
-        (r#"[{"mask": "full"}]"#, "expected 2 masks"),
+        (r#"[{"mask": "full"}]"#, "error: --masks"),
         (r#"[{"mask": "full"}, 3]"#, "sequence 1: expected an object"),
         (r#"[{"mask": "full"}, {"mask": "sliding"}]"#, "sequence 1: mask"),
         (r#"[{"mask": "full"}, {"mask": "star", "anchor_len": 1, "block_len": 2}]"#, "first_block_len"),
@@ -388,4 +393,26 @@ fn bad_sequences() {
     ] {
         refused(&tensors, &[], masks, message);
     }
+}
+
+/// A link stays one, and a file keeps who may read it.
+#[cfg(unix)]
+#[test]
+fn outputs_replace_no_links() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let folder = Folder::new("attend-links");
+    let (input, real, link) =
+        (folder.file("in.safetensors"), folder.file("real"), folder.file("link.safetensors"));
+    save(&input, &entries());
+    fs::write(&real, "old").unwrap();
+    fs::set_permissions(&real, fs::Permissions::from_mode(0o600)).unwrap();
+    symlink(&real, &link).unwrap();
+    assert!(attend(&input, &link, &[]).status.success());
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    let written = fs::read(&real).unwrap();
+    assert!(SafeTensors::deserialize(&written).is_ok());
+    fs::write(&real, "old").unwrap();
+    assert!(attend(&input, &real, &[]).status.success());
+    assert_eq!(fs::read(&real).unwrap(), written);
+    assert_eq!(fs::metadata(&real).unwrap().permissions().mode() & 0o777, 0o600);
 }

@@ -15,8 +15,7 @@ use star_attention::{
 pub struct Settings {
     backend: Kind,
     config: PlanConfig,
-    instructions: Option<InstructionSet>,
-    threads: Option<usize>,
+    cpu: Cpu,
 }
 
 impl Settings {
@@ -28,11 +27,17 @@ impl Settings {
         if let Some((name, _)) = of_cpu.iter().find(|(_, given)| *given && args.backend != Kind::Cpu) {
             return Err(format!("{name}: only with --backend cpu"));
         }
-        if args.threads == Some(0) {
-            return Err("--threads: expected at least 1, got 0".into());
+        if args.backend == Kind::Cuda {
+            check_gpu().map_err(|e| format!("--backend cuda: {e}"))?;
         }
-        let instructions = args.instructions.as_deref().map(instructions).transpose()?;
-        Ok(Self { backend: args.backend, config, instructions, threads: args.threads })
+        let mut cpu = Cpu::new();
+        if let Some(name) = &args.instructions {
+            cpu = cpu.with_instructions(instructions(name)?).map_err(|e| format!("--instructions: {e}"))?;
+        }
+        if let Some(threads) = args.threads {
+            cpu = cpu.with_threads(threads).map_err(|e| format!("--threads: {e}"))?;
+        }
+        Ok(Self { backend: args.backend, config, cpu })
     }
 
     /// The call on a file's tensors; gives the file to write.
@@ -64,16 +69,7 @@ impl Settings {
             value: T::read(value),
         };
         let results = match self.backend {
-            Kind::Cpu => {
-                let mut cpu = Cpu::new();
-                if let Some(instructions) = self.instructions {
-                    cpu = cpu.with_instructions(instructions).map_err(|e| e.to_string())?;
-                }
-                if let Some(threads) = self.threads {
-                    cpu = cpu.with_threads(threads).map_err(|e| e.to_string())?;
-                }
-                call.on(&cpu)
-            }
+            Kind::Cpu => call.on(&self.cpu),
             Kind::Simt => call.on(&Cuda::new(Simt::new(0), ())),
             Kind::Cuda => call.on_gpu(),
             Kind::Reference => call.on_reference(),
@@ -81,6 +77,17 @@ impl Settings {
         let (out, lse) = results.map_err(|e| e.to_string())?;
         outputs(call.batch.query_shape(), &out, &lse)
     }
+}
+
+#[cfg(feature = "cuda")]
+fn check_gpu() -> star_attention::Result<()> {
+    star_attention::cuda::driver::Driver::open(0).map(drop)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn check_gpu() -> star_attention::Result<()> {
+    let reason = "built without the feature cuda".into();
+    Err(star_attention::Error::Unavailable { what: "the GPU", reason })
 }
 
 fn instructions(name: &str) -> Result<InstructionSet> {
@@ -142,8 +149,7 @@ impl<Q: Element, T: Element> Call<Q, T> {
 
     #[cfg(not(feature = "cuda"))]
     fn on_gpu(&self) -> Results<Q> {
-        let reason = "built without the feature cuda".into();
-        Err(star_attention::Error::Unavailable { what: "the GPU", reason })
+        check_gpu().map(|()| Default::default())
     }
 
     /// Each sequence by itself.

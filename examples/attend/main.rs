@@ -21,6 +21,7 @@ mod sequences;
 
 use clap::{Parser, ValueEnum};
 use file::File;
+use sequences::Sequences;
 use star_attention::ScoreConfig;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -127,16 +128,24 @@ fn attend(args: &Args) -> Result<()> {
     let input = |e: String| format!("--input {}: {e}", args.input.display());
     let bytes = fs::read(&args.input).map_err(|e| input(e.to_string()))?;
     let file = File::parse(&bytes).map_err(input)?;
-    let batch = sequences::batch(&file, |sequences| masks.for_each_of(sequences)).map_err(input)?;
+    let sequences = Sequences::of(&file).map_err(input)?;
+    let batch = sequences.batch(masks.for_each_of(sequences.len())?).map_err(input)?;
     let bytes = settings.run(&file, batch).map_err(input)?;
     write_whole(&args.output, &bytes).map_err(|e| format!("--output {}: {e}", args.output.display()))
 }
 
-/// Writes beside `path` and renames, so that `path` never holds half a file.
+/// Writes beside `path` and renames, so that a file never holds half of it. What is no plain file (a
+/// link, a device, a pipe) is written to as it is.
 fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let existing = fs::symlink_metadata(path).ok();
+    if existing.as_ref().is_some_and(|existing| !existing.is_file()) {
+        return fs::write(path, bytes);
+    }
     let name = path.file_name().ok_or(std::io::ErrorKind::IsADirectory)?.to_string_lossy();
     let partial = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
-    let written = fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path));
+    let written = fs::write(&partial, bytes)
+        .and_then(|()| existing.map_or(Ok(()), |old| fs::set_permissions(&partial, old.permissions())))
+        .and_then(|()| fs::rename(&partial, path));
     if written.is_err() {
         // What went wrong is reported; the partial file may not even exist.
         let _ = fs::remove_file(&partial);

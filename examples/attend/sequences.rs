@@ -3,37 +3,51 @@
 use crate::Result;
 use crate::file::{File, Numbers};
 use star_attention::{Batch, Keys, Mask, Sequence};
+use std::ops::Range;
 
-/// The sequences of a file; `masks` gives a mask for each of so many.
-pub fn batch(file: &File<'_>, masks: impl Fn(usize) -> Result<Vec<Mask>>) -> Result<Batch> {
-    let [query, key, value] = file.inputs.each_ref().map(|input| input.shape);
-    if key != value {
-        return Err(format!("v: expected shape {key:?} as k has, got {value:?}"));
-    }
-    let numbers = |name| file.numbers(name);
-    let query_offsets = numbers("query_offsets")?;
-    let (key_offsets, key_lens, page_table) =
-        (numbers("key_offsets")?, numbers("key_lens")?, numbers("page_table")?);
+/// The sequences of a file, without their masks.
+pub struct Sequences {
+    /// The shapes of q and of k and v.
+    query: [usize; 4],
+    key: [usize; 4],
+    /// Index on the batch axis and query rows of each.
+    rows: Vec<(usize, Range<usize>)>,
+    keys: Vec<Keys>,
+}
 
-    let rows = match &query_offsets {
-        Some(offsets) => packed(offsets, "q", query)?,
-        None => (0..query[0]).map(|batch| (batch, 0..query[1])).collect(),
-    };
-    let count = rows.len();
-    let keys = keys(count, key, key_offsets, key_lens, page_table)?;
-    let mut batch = Batch::new(query, key).map_err(|e| e.to_string())?;
-    for (((index, rows), keys), mask) in rows.into_iter().zip(keys).zip(masks(count)?) {
-        batch.push(Sequence::new(index, rows, keys, mask)).map_err(|e| e.to_string())?;
+impl Sequences {
+    pub fn of(file: &File<'_>) -> Result<Self> {
+        let [query, key, value] = file.inputs.each_ref().map(|input| input.shape);
+        if key != value {
+            return Err(format!("v: expected shape {key:?} as k has, got {value:?}"));
+        }
+        let rows = match &file.numbers("query_offsets")? {
+            Some(offsets) => packed(offsets, "q", query)?,
+            None => (0..query[0]).map(|batch| (batch, 0..query[1])).collect(),
+        };
+        let [offsets, lens, page_table] =
+            ["key_offsets", "key_lens", "page_table"].map(|name| file.numbers(name));
+        let keys = keys(rows.len(), key, offsets?, lens?, page_table?)?;
+        Ok(Self { query, key, rows, keys })
     }
-    Ok(batch)
+
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The batch of these sequences, each with its mask.
+    pub fn batch(&self, masks: Vec<Mask>) -> Result<Batch> {
+        let mut batch = Batch::new(self.query, self.key).map_err(|e| e.to_string())?;
+        for (((index, rows), keys), mask) in self.rows.iter().zip(&self.keys).zip(masks) {
+            let sequence = Sequence::new(*index, rows.clone(), keys.clone(), mask);
+            batch.push(sequence).map_err(|e| e.to_string())?;
+        }
+        Ok(batch)
+    }
 }
 
 /// Rows `[batch, seq]` of each sequence, packed on the seq axis of a batch of 1.
-fn packed(
-    offsets: &Numbers,
-    tensor: &str,
-    shape: [usize; 4],
-) -> Result<Vec<(usize, std::ops::Range<usize>)>> {
+fn packed(offsets: &Numbers, tensor: &str, shape: [usize; 4]) -> Result<Vec<(usize, Range<usize>)>> {
     let name = offsets.name;
     if shape[0] != 1 {
         return Err(format!("{tensor}: expected batch 1 with {name}, got {}", shape[0]));

@@ -31,7 +31,11 @@ pub fn append<T: Element, C: Element>(
     check_rows("value", shape, new.value.shape(), new.value.strides())?;
     check_rows("cache_key", cache, cache_key.shape(), cache_key.strides())?;
     check_rows("cache_value", cache, cache_value.shape(), cache_value.strides())?;
-    let tokens = if shape.contains(&0) { 0 } else { batch * seq };
+    // Axes of stride 0 may have any extent.
+    let tokens = if shape.contains(&0) { Some(0) } else { batch.checked_mul(seq) };
+    let Some(tokens) = tokens else {
+        return Err(Error::shape("key", "rows that can be counted", format!("{shape:?}")));
+    };
     check_len("places", tokens, new.places.len())?;
     let places = Places { of: new.places, seq, page_len };
     places.check(pages)?;

@@ -29,7 +29,8 @@ impl Cpu {
         Ok(Self { instructions: Some(instructions), ..self })
     }
 
-    /// The same with plans for at most `threads` threads.
+    /// The same with plans for at most `threads` threads, or as many as the rayon pool has in which
+    /// they are made, if that is fewer.
     ///
     /// # Errors
     /// [`Error::Value`] for 0.
@@ -41,7 +42,11 @@ impl Cpu {
     }
 
     fn threads(&self) -> usize {
-        self.threads.unwrap_or_else(rayon::current_num_threads)
+        match self.threads {
+            Some(1) => 1,
+            Some(threads) => threads.min(rayon::current_num_threads()),
+            None => rayon::current_num_threads(),
+        }
     }
 
     fn flash_plan(&self, config: &PlanConfig, batch: Batch, threads: usize) -> Result<flash::Plan> {
@@ -53,9 +58,11 @@ impl Cpu {
     }
 }
 
-/// The schedule of a batch on the CPU, with room for others.
+/// The schedule of a batch on the CPU, with room for others. Instructions and threads are those of
+/// the backend that made the plan.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    cpu: Cpu,
     config: PlanConfig,
     /// None for one batch alone.
     capacity: Option<Capacity>,
@@ -138,14 +145,15 @@ impl Backend for Cpu {
         let threads = self.threads();
         let plan = self.flash_plan(config, capacity.empty_batch()?, threads)?;
         let workspace_bytes = plan.most_workspace_bytes(capacity, threads);
-        Ok(Plan { config: *config, capacity: Some(capacity.clone()), threads, plan, workspace_bytes })
+        let (capacity, config) = (Some(capacity.clone()), *config);
+        Ok(Plan { cpu: *self, config, capacity, threads, plan, workspace_bytes })
     }
 
     fn plan_for(&self, config: &PlanConfig, batch: &Batch) -> Result<Plan> {
         let threads = self.threads();
         let plan = self.flash_plan(config, batch.clone(), threads)?;
         let workspace_bytes = plan.workspace_bytes();
-        Ok(Plan { config: *config, capacity: None, threads, plan, workspace_bytes })
+        Ok(Plan { cpu: *self, config: *config, capacity: None, threads, plan, workspace_bytes })
     }
 
     fn update(&self, plan: &mut Plan, batch: &Batch) -> Result<()> {
@@ -153,7 +161,7 @@ impl Backend for Cpu {
             Some(capacity) => capacity.check(batch)?,
             None => return Err(Error::value("plan", "one that was made for a capacity", "one for a batch")),
         }
-        plan.plan = self.flash_plan(&plan.config, batch.clone(), plan.threads)?;
+        plan.plan = plan.cpu.flash_plan(&plan.config, batch.clone(), plan.threads)?;
         Ok(())
     }
 

@@ -251,3 +251,66 @@ fn plans_are_owned_and_send() {
     fn owned<T: Send + 'static>() {}
     owned::<<Cpu as Backend>::Plan>();
 }
+
+/// Extents and lengths that no memory has are errors, or plans of no work.
+#[test]
+fn absurd_extents() {
+    const MAX: usize = usize::MAX;
+    let cpu = Cpu::new();
+    // Two rows of memory that seem to be many.
+    let view = |name| Cpu::view(name, &[0f32; 8][..], [MAX, MAX, 1, 8], [0, 0, 0, 1]).unwrap();
+    let mut cache = [[1f32; 8], [1f32; 8]].map(|row| row.to_vec());
+    let [cache_key, cache_value] = &mut cache;
+    let error = cpu
+        .append(
+            Append::new(view("key"), view("value"), &[0][..]),
+            cpu.whole_mut("cache_key", cache_key, [1, 1, 1, 8]).unwrap(),
+            cpu.whole_mut("cache_value", cache_value, [1, 1, 1, 8]).unwrap(),
+        )
+        .unwrap_err();
+    assert!(matches!(error, Error::Shape { argument: "key", .. }), "{error}");
+    assert!(cache.iter().flatten().all(|&x| x == 1.0));
+
+    let none = star_attention::TensorViewMut::<f32>::new("out", &mut [], [MAX, 2, 0, 2], [0; 4]).unwrap();
+    cpu.merge::<f32, f32>(Vec::new(), none, None).unwrap();
+
+    let config = PlanConfig::new();
+    let batch = Batch::new([1, 1, 1, 1 << 56], [1, 1, 1, 1 << 56]).unwrap();
+    let error = cpu.plan_for(&config, &batch).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "head_dim", .. }), "{error}");
+
+    let mut batch = Batch::new([1, 64, 1, 1], [1, 1 << 60, 1, 1]).unwrap();
+    batch.push(Sequence::new(0, 0..32, Keys::rows(0, 0..1 << 60), Mask::Full)).unwrap();
+    batch.push(Sequence::new(0, 32..64, Keys::rows(0, 0..1 << 60), Mask::Causal)).unwrap();
+    cpu.plan_for(&config, &batch).map(drop).unwrap();
+    let error = cpu.plan_for(&config.with_row_invariant(), &batch).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "split_keys", .. }), "{error}");
+
+    let shape =
+        AttentionShape { batch: MAX, query_len: MAX, key_len: 1, query_heads: 3, kv_heads: 0, head_dim: 1 };
+    assert_eq!((shape.group(), shape.lse_len()), (0, MAX));
+}
+
+/// Whoever updates a plan, its instructions and threads are those that it was made with.
+#[test]
+fn plans_keep_their_instructions() {
+    let portable = Cpu::new().with_instructions(InstructionSet::Portable).unwrap();
+    let shape =
+        AttentionShape { batch: 1, query_len: 20, key_len: 200, query_heads: 1, kv_heads: 1, head_dim: 64 };
+    let mut rng = Rng::new(12);
+    let query = Tensor::<f32>::normal("query", shape.query_shape(), &mut rng);
+    let key = Tensor::<f32>::normal("key", shape.key_shape(), &mut rng);
+    let batch = Batch::uniform(&shape, Mask::Full).unwrap();
+    let capacity = Capacity::new(batch.query_shape(), batch.key_shape(), 1, shape.query_len);
+    let mut bits = [portable, Cpu::new()].map(|updater| {
+        let mut plan = portable.plan(&PlanConfig::new(), &capacity).unwrap();
+        updater.update(&mut plan, &batch).unwrap();
+        let mut out = Tensor::<f32>::contiguous("out", shape.query_shape(), |_| f32::NAN);
+        let mut workspace = vec![0; portable.workspace_bytes(&plan)];
+        let inputs = Inputs::new(query.view(), key.view(), key.view());
+        updater.attend(&mut plan, inputs, out.view_mut(), None, &mut workspace).unwrap();
+        out.bits()
+    });
+    let [of_portable, of_best] = &mut bits;
+    assert_eq!(of_portable, of_best);
+}

@@ -47,6 +47,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use work::{Place, Work};
 use workspace::{ALIGNMENT, Scratch, bytes_for};
 
+/// No model comes near it, and the sizes of buffers stay far inside a `usize`.
+const MOST_HEAD_DIM: usize = 1 << 20;
+
 /// Multiply-adds below which a second thread costs more than it saves (some ten microseconds).
 const THREAD_WORK: u64 = 1 << 18;
 
@@ -121,10 +124,15 @@ impl Plan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Value`] for a scale, softcap or split length out of range.
+    /// [`Error::Value`] for a scale, softcap or split length out of range, a split length that leaves
+    /// 2³¹ partial rows or more, or a head dim above 2²⁰.
     pub fn for_batch(config: &PlanConfig, batch: Batch) -> Result<Self> {
         config.validate()?;
-        let work = Work::new(&batch, config.fixed_split_keys());
+        let head_dim = batch.query_shape()[3];
+        if head_dim > MOST_HEAD_DIM {
+            return Err(Error::value("head_dim", format!("at most {MOST_HEAD_DIM}"), head_dim));
+        }
+        let work = Work::new(&batch, config.fixed_split_keys())?;
         let (instructions, threads) = (InstructionSet::best(), OnceLock::new());
         Ok(Self { config: *config, batch, instructions, work, limit: usize::MAX, threads })
     }

@@ -8,7 +8,7 @@
 use super::piece::Piece;
 use super::tile;
 use crate::schedule::{self, Segment};
-use crate::{Batch, Capacity};
+use crate::{Batch, Capacity, Error, Result};
 use std::cmp::Reverse;
 use std::ops::Range;
 
@@ -69,7 +69,10 @@ pub(super) struct Place {
 impl Work {
     /// The tasks of a batch. With `split_keys` the keys of each row are cut at multiples of that,
     /// whatever else is in the batch; otherwise so that there are enough pieces for many threads.
-    pub fn new(batch: &Batch, split_keys: Option<usize>) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a split length that leaves 2³¹ partial rows or more.
+    pub fn new(batch: &Batch, split_keys: Option<usize>) -> Result<Self> {
         let heads = batch.group().min(tile::ROWS);
         let parts = batch.group().div_ceil(heads);
         let kv_heads = batch.key_shape()[2];
@@ -80,7 +83,8 @@ impl Work {
         order.sort_by_key(|index| Reverse(longest(index)));
 
         let split_keys = split_keys.unwrap_or_else(|| {
-            let entries: usize = sequences.iter().flatten().map(Segment::len).sum();
+            let lens = sequences.iter().flatten().map(Segment::len);
+            let entries = lens.fold(0, |sum: usize, len| sum.saturating_add(len));
             (entries.saturating_mul(kv_heads * parts) / PIECES).max(SPLIT_KEYS)
         });
         let split_keys = split_keys.max(1).checked_next_multiple_of(tile::KEYS).unwrap_or(usize::MAX);
@@ -105,6 +109,10 @@ impl Work {
                 start..work.tasks.len()
             })
             .collect();
+        if i32::try_from(work.partial_rows).is_err() {
+            let expected = "a length that leaves fewer than 2³¹ partial rows";
+            return Err(Error::value("split_keys", expected, work.split_keys));
+        }
         // All heads of a split before the next: in [seq, heads] layouts they share their pages of
         // memory.
         let most = work.tasks.iter().map(|task| task.splits).max().unwrap_or(0);
@@ -119,7 +127,7 @@ impl Work {
                 }
             }
         }
-        work
+        Ok(work)
     }
 
     fn push(&mut self, sequence: usize, segment: Segment) {
@@ -127,7 +135,8 @@ impl Work {
         let partials = self.partial_rows;
         if splits > 1 {
             self.split.push(self.tasks.len());
-            self.partial_rows += self.planes() * splits * self.rows(&segment);
+            let rows = (self.planes() * self.rows(&segment)).saturating_mul(splits);
+            self.partial_rows = self.partial_rows.saturating_add(rows);
         }
         self.tasks.push(Task { sequence, segment, splits, partials });
     }
@@ -154,7 +163,8 @@ impl Work {
 
     /// Visible (row, key) pairs of one query head.
     pub fn pairs(&self) -> u64 {
-        self.tasks.iter().map(|task| task.segment.pairs() as u64).sum()
+        let pairs = self.tasks.iter().map(|task| task.segment.pairs() as u64);
+        pairs.fold(0, |sum: u64, pairs| sum.saturating_add(pairs))
     }
 
     /// The piece of this index, and where its result goes.
@@ -266,7 +276,7 @@ mod tests {
             }
             let capacity = Capacity::new(query, key, sequences, rows);
             let most = most_partial_rows(&capacity, split_keys);
-            let rows = Work::new(&batch, split_keys).partial_rows();
+            let rows = Work::new(&batch, split_keys).unwrap().partial_rows();
             assert!(rows <= most && rows as f64 > 0.9 * most as f64, "{rows} of {most}");
         }
     }
@@ -279,7 +289,7 @@ mod tests {
         for (index, len) in lens.into_iter().enumerate() {
             batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Causal)).unwrap();
         }
-        let work = Work::new(&batch, None);
+        let work = Work::new(&batch, None).unwrap();
         let mut entries = [0; 4];
         let longest = (0..work.pieces())
             .map(|index| {
@@ -302,7 +312,7 @@ mod tests {
                 let len = if index == 0 { 2500 } else { 100 * index };
                 batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Full)).unwrap();
             }
-            let work = Work::new(&batch, Some(960));
+            let work = Work::new(&batch, Some(960)).unwrap();
             let mut entries: Vec<_> = (0..work.pieces())
                 .map(|index| work.piece(&batch, index).0)
                 .filter(|piece| piece.sequence.batch == 0)

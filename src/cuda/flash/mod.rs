@@ -186,7 +186,7 @@ impl Plan {
     /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for
     /// every key a row sees.
     pub fn flops(&self) -> u64 {
-        4 * self.pairs * (self.query[2] * self.query[3]) as u64
+        self.pairs.saturating_mul(4 * (self.query[2] * self.query[3]) as u64)
     }
 
     /// Bytes of the workspace of [`prepare`](Self::prepare): the tiles, the page table, and, where

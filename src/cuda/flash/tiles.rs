@@ -193,7 +193,7 @@ impl Plan {
         let mut tiles = Vec::new();
         let sequence = placed.sequence;
         schedule::segments(sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
-            self.pairs += segment.pairs() as u64;
+            self.pairs = self.pairs.saturating_add(segment.pairs() as u64);
             push_tiles(&mut tiles, placed, launch, &segment);
         });
         tiles
