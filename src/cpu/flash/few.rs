@@ -84,6 +84,9 @@ impl Load for bf16 {
 struct Run<'a, T> {
     data: &'a [T],
     stride: usize,
+    /// The entries whose rows these are.
+    start: usize,
+    end: usize,
 }
 
 impl<'a, T: Load> Run<'a, T> {
@@ -91,7 +94,8 @@ impl<'a, T: Load> Run<'a, T> {
     #[inline(always)]
     fn new(source: &Source<'a>, piece: &Piece<'_>, start: usize) -> Self {
         let (rows, place) = piece.key_place(source, start);
-        Self { data: T::rows(rows.rows_from(place)), stride: rows.seq_stride() }
+        let end = piece.run(start, piece.entries.end).end;
+        Self { data: T::rows(rows.rows_from(place)), stride: rows.seq_stride(), start, end }
     }
 
     #[inline(always)]
@@ -99,17 +103,19 @@ impl<'a, T: Load> Run<'a, T> {
         &self.data[index * self.stride..][..head_dim]
     }
 
-    /// Asks for the rows of the block that comes [`AHEAD`] of this one, if they lie apart: the hardware foresees only
-    /// contiguous rows, and those it foresees better.
+    /// Asks for the rows of the block that comes [`AHEAD`] of the one at `first`. Where rows are
+    /// contiguous the hardware foresees them, and better; it does not foresee the next page.
     #[inline(always)]
-    fn prefetch(&self, first: usize, head_dim: usize) {
-        if self.stride < 2 * head_dim {
-            return;
-        }
-        for index in first + AHEAD..first + AHEAD + BLOCK {
-            let start = index * self.stride;
-            if start + head_dim <= self.data.len() {
-                prefetch(&self.data[start..start + head_dim]);
+    fn prefetch(&self, source: &Source<'a>, piece: &Piece<'_>, first: usize, head_dim: usize) {
+        let foreseen = self.stride < 2 * head_dim;
+        for entry in self.start + first + AHEAD..self.start + first + AHEAD + BLOCK {
+            if entry < self.end {
+                let start = (entry - self.start) * self.stride;
+                if !foreseen && start + head_dim <= self.data.len() {
+                    prefetch(&self.data[start..start + head_dim]);
+                }
+            } else if entry < piece.entries.end {
+                prefetch(&T::rows(piece.key_row(source, entry))[..head_dim]);
             }
         }
     }
@@ -174,8 +180,8 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
                 for (i, row) in block_keys.iter_mut().enumerate() {
                     *row = keys.row((first + i).min(run.len() - 1), inputs.head_dim);
                 }
-                keys.prefetch(first, inputs.head_dim);
-                values.prefetch(first, inputs.head_dim);
+                keys.prefetch(&inputs.key, piece, first, inputs.head_dim);
+                values.prefetch(&inputs.value, piece, first, inputs.head_dim);
                 // Loops and no closures: those are compiled without the vector instructions unless they are inlined.
                 let mut row = 0;
                 while row < rows {
