@@ -2,9 +2,12 @@
 
 #[path = "common/peak.rs"]
 mod peak;
+#[path = "common/random.rs"]
+mod random;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use peak::Peaks;
+use random::random;
 use star_attention::cpu::flash::Plan;
 use star_attention::merge::{Partial, merge};
 use star_attention::{
@@ -52,16 +55,6 @@ impl Bench<'_> {
             self.lines.push(Line { name, work, seconds });
         }
     }
-}
-
-/// Numbers between -1 and 1.
-fn random<T: Element>(len: usize, seed: u64) -> Vec<T> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| T::from_f32(next())).collect()
 }
 
 fn len(shape: [usize; 4]) -> usize {

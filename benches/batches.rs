@@ -7,7 +7,11 @@
 //!
 //! `cargo bench --bench batches`, and `-- TEXT` for the rows whose name holds a text.
 
+#[path = "common/random.rs"]
+mod random;
+
 use indicatif::{ProgressBar, ProgressStyle};
+use random::random;
 use star_attention::cpu::flash::Plan;
 use star_attention::cuda::{self, Properties};
 use star_attention::{
@@ -30,16 +34,6 @@ struct Call<T> {
     value: Vec<T>,
     out: Vec<T>,
     workspace: Vec<u8>,
-}
-
-/// Numbers between -1 and 1.
-fn random<T: Element>(len: usize, seed: u64) -> Vec<T> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| T::from_f32(next())).collect()
 }
 
 impl<T: Element> Call<T> {

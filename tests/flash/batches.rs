@@ -6,14 +6,14 @@ use crate::phases::each_cpu;
 use crate::properties::backend::On;
 use crate::properties::batches::{
     BatchCase, a_request_keeps_its_bits_among_others, batches, each_sequence_of_a_batch_stands_alone,
-    keys_in_pages_of_48_and_528_keep_their_bits,
+    keys_in_pages_of_48_and_528_keep_their_bits, many_packed_keys_of_one_head,
 };
 use crate::properties::cases::{Inputs, head_dims};
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
 use star_attention::cpu::flash::Plan;
 use star_attention::cpu::{Cpu, InstructionSet};
-use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16, f16};
+use star_attention::{Batch, Element, PlanConfig, Sequence, bf16, f16};
 
 /// Keys of a split in these tests: some sequences have several, most have one.
 const SPLIT_KEYS: usize = 192;
@@ -172,14 +172,8 @@ fn a_long_request_keeps_its_bits_among_others() {
 /// 128 query heads on one KV head, and 16,777,216 packed keys of 64 sequences.
 #[test]
 fn many_packed_keys_of_one_head_can_be_planned() {
-    const SEQUENCES: usize = 64;
-    const KEYS: usize = 16_777_216 / SEQUENCES;
-    let mut batch = Batch::new([1, SEQUENCES, 128, 128], [1, SEQUENCES * KEYS, 1, 128]).unwrap();
-    for i in 0..SEQUENCES {
-        let keys = Keys::rows(0, i * KEYS..(i + 1) * KEYS);
-        batch.push(Sequence::new(0, i..i + 1, keys, Mask::Causal)).unwrap();
-    }
+    let batch = many_packed_keys_of_one_head();
     let plan = Plan::for_batch(&PlanConfig::new(), batch).unwrap();
     // Every key counts for every head.
-    assert_eq!(plan.flops(), 4 * 128 * 128 * (SEQUENCES * KEYS) as u64);
+    assert_eq!(plan.flops(), 4 * 128 * 128 * 16_777_216);
 }

@@ -8,7 +8,7 @@ use crate::engine::Engine;
 use crate::properties::backend::On;
 use crate::properties::batches::{
     BatchCase, a_request_keeps_its_bits_among_others, batches, each_sequence_of_a_batch_stands_alone,
-    keys_in_pages_of_48_and_528_keep_their_bits,
+    keys_in_pages_of_48_and_528_keep_their_bits, many_packed_keys_of_one_head,
 };
 use crate::properties::cases::{Inputs, RUBBISH};
 use proptest::prelude::*;
@@ -96,15 +96,9 @@ on_each_device! {
 /// and positions that no 32-bit product with the head dim holds.
 #[test]
 fn many_packed_keys_of_one_head_can_be_planned() {
-    const SEQUENCES: usize = 64;
-    const KEYS: usize = 16_777_216 / SEQUENCES;
-    let mut batch = Batch::new([1, SEQUENCES, 128, 128], [1, SEQUENCES * KEYS, 1, 128]).unwrap();
-    for i in 0..SEQUENCES {
-        let keys = Keys::rows(0, i * KEYS..(i + 1) * KEYS);
-        batch.push(Sequence::new(0, i..i + 1, keys, Mask::Causal)).unwrap();
-    }
+    let batch = many_packed_keys_of_one_head();
     let h100 = Properties::new(132, 228 * 1024, 50 << 20);
     let plan = Plan::for_batch(&h100, &PlanConfig::new(), &batch).unwrap();
     // Each row of each head takes 4 · head_dim operations a key, and sees all keys of its sequence.
-    assert_eq!(plan.flops(), 4 * 128 * 128 * (SEQUENCES * KEYS) as u64);
+    assert_eq!(plan.flops(), 4 * 128 * 128 * 16_777_216);
 }

@@ -10,6 +10,11 @@ use star_attention::cuda::simt::Simt;
 use star_attention::cuda::{Cuda, HEAD_DIMS};
 use star_attention::{Backend, bf16, f16};
 
+fn a_quarter_of_the_cases() -> ProptestConfig {
+    let config = ProptestConfig::default();
+    ProptestConfig { cases: config.cases.div_ceil(4), ..config }
+}
+
 fn dims() -> impl Strategy<Value = usize> {
     prop::sample::select(HEAD_DIMS.to_vec())
 }
@@ -68,7 +73,7 @@ proptest! {
 
 proptest! {
     // A step on the emulator takes some ten milliseconds.
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(a_quarter_of_the_cases())]
 
     #[test]
     fn an_engine_on_the_emulator(history in histories(6, dims()), bf in any::<bool>()) {

@@ -1,6 +1,7 @@
 //! What must hold for attention by kernels: on the host always; on a GPU, with `--ignored`, where there is one.
 //!
-//! Every property runs 256 cases; `PROPTEST_CASES=100000` asks for more. At the end stands how many kernels were launched on the host.
+//! Every property runs 256 cases, those of engines a quarter; `PROPTEST_CASES=100000` asks for
+//! more. At the end stands how many kernels were launched on the host.
 
 #[path = "../common/mod.rs"]
 mod common;

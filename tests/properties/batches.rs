@@ -346,3 +346,15 @@ pub fn a_request_keeps_its_bits_among_others<B: Backend, T: Element>(
     assert_eq!(alone_lse, among_lse, "other log-sum-exps among {requests} requests");
     (alone, alone_lse)
 }
+
+/// 128 query heads on one KV head, and 16,777,216 packed keys of 64 sequences: for plans alone.
+pub fn many_packed_keys_of_one_head() -> Batch {
+    const SEQUENCES: usize = 64;
+    const KEYS: usize = 16_777_216 / SEQUENCES;
+    let mut batch = Batch::new([1, SEQUENCES, 128, 128], [1, SEQUENCES * KEYS, 1, 128]).unwrap();
+    for i in 0..SEQUENCES {
+        let keys = Keys::rows(0, i * KEYS..(i + 1) * KEYS);
+        batch.push(Sequence::new(0, i..i + 1, keys, Mask::Causal)).unwrap();
+    }
+    batch
+}
