@@ -12,6 +12,7 @@ mod backend;
 mod batches;
 mod edges;
 mod errors;
+mod heads;
 mod memory;
 mod nonfinite;
 mod oracle;

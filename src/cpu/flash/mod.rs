@@ -24,6 +24,7 @@
 mod few;
 mod piece;
 mod rows;
+mod splits;
 mod tile;
 mod work;
 mod workspace;
@@ -49,6 +50,9 @@ use workspace::{ALIGNMENT, Scratch, bytes_for};
 
 /// No model comes near it, and the sizes of buffers stay far inside a `usize`.
 const MOST_HEAD_DIM: usize = 1 << 20;
+
+/// Elements of keys that, with as many of values, may be in the caches of a few cores.
+const CACHED: usize = 1 << 22;
 
 /// Multiply-adds below which a second thread costs more than it saves (some ten microseconds).
 const THREAD_WORK: u64 = 1 << 18;
@@ -132,7 +136,7 @@ impl Plan {
         if head_dim > MOST_HEAD_DIM {
             return Err(Error::value("head_dim", format!("at most {MOST_HEAD_DIM}"), head_dim));
         }
-        let work = Work::new(&batch, config.fixed_split_keys())?;
+        let work = Work::new(&batch, config)?;
         let (instructions, threads) = (InstructionSet::best(), OnceLock::new());
         Ok(Self { config: *config, batch, instructions, work, limit: usize::MAX, threads })
     }
@@ -326,9 +330,10 @@ impl Plan {
         let [prefix_key, prefix_value] = prefix.unwrap_or([*key, *value]);
         Ok(Operands {
             query: Rows::new(*query),
-            key: Source { prefix: Rows::new(prefix_key), rows: Rows::new(*key) },
-            value: Source { prefix: Rows::new(prefix_value), rows: Rows::new(*value) },
+            key: Source { prefix: Rows::new(prefix_key), others: Rows::new(*key) },
+            value: Source { prefix: Rows::new(prefix_value), others: Rows::new(*value) },
             head_dim,
+            cold: self.work.key_rows().saturating_mul(head_dim) > CACHED,
             factors: self.config.score.factors_for(head_dim),
         })
     }
@@ -385,13 +390,13 @@ impl Task for Worker<'_> {
                 return;
             }
             let (piece, place) = self.plan.work.piece(&self.plan.batch, index);
-            let write = |row: usize, out: &[f32], lse: f32| {
-                (self.write)(&piece, place, row, out, lse);
+            let write = |head: usize, row: usize, out: &[f32], lse: f32| {
+                (self.write)(&piece.of_head(head), place.of_head(head), row, out, lse);
             };
-            let one_length = !piece.segment.causal || piece.segment.rows.len() == 1;
-            if one_length && piece.rows() <= few::ROWS && !self.plan.config.row_invariant {
+            if few::suits(&piece.segment, piece.heads.len()) && !self.plan.config.row_invariant {
                 few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
             } else {
+                let write = |row: usize, out: &[f32], lse: f32| write(0, row, out, lse);
                 tile::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
             }
         }

@@ -10,7 +10,15 @@ use std::ops::Range;
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub prefix: Rows<'a>,
-    pub rows: Rows<'a>,
+    pub others: Rows<'a>,
+}
+
+impl<'a> Source<'a> {
+    /// The rows of prefixes, or all others.
+    #[inline(always)]
+    pub fn rows(&self, in_prefix: bool) -> &Rows<'a> {
+        if in_prefix { &self.prefix } else { &self.others }
+    }
 }
 
 /// The inputs of a call and its constants.
@@ -20,25 +28,42 @@ pub(super) struct Operands<'a> {
     pub key: Source<'a>,
     pub value: Source<'a>,
     pub head_dim: usize,
+    /// Whether keys and values are too many to be in a cache from an earlier call.
+    pub cold: bool,
     /// The factor of `q·k`, and the log2-domain softcap that follows it.
     pub factors: (f32, Option<f32>),
 }
 
-/// A piece of work: some rows of one segment against some entries of its list of keys.
+/// A piece of work: some rows of one segment against some entries of its list of keys, for one KV
+/// head or for some one after another. Where it says a row, it is one of the first KV head's.
 #[derive(Clone, Debug)]
 pub(super) struct Piece<'a> {
     pub sequence: &'a Sequence,
     /// Rows of a page, where keys lie in pages.
     pub page_len: usize,
-    pub kv_head: usize,
-    /// Query heads, all of them served by `kv_head`.
+    pub kv_heads: Range<usize>,
+    /// Query heads of the first KV head.
     pub heads: Range<usize>,
     pub segment: Segment,
     pub entries: Range<usize>,
 }
 
 impl Piece<'_> {
-    /// Query rows: heads times tokens.
+    /// The part of one KV head, counted from the first.
+    #[inline(always)]
+    pub fn of_head(&self, index: usize) -> Self {
+        let kv_head = self.kv_heads.start + index;
+        let first = self.heads.start + index * self.heads.len();
+        Self {
+            kv_heads: kv_head..kv_head + 1,
+            heads: first..first + self.heads.len(),
+            segment: self.segment.clone(),
+            entries: self.entries.clone(),
+            ..*self
+        }
+    }
+
+    /// Query rows of a KV head: heads times tokens.
     pub fn rows(&self) -> usize {
         self.segment.rows.len() * self.heads.len()
     }
@@ -56,21 +81,19 @@ impl Piece<'_> {
         self.segment.visible(self.segment.rows.start + row / self.heads.len())
     }
 
-    /// The tensor that an entry's key or value lies in, and its place there on the axes batch, seq
-    /// and heads.
+    /// Whether an entry's key and value lie in the prefix, and their place there (or among the other
+    /// rows) on the axes batch, seq and heads.
     #[inline(always)]
-    pub fn key_place<'s, 'a>(&self, source: &'s Source<'a>, entry: usize) -> (&'s Rows<'a>, [usize; 3]) {
+    pub fn key_place(&self, entry: usize) -> (bool, [usize; 3]) {
         let key = self.segment.key(entry);
-        let (rows, (batch, seq)) = match &self.sequence.prefix {
-            Some(prefix) if key < prefix.rows.len() => {
-                (&source.prefix, (prefix.batch, prefix.rows.start + key))
-            }
+        let (in_prefix, (batch, seq)) = match &self.sequence.prefix {
+            Some(prefix) if key < prefix.rows.len() => (true, (prefix.batch, prefix.rows.start + key)),
             _ => {
                 let key = key - self.sequence.prefix_len();
-                (&source.rows, self.sequence.keys.place(key, self.page_len))
+                (false, self.sequence.keys.place(key, self.page_len))
             }
         };
-        (rows, [batch, seq, self.kv_head])
+        (in_prefix, [batch, seq, self.kv_heads.start])
     }
 
     /// The entries from `entry` to `end` at most whose keys are consecutive in memory.
@@ -89,7 +112,7 @@ impl Piece<'_> {
     /// An entry's row of keys or values.
     #[inline(always)]
     pub fn key_row<'a>(&self, source: &Source<'a>, entry: usize) -> AnySlice<'a> {
-        let (rows, place) = self.key_place(source, entry);
-        rows.row(place)
+        let (in_prefix, place) = self.key_place(entry);
+        source.rows(in_prefix).row(place)
     }
 }

@@ -31,6 +31,12 @@ impl<'a> Rows<'a> {
         self.strides[1]
     }
 
+    /// Elements from one head's row to the next.
+    #[inline(always)]
+    pub fn head_stride(&self) -> usize {
+        self.strides[2]
+    }
+
     /// The row at a place on the axes batch, seq and heads.
     #[inline(always)]
     pub fn row(&self, place: [usize; 3]) -> AnySlice<'a> {

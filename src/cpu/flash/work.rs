@@ -3,40 +3,39 @@
 //! A task is a tile of query rows of one sequence, with the list of keys that they walk. Its keys
 //! are cut into splits of one length, the same for all tasks, so that a long sequence gives more
 //! pieces than a short one. A piece is one split of a task for one KV head (or for a part of its
-//! query heads, where they are too many for a tile).
+//! query heads, where they are too many for a tile). Of sequences of few rows a piece takes some KV
+//! heads together where that leaves enough pieces, since their rows lie side by side in memory.
 
 use super::piece::Piece;
-use super::tile;
+use super::splits::{PIECES, Splits};
+use super::{few, tile};
 use crate::schedule::{self, Segment};
-use crate::{Batch, Capacity, Error, Result};
+use crate::{Batch, Capacity, Error, PlanConfig, Result};
 use std::cmp::Reverse;
 use std::ops::Range;
-
-/// Keys are split until there are this many pieces of work, enough for the threads of a large
-/// machine...
-const PIECES: usize = 128;
-/// ...but not below this many keys, where the merge would begin to count.
-const SPLIT_KEYS: usize = 512;
 
 /// Query rows of one sequence that are worked on together.
 #[derive(Clone, Debug)]
 struct Task {
     sequence: usize,
     segment: Segment,
-    /// In how many parts its keys are walked.
+    /// In how many parts its keys are walked, and the keys of a part.
     splits: usize,
+    split_keys: usize,
     /// Where the rows of its partials begin, if there is more than one split.
     partials: usize,
 }
 
-/// Pieces that follow each other: for each KV head (or part of one), the same split of some tasks
-/// of one sequence.
+/// Pieces that follow each other: for each KV head (or part of one, or some together), the same
+/// split of some tasks of one sequence.
 #[derive(Clone, Debug)]
 struct Group {
     /// Index of the first piece.
     first: usize,
     tasks: Range<usize>,
     split: usize,
+    /// KV heads of a piece.
+    heads: usize,
 }
 
 /// All pieces of a plan.
@@ -51,7 +50,8 @@ pub(super) struct Work {
     /// Parts of the query heads of a KV head.
     parts: usize,
     kv_heads: usize,
-    split_keys: usize,
+    /// Entries of all tasks.
+    entries: usize,
     /// Tasks of more than one split, and the rows of all their partials.
     split: Vec<usize>,
     partial_rows: usize,
@@ -64,15 +64,26 @@ pub(super) struct Place {
     pub whole: bool,
     /// The row of partials that takes its first row.
     pub partials: usize,
+    /// Rows of partials from one KV head's to the next's.
+    head_rows: usize,
+}
+
+impl Place {
+    /// The place of one KV head of the piece, counted from the first.
+    #[inline(always)]
+    pub fn of_head(self, index: usize) -> Self {
+        Self { partials: self.partials + index * self.head_rows, ..self }
+    }
 }
 
 impl Work {
-    /// The tasks of a batch. With `split_keys` the keys of each row are cut at multiples of that,
-    /// whatever else is in the batch; otherwise so that there are enough pieces for many threads.
+    /// The tasks of a batch. With a fixed split length the keys of each row are cut at multiples of
+    /// that, whatever else is in the batch; otherwise so that there are enough pieces for many
+    /// threads.
     ///
     /// # Errors
     /// [`Error::Value`] for a split length that leaves 2³¹ partial rows or more.
-    pub fn new(batch: &Batch, split_keys: Option<usize>) -> Result<Self> {
+    pub fn new(batch: &Batch, config: &PlanConfig) -> Result<Self> {
         let heads = batch.group().min(tile::ROWS);
         let parts = batch.group().div_ceil(heads);
         let kv_heads = batch.key_shape()[2];
@@ -82,12 +93,7 @@ impl Work {
         let mut order: Vec<usize> = (0..sequences.len()).collect();
         order.sort_by_key(|index| Reverse(longest(index)));
 
-        let split_keys = split_keys.unwrap_or_else(|| {
-            let lens = sequences.iter().flatten().map(Segment::len);
-            let entries = lens.fold(0, |sum: usize, len| sum.saturating_add(len));
-            (entries.saturating_mul(kv_heads * parts) / PIECES).max(SPLIT_KEYS)
-        });
-        let split_keys = split_keys.max(1).checked_next_multiple_of(tile::KEYS).unwrap_or(usize::MAX);
+        let splits = Splits::new(config, &sequences, heads, kv_heads, parts);
         let mut work = Self {
             tasks: Vec::with_capacity(sequences.iter().map(Vec::len).sum()),
             groups: Vec::new(),
@@ -95,50 +101,53 @@ impl Work {
             heads,
             parts,
             kv_heads,
-            split_keys,
+            entries: splits.entries(),
             split: Vec::new(),
             partial_rows: 0,
         };
-        let of_sequences: Vec<Range<usize>> = order
+        let of_sequences: Vec<(Range<usize>, usize)> = order
             .into_iter()
             .map(|sequence| {
                 let start = work.tasks.len();
-                for segment in std::mem::take(&mut sequences[sequence]) {
-                    work.push(sequence, segment);
+                let tiles = std::mem::take(&mut sequences[sequence]);
+                let together = splits.heads(&tiles);
+                for segment in tiles {
+                    work.push(sequence, segment, &splits, together);
                 }
-                start..work.tasks.len()
+                (start..work.tasks.len(), together)
             })
             .collect();
         if i32::try_from(work.partial_rows).is_err() {
             let expected = "a length that leaves fewer than 2³¹ partial rows";
-            return Err(Error::value("split_keys", expected, work.split_keys));
+            return Err(Error::value("split_keys", expected, splits.keys(1)));
         }
         // All heads of a split before the next: in [seq, heads] layouts they share their pages of
         // memory.
         let most = work.tasks.iter().map(|task| task.splits).max().unwrap_or(0);
         for split in 0..most {
-            for tasks in &of_sequences {
+            for (tasks, heads) in &of_sequences {
                 // The tasks of a sequence are sorted by length, so by splits too.
                 let count = work.tasks[tasks.clone()].partition_point(|task| task.splits > split);
                 if count > 0 {
-                    let tasks = tasks.start..tasks.start + count;
-                    work.groups.push(Group { first: work.pieces, tasks, split });
-                    work.pieces += count * work.planes();
+                    let (tasks, heads) = (tasks.start..tasks.start + count, *heads);
+                    work.groups.push(Group { first: work.pieces, tasks, split, heads });
+                    work.pieces += count * (work.planes() / heads);
                 }
             }
         }
         Ok(work)
     }
 
-    fn push(&mut self, sequence: usize, segment: Segment) {
-        let splits = segment.len().div_ceil(self.split_keys).max(1);
+    fn push(&mut self, sequence: usize, segment: Segment, splits: &Splits, together: usize) {
+        let split_keys = splits.keys(together);
+        let splits = splits.count(segment.len(), together);
         let partials = self.partial_rows;
         if splits > 1 {
             self.split.push(self.tasks.len());
             let rows = (self.planes() * self.rows(&segment)).saturating_mul(splits);
             self.partial_rows = self.partial_rows.saturating_add(rows);
         }
-        self.tasks.push(Task { sequence, segment, splits, partials });
+        self.tasks.push(Task { sequence, segment, splits, partials, split_keys });
     }
 
     /// Rows of a tile of one KV head or part.
@@ -154,6 +163,11 @@ impl Work {
     /// How many pieces there are.
     pub fn pieces(&self) -> usize {
         self.pieces
+    }
+
+    /// Rows of keys that are read, each as often as a tile of rows reads it.
+    pub fn key_rows(&self) -> usize {
+        self.entries.saturating_mul(self.planes())
     }
 
     /// Rows of all partials.
@@ -172,24 +186,31 @@ impl Work {
         let group = &self.groups[self.groups.partition_point(|group| group.first <= index) - 1];
         let index = index - group.first;
         let (plane, task) = (index / group.tasks.len(), group.tasks.start + index % group.tasks.len());
+        let plane = plane * group.heads;
         let Task { splits, partials, ref segment, .. } = self.tasks[task];
+        let rows = self.rows(segment);
         let place = Place {
             whole: splits == 1,
-            partials: partials + (plane * splits + group.split) * self.rows(segment),
+            partials: partials + (plane * splits + group.split) * rows,
+            head_rows: splits * rows,
         };
-        (self.piece_of(batch, task, plane, group.split), place)
+        let mut piece = self.piece_of(batch, task, plane, group.split);
+        piece.kv_heads.end = piece.kv_heads.start + group.heads;
+        (piece, place)
     }
 
     fn piece_of<'a>(&self, batch: &'a Batch, task: usize, plane: usize, split: usize) -> Piece<'a> {
-        let Task { sequence, ref segment, .. } = self.tasks[task];
+        let Task { sequence, ref segment, splits, split_keys, .. } = self.tasks[task];
         let (kv_head, part) = (plane / self.parts, plane % self.parts);
         let group = batch.group();
         let first = part * self.heads;
-        let entry = |split: usize| self.split_keys.saturating_mul(split).min(segment.len());
+        let entry = |split: usize| {
+            if split == splits { segment.len() } else { split_keys.saturating_mul(split) }
+        };
         Piece {
             sequence: &batch.sequences()[sequence],
             page_len: batch.key_shape()[1],
-            kv_head,
+            kv_heads: kv_head..kv_head + 1,
             heads: kv_head * group + first..kv_head * group + group.min(first + self.heads),
             segment: segment.clone(),
             entries: entry(split)..entry(split + 1),
@@ -219,10 +240,11 @@ pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>) 
     let planes = kv_heads * group.div_ceil(heads);
     let Some(split_keys) = split_keys else {
         let tile_rows = capacity.most_rows().min(tile::ROWS / heads) * heads;
+        let few_rows = capacity.most_rows().min(few::ROWS / heads) * heads;
         // The keys of all tasks are less than this many splits long, and a task that is split has at
         // least one whole one: no more than twice as many splits.
-        let whole = PIECES.div_ceil(planes) + 1;
-        return (2 * whole * tile_rows).saturating_mul(planes);
+        let [whole, whole_few] = [PIECES.div_ceil(planes) + 1, PIECES + 1];
+        return (2 * (whole * tile_rows + whole_few * few_rows)).saturating_mul(planes);
     };
     // Each row of a sequence is in one task, whose list is no longer than the sequence.
     let [_, splits] = capacity.most_split_rows(capacity.most_rows(), split_keys);
@@ -243,6 +265,7 @@ fn tiles(sequence: &crate::Sequence, heads: usize) -> Vec<Segment> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::splits::SPLIT_KEYS;
     use super::*;
     use crate::backend::cases::{configs, within_capacities};
     use crate::cpu::flash::Plan;
@@ -266,7 +289,7 @@ mod tests {
     /// With a fixed split length that is about what the largest batch takes.
     #[test]
     fn fixed_splits_take_what_the_largest_batch_needs() {
-        let split_keys = PlanConfig::new().with_row_invariant().fixed_split_keys();
+        let config = PlanConfig::new().with_row_invariant();
         for (sequences, rows) in [(256, 1), (8, 2048)] {
             let (query, key) = ([sequences, rows, 32, 128], [sequences, 1 << 17, 8, 128]);
             let mut batch = Batch::new(query, key).unwrap();
@@ -275,8 +298,8 @@ mod tests {
                 batch.push(Sequence::new(index, 0..rows, keys, Mask::Full)).unwrap();
             }
             let capacity = Capacity::new(query, key, sequences, rows);
-            let most = most_partial_rows(&capacity, split_keys);
-            let rows = Work::new(&batch, split_keys).unwrap().partial_rows();
+            let most = most_partial_rows(&capacity, config.fixed_split_keys());
+            let rows = Work::new(&batch, &config).unwrap().partial_rows();
             assert!(rows <= most && rows as f64 > 0.9 * most as f64, "{rows} of {most}");
         }
     }
@@ -289,18 +312,52 @@ mod tests {
         for (index, len) in lens.into_iter().enumerate() {
             batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Causal)).unwrap();
         }
-        let work = Work::new(&batch, None).unwrap();
+        let work = Work::new(&batch, &PlanConfig::new()).unwrap();
         let mut entries = [0; 4];
         let longest = (0..work.pieces())
             .map(|index| {
                 let (piece, _) = work.piece(&batch, index);
-                entries[piece.sequence.batch] += piece.entries.len();
-                piece.entries.len()
+                let rows = piece.entries.len() * piece.kv_heads.len();
+                entries[piece.sequence.batch] += rows;
+                rows
             })
             .max();
         assert_eq!(entries, lens.map(|len| 8 * len));
         let share = 8 * lens.iter().sum::<usize>() / PIECES;
-        assert!(longest < Some(share + tile::KEYS), "{longest:?} of {share}");
+        assert!(longest < Some(share + 8 * tile::KEYS), "{longest:?} of {share}");
+    }
+
+    /// Heads go together where that leaves enough pieces, and as many as divide them.
+    #[test]
+    fn few_rows_over_many_keys_take_heads_together() {
+        let heads = |kv_heads: usize, rows: usize, len: usize, split_keys: Option<usize>| {
+            let mut batch = Batch::new([1, rows, kv_heads, 128], [1, len, kv_heads, 128]).unwrap();
+            batch.push(Sequence::new(0, 0..rows, Keys::rows(0, 0..len), Mask::Full)).unwrap();
+            let config = split_keys.map_or(PlanConfig::new(), |keys| PlanConfig::new().with_split_keys(keys));
+            let work = Work::new(&batch, &config).unwrap();
+            let (piece, _) = work.piece(&batch, work.pieces() - 1);
+            assert_eq!(piece.kv_heads.end, kv_heads);
+            piece.kv_heads.len()
+        };
+        let enough = PIECES * SPLIT_KEYS;
+        assert_eq!(heads(8, 1, enough, None), 8);
+        assert_eq!(heads(8, 16, enough, None), 8);
+        assert_eq!(heads(8, 17, enough, None), 1);
+        assert_eq!(heads(8, 1, enough / 2, None), 4);
+        assert_eq!(heads(8, 1, enough / 16, None), 1);
+        assert_eq!(heads(9, 1, enough, None), 3);
+        assert_eq!(heads(16, 1, enough, None), 8);
+        assert_eq!(heads(8, 1, PIECES * 96, Some(96)), 8);
+        assert_eq!(heads(8, 1, PIECES * 96, Some(1)), 8);
+        assert_eq!(heads(8, 1, PIECES * 96, Some(192)), 4);
+    }
+
+    /// The tiles of a causal prefill differ in length, up to twice the mean: none is split.
+    #[test]
+    fn a_prefill_of_enough_tiles_is_not_split() {
+        let mut batch = Batch::new([1, 2048, 8, 64], [1, 2048, 8, 64]).unwrap();
+        batch.push(Sequence::new(0, 0..2048, Keys::rows(0, 0..2048), Mask::Causal)).unwrap();
+        assert_eq!(Work::new(&batch, &PlanConfig::new()).unwrap().partial_rows(), 0);
     }
 
     /// With a fixed length the borders are its multiples, whatever is in the batch.
@@ -312,7 +369,7 @@ mod tests {
                 let len = if index == 0 { 2500 } else { 100 * index };
                 batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Full)).unwrap();
             }
-            let work = Work::new(&batch, Some(960)).unwrap();
+            let work = Work::new(&batch, &PlanConfig::new().with_split_keys(960)).unwrap();
             let mut entries: Vec<_> = (0..work.pieces())
                 .map(|index| work.piece(&batch, index).0)
                 .filter(|piece| piece.sequence.batch == 0)

@@ -1,0 +1,238 @@
+//! The products of some rows with keys or values, in registers.
+
+use super::load::Load;
+use crate::cpu::simd::{Product, Simd, load, store};
+use std::marker::PhantomData;
+
+/// Keys of a register block.
+pub(super) const BLOCK: usize = 4;
+/// Rows of the largest register block.
+pub(super) const BLOCK_ROWS: usize = 4;
+/// Heads are padded to whole blocks of so many vectors.
+const WIDTH: usize = 8;
+/// The widest vector of any instruction set.
+const WIDEST: usize = 16;
+
+/// Elements of a row that is padded for any instruction set.
+pub(super) fn widest(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(WIDTH * WIDEST)
+}
+
+/// Consecutive rows of keys or values of one head.
+#[derive(Clone, Copy)]
+pub(super) struct Run<'a, T> {
+    /// The elements from the first row on.
+    pub data: &'a [T],
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// How many rows there are.
+    pub len: usize,
+}
+
+impl<'a, T> Run<'a, T> {
+    #[inline(always)]
+    fn row(&self, index: usize, head_dim: usize) -> &'a [T] {
+        &self.data[index * self.stride..][..head_dim]
+    }
+}
+
+/// The register blocks: up to four rows by four keys, or by four vectors of columns.
+#[derive(Clone, Copy)]
+pub(super) struct Block<S, P, T> {
+    pub simd: S,
+    product: P,
+    head_dim: usize,
+    /// Elements from a row of queries or outputs to the next.
+    pub width: usize,
+    /// Elements from a row of scores to the next.
+    stride: usize,
+    element: PhantomData<T>,
+}
+
+/// Rows of the next register block: 4, 2 or 1; three that are left over make a block of 4 with a row of zeros.
+#[inline(always)]
+fn block_rows(left: usize) -> usize {
+    if left >= 3 { 4 } else { left }
+}
+
+// Register blocks are arrays that are indexed by constants once the loops are unrolled.
+#[allow(clippy::needless_range_loop)]
+impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
+    /// `stride` is from a row of scores to the next.
+    #[inline(always)]
+    pub fn new(simd: S, product: P, head_dim: usize, stride: usize) -> Self {
+        let width = head_dim.next_multiple_of(WIDTH * S::LANES);
+        Self { simd, product, head_dim, width, stride, element: PhantomData }
+    }
+
+    /// The scores of all rows with [`BLOCK`] keys from `first` on; the last key stands for those
+    /// that are missing.
+    #[inline(always)]
+    pub fn scores(&self, rows: usize, query: &[f32], keys: Run<'_, T>, first: usize, scores: &mut [f32]) {
+        let mut block = [keys.row(first, self.head_dim); BLOCK];
+        for (i, row) in block.iter_mut().enumerate() {
+            *row = keys.row((first + i).min(keys.len - 1), self.head_dim);
+        }
+        // Loops and no closures: those are compiled without the vector instructions unless they are
+        // inlined.
+        let mut row = 0;
+        while row < rows {
+            let (query, scores) = (&query[row * self.width..], &mut scores[row * self.stride..]);
+            match block_rows(rows - row) {
+                1 => self.block_scores::<1>(query, block, scores),
+                2 => self.block_scores::<2>(query, block, scores),
+                _ => self.block_scores::<4>(query, block, scores),
+            }
+            row += block_rows(rows - row);
+        }
+    }
+
+    /// `out[row] = alpha[row] · out[row] + Σ_i probabilities[row][i] · values[i]` for all rows.
+    #[inline(always)]
+    pub fn add_values(
+        &self,
+        rows: usize,
+        alpha: &[f32],
+        probabilities: &[f32],
+        values: Run<'_, T>,
+        out: &mut [f32],
+    ) {
+        // Sixteen sums fill the registers. f32 values of longer heads go through two rows by eight
+        // vectors, so that they too are read in order; halves through four by four, so that they are
+        // converted once.
+        let wide = self.head_dim > BLOCK * S::LANES && size_of::<T>() == size_of::<f32>();
+        let mut row = 0;
+        while row < rows {
+            let alpha = &alpha[row..];
+            let (probabilities, out) = (&probabilities[row * self.stride..], &mut out[row * self.width..]);
+            row += match rows - row {
+                1 if wide => self.accumulate::<1, 8>(alpha, probabilities, values, out),
+                1 => self.accumulate::<1, 4>(alpha, probabilities, values, out),
+                _ if wide => self.accumulate::<2, 8>(alpha, probabilities, values, out),
+                2 => self.accumulate::<2, 4>(alpha, probabilities, values, out),
+                _ => self.accumulate::<4, 4>(alpha, probabilities, values, out),
+            };
+        }
+    }
+
+    /// The vector of elements from `at` on, zero past the head's end.
+    #[inline(always)]
+    fn load<const FULL: bool>(&self, row: &[T], at: usize) -> S::V {
+        if FULL {
+            let row = &row[at..at + S::LANES];
+            // SAFETY: `row` holds a vector.
+            return unsafe { T::load(self.simd, row.as_ptr()) };
+        }
+        let mut tail = [T::default(); WIDEST];
+        let rest = &row[at.min(self.head_dim)..self.head_dim.min(at + S::LANES)];
+        tail[..rest.len()].copy_from_slice(rest);
+        // SAFETY: `tail` holds the widest vector.
+        unsafe { T::load(self.simd, tail.as_ptr()) }
+    }
+
+    /// A vector of words of the product: elements as f32, or pairs of elements as they lie.
+    ///
+    /// # Safety
+    /// `P::ELEMENTS * S::LANES` elements must be readable at `from`.
+    #[inline(always)]
+    unsafe fn load_words(&self, from: *const T) -> S::V {
+        // SAFETY: the caller's promise; pairs are of two bytes each.
+        unsafe { if P::ELEMENTS == 1 { T::load(self.simd, from) } else { self.simd.load(from.cast()) } }
+    }
+
+    /// `scores[r][i] = query[r] · keys[i]`, one key after the other, so that they stream from memory in order.
+    #[inline(always)]
+    fn block_scores<const R: usize>(&self, query: &[f32], keys: [&[T]; BLOCK], scores: &mut [f32]) {
+        let simd = self.simd;
+        let elements = P::ELEMENTS * S::LANES;
+        let whole = self.head_dim - self.head_dim % elements;
+        let mut sums = [[simd.splat(0.0); BLOCK]; R];
+        assert!(query.len() >= R * self.width && keys.iter().all(|key| key.len() >= whole));
+        for (i, key) in keys.into_iter().enumerate() {
+            let mut products = [simd.splat(0.0); R];
+            for at in (0..whole).step_by(elements) {
+                // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted above.
+                unsafe {
+                    let key = self.load_words(key.as_ptr().add(at));
+                    for r in 0..R {
+                        let query = simd.load(query.as_ptr().add(r * self.width + at / P::ELEMENTS));
+                        products[r] = self.product.fma(query, key, products[r]);
+                    }
+                }
+            }
+            if whole < self.head_dim {
+                let mut tail = [T::default(); 2 * WIDEST];
+                tail[..self.head_dim - whole].copy_from_slice(&key[whole..self.head_dim]);
+                // SAFETY: `tail` holds the longest vector of words.
+                let key = unsafe { self.load_words(tail.as_ptr()) };
+                for r in 0..R {
+                    let query = load(simd, &query[r * self.width + whole / P::ELEMENTS..]);
+                    products[r] = self.product.fma(query, key, products[r]);
+                }
+            }
+            for r in 0..R {
+                sums[r][i] = products[r];
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            scores[r * self.stride..][..BLOCK].copy_from_slice(&self.simd.sum_lanes_of(*sums));
+        }
+    }
+
+    /// [`add_values`](Self::add_values) of `R` rows, `C` vectors of columns at a time. Returns `R`.
+    #[inline(always)]
+    fn accumulate<const R: usize, const C: usize>(
+        &self,
+        alpha: &[f32],
+        probabilities: &[f32],
+        values: Run<'_, T>,
+        out: &mut [f32],
+    ) -> usize {
+        let columns = C * S::LANES;
+        let whole = self.head_dim - self.head_dim % columns;
+        for at in (0..whole).step_by(columns) {
+            self.accumulate_columns::<R, C, true>(alpha, probabilities, values, at, out);
+        }
+        if whole < self.head_dim {
+            self.accumulate_columns::<R, C, false>(alpha, probabilities, values, whole, out);
+        }
+        R
+    }
+
+    #[inline(always)]
+    fn accumulate_columns<const R: usize, const C: usize, const FULL: bool>(
+        &self,
+        alpha: &[f32],
+        probabilities: &[f32],
+        values: Run<'_, T>,
+        at: usize,
+        out: &mut [f32],
+    ) {
+        let simd = self.simd;
+        let mut sums = [[simd.splat(0.0); C]; R];
+        for r in 0..R {
+            for i in 0..C {
+                let out = &out[r * self.width + at + i * S::LANES..];
+                sums[r][i] = simd.mul(simd.splat(alpha[r]), load(simd, out));
+            }
+        }
+        for key in 0..values.len {
+            let row = values.row(key, self.head_dim);
+            let mut p = [simd.splat(0.0); R];
+            for r in 0..R {
+                p[r] = simd.splat(probabilities[r * self.stride + key]);
+            }
+            for i in 0..C {
+                let column = self.load::<FULL>(row, at + i * S::LANES);
+                for r in 0..R {
+                    sums[r][i] = simd.fma(p[r], column, sums[r][i]);
+                }
+            }
+        }
+        for r in 0..R {
+            for i in 0..C {
+                store(simd, sums[r][i], &mut out[r * self.width + at + i * S::LANES..]);
+            }
+        }
+    }
+}
