@@ -14,7 +14,7 @@
 //! The rows of a tile are the query heads of one KV head, token by token (row = token · heads + head), so that all heads of a
 //! group share one pass over the keys.
 
-use super::piece::{Operands, Piece};
+use super::piece::{Operands, Piece, Source};
 use super::rows::{clear_special, for_each_special, pack_values, pack_words};
 use super::workspace::Scratch;
 use crate::cpu::simd::{Product, Simd, load, store};
@@ -110,12 +110,13 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
     for start in piece.entries.clone().step_by(KEYS) {
         let count = KEYS.min(piece.entries.end - start);
         let padded = count.next_multiple_of(STEP);
+        let [key_row, value_row] = [&inputs.key, &inputs.value].map(|source| rows_from(piece, source, start));
         for i in 0..padded {
             let to = &mut scratch.key[i * words..][..words];
-            if i < count { pack_row::<P, S>(piece.key_row(&inputs.key, start + i), to) } else { to.fill(0.0) }
+            if i < count { pack_row::<P, S>(key_row(i), to) } else { to.fill(0.0) }
         }
         let finite = pack_value_rows::<P, S>(
-            |i| piece.key_row(&inputs.value, start + i),
+            &value_row,
             count,
             padded / P::ELEMENTS,
             panel_rows,
@@ -160,7 +161,7 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
         if !finite {
             // `pack_value_rows` has zeroed them; a row's weight of a key it sees is above 0, of others 0.
             for i in 0..count {
-                for_each_special(piece.key_row(&inputs.value, start + i), |column, x| {
+                for_each_special(value_row(i), |column, x| {
                     for row in (0..rows).filter(|&row| start + i < visible(row)) {
                         scratch.out[row * columns + column] += x;
                     }
@@ -181,6 +182,18 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
             out.iter_mut().for_each(|x| *x = *x * scale + 0.0);
         }
         write(row, out, (max + sum.log2()) * std::f32::consts::LN_2);
+    }
+}
+
+/// The rows of keys or values of the entries from `start` on. Most of them follow each other in
+/// memory, and are found without a look at the batch.
+#[inline(always)]
+fn rows_from<'a>(piece: &Piece<'_>, source: &Source<'a>, start: usize) -> impl Fn(usize) -> AnySlice<'a> {
+    let run = piece.run(start, piece.entries.end).len();
+    let (in_prefix, [batch, seq, head]) = piece.key_place(start);
+    let rows = *source.rows(in_prefix);
+    move |i| {
+        if i < run { rows.row([batch, seq + i, head]) } else { piece.key_row(source, start + i) }
     }
 }
 
