@@ -3,6 +3,7 @@
 use crate::common::{Rng, Tensor};
 use crate::properties::append::{appends, each_row_is_in_its_place};
 use crate::properties::engine::{an_engine_serves_requests, histories};
+use crate::properties::refusals::{a_refused_update_leaves_the_plan, writes_stay_inside_buffers};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use star_attention::cpu::{Cpu, InstructionSet, flash};
@@ -34,6 +35,12 @@ proptest! {
             _ => an_engine_serves_requests::<_, bf16>(&cpu, &history)?,
         }
     }
+}
+
+#[test]
+fn refusals_change_nothing() {
+    a_refused_update_leaves_the_plan::<_, f32>(&Cpu::new());
+    writes_stay_inside_buffers(&Cpu::new());
 }
 
 #[test]

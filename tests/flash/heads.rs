@@ -7,7 +7,7 @@ use star_attention::{Batch, Element, Inputs, Keys, Mask, PlanConfig, Sequence, b
 
 /// Enough of these splits, for each KV head, that heads go together.
 const SPLIT_KEYS: usize = 96;
-const KEYS: usize = 96 * 128;
+const KEYS: usize = 96 * 64;
 const PAGE_LEN: usize = 16;
 const PREFIX: usize = 50;
 

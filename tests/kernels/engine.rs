@@ -4,6 +4,7 @@
 use crate::either::Either;
 use crate::properties::append::{appends, each_row_is_in_its_place};
 use crate::properties::engine::{an_engine_serves_requests, histories};
+use crate::properties::refusals::{a_refused_update_leaves_the_plan, writes_stay_inside_buffers};
 use proptest::prelude::*;
 use star_attention::cpu::Cpu;
 use star_attention::cuda::simt::Simt;
@@ -48,6 +49,20 @@ fn emulator(seed: u64) -> Cuda<Simt> {
 #[cfg(feature = "cuda")]
 pub fn gpu() -> Cuda<star_attention::cuda::driver::Driver> {
     crate::backend::Gpu::cuda(0)
+}
+
+#[test]
+fn refusals_change_nothing() {
+    a_refused_update_leaves_the_plan::<_, bf16>(&emulator(1));
+    writes_stay_inside_buffers(&emulator(1));
+}
+
+#[test]
+#[cfg(feature = "cuda")]
+#[ignore = "needs an NVIDIA GPU"]
+fn refusals_change_nothing_on_a_gpu() {
+    a_refused_update_leaves_the_plan::<_, bf16>(&gpu());
+    writes_stay_inside_buffers(&gpu());
 }
 
 proptest! {

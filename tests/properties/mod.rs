@@ -12,6 +12,7 @@ pub mod merge;
 pub mod nonfinite;
 pub mod packed;
 pub mod query;
+pub mod refusals;
 pub mod separate;
 pub mod softcap;
 pub mod star;

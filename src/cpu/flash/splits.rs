@@ -10,6 +10,10 @@ pub(super) const PIECES: usize = 128;
 /// ...but not below this many keys, where the merge would begin to count.
 pub(super) const SPLIT_KEYS: usize = 6 * tile::KEYS;
 
+/// KV heads go together only where this many pieces are left: fewer threads than that read as fast as
+/// the memory allows.
+pub(super) const PIECES_OF_HEADS: usize = 64;
+
 pub(super) struct Splits {
     /// The length that the config fixes, in whole tiles.
     fixed: Option<usize>,
@@ -20,7 +24,7 @@ pub(super) struct Splits {
     entries: usize,
     /// KV heads times parts of their query heads.
     planes: usize,
-    /// KV heads of a piece where rows are few: as many as leave [`PIECES`] pieces.
+    /// KV heads of a piece where rows are few.
     together: usize,
 }
 
@@ -45,7 +49,7 @@ impl Splits {
         let few = sequences.iter().filter(|tiles| splits.all_few(tiles));
         let few_entries = few.map(entries).fold(0, usize::saturating_add);
         let shortest = splits.fixed.unwrap_or(SPLIT_KEYS);
-        let most = few_entries.saturating_mul(kv_heads) / shortest.saturating_mul(PIECES);
+        let most = few_entries.saturating_mul(kv_heads) / shortest.saturating_mul(PIECES_OF_HEADS);
         let mut counts = (1..=most.min(few::HEADS)).rev();
         splits.together = counts.find(|&heads| kv_heads.is_multiple_of(heads)).unwrap_or(1);
         splits

@@ -265,7 +265,7 @@ fn tiles(sequence: &crate::Sequence, heads: usize) -> Vec<Segment> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::splits::SPLIT_KEYS;
+    use super::super::splits::{PIECES_OF_HEADS, SPLIT_KEYS};
     use super::*;
     use crate::backend::cases::{configs, within_capacities};
     use crate::cpu::flash::Plan;
@@ -339,7 +339,7 @@ mod tests {
             assert_eq!(piece.kv_heads.end, kv_heads);
             piece.kv_heads.len()
         };
-        let enough = PIECES * SPLIT_KEYS;
+        let enough = PIECES_OF_HEADS * SPLIT_KEYS;
         assert_eq!(heads(8, 1, enough, None), 8);
         assert_eq!(heads(8, 16, enough, None), 8);
         assert_eq!(heads(8, 17, enough, None), 1);
@@ -347,9 +347,10 @@ mod tests {
         assert_eq!(heads(8, 1, enough / 16, None), 1);
         assert_eq!(heads(9, 1, enough, None), 3);
         assert_eq!(heads(16, 1, enough, None), 8);
-        assert_eq!(heads(8, 1, PIECES * 96, Some(96)), 8);
-        assert_eq!(heads(8, 1, PIECES * 96, Some(1)), 8);
-        assert_eq!(heads(8, 1, PIECES * 96, Some(192)), 4);
+        let enough = PIECES_OF_HEADS * tile::KEYS;
+        assert_eq!(heads(8, 1, enough, Some(tile::KEYS)), 8);
+        assert_eq!(heads(8, 1, enough, Some(1)), 8);
+        assert_eq!(heads(8, 1, enough, Some(2 * tile::KEYS)), 4);
     }
 
     /// The tiles of a causal prefill differ in length, up to twice the mean: none is split.
