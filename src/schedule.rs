@@ -64,7 +64,7 @@ pub(crate) fn segments(mask: Mask, query_len: usize, key_len: usize, mut emit: i
     // Rows before the first key see nothing; `row` is the first that stands at a key, and `shift` its position.
     let blind = if mask == Mask::Full { 0 } else { query_len.saturating_sub(key_len) };
     emit(Segment { rows: 0..blind, prefix: 0, start: 0, first_visible: 0, causal: false });
-    let position = |row: usize| row + key_len - query_len;
+    let position = |row: usize| key_len - (query_len - row);
     match mask {
         Mask::Full => {
             let rows = 0..query_len;

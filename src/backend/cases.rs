@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 /// Of decodes, of a few rows and of prefills; with keys in rows or pages, and perhaps prefixes.
 fn capacities(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = Capacity> {
-    let heads = (1..=2usize, prop_oneof![1..=8usize, 1..=80usize], head_dims);
+    let heads = (prop_oneof![1..=2usize, 1..=16usize], prop_oneof![1..=8usize, 1..=80usize], head_dims);
     let rows = prop_oneof![Just(1), 0..=40usize, 0..=200usize];
     let query = (1..=2usize, 0..=600usize);
     let keys = prop_oneof![Just(0), 0..=2000usize, 0..=30_000usize];

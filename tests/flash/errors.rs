@@ -249,8 +249,8 @@ fn packed_offsets_that_do_not_fit() {
 #[test]
 fn instructions_that_the_cpu_has_not_got() {
     let available = InstructionSet::available();
-    assert_eq!(available.first(), Some(&InstructionSet::Portable));
-    assert_eq!(available.last(), Some(&InstructionSet::best()));
+    assert!(available.contains(&InstructionSet::Portable));
+    assert!(available.contains(&InstructionSet::best()));
     let foreign = if cfg!(target_arch = "x86_64") { InstructionSet::Neon } else { InstructionSet::Avx2 };
     assert!(!available.contains(&foreign));
     let plan = Plan::new(&AttentionConfig::default(), &SHAPE).unwrap();

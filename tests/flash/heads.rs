@@ -78,4 +78,6 @@ fn heads_that_are_walked_together_keep_their_bits() {
     heads_together_keep_their_bits::<f16>(8, 1, 16);
     // Nine go by threes.
     heads_together_keep_their_bits::<bf16>(9, 2, 8);
+    // More than caches hold: the kernel reads ahead.
+    heads_together_keep_their_bits::<bf16>(8, 1, 128);
 }

@@ -11,6 +11,11 @@ fn wide<T: Element>(name: &'static str, tensor: &Tensor<T>) -> Tensor<f32> {
     Tensor::contiguous(name, tensor.shape(), |index| tensor.get(index).to_f32())
 }
 
+/// Whether probabilities are rounded to bf16 where all inputs are.
+fn multiplies_pairs(instructions: InstructionSet) -> bool {
+    matches!(instructions, InstructionSet::Avx512Bf16 | InstructionSet::Amx | InstructionSet::AmxModel)
+}
+
 /// Nothing is rounded but what f32 rounds: within f32's tolerance of the oracle, and the bits of a
 /// call on the same numbers in f32. Products of bf16 pairs are the exception.
 fn is_as_good_as_f32<Q: Element, T: Element>(case: &Case) -> Result<(), TestCaseError> {
@@ -29,7 +34,7 @@ fn is_as_good_as_f32<Q: Element, T: Element>(case: &Case) -> Result<(), TestCase
         let (mut out, mut lse) = (case.output::<f32>(), vec![f32::NAN; case.shape.lse_len()]);
         plan.run(inputs, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
         let all_bf16 = (Q::DTYPE, T::DTYPE) == (DType::BF16, DType::BF16);
-        if all_bf16 && instructions == InstructionSet::Avx512Bf16 {
+        if all_bf16 && multiplies_pairs(instructions) {
             let expected = case.expected(&keys);
             expected.check_out(out.values()).map_err(on)?;
             expected.check_lse(&lse).map_err(on)?;

@@ -14,7 +14,8 @@ use super::workspace::Scratch;
 use crate::cpu::simd::{Product, Simd, load, prefetch, store};
 use crate::schedule::Segment;
 use crate::tensor::sealed::AnySlice;
-use block::{BLOCK, BLOCK_ROWS, Block, Run};
+pub(super) use block::BLOCK_ROWS;
+use block::{BLOCK, Block, Run};
 use half::{bf16, f16};
 use load::Load;
 use std::ops::Range;
@@ -22,10 +23,10 @@ use std::ops::Range;
 /// Query rows at most: beyond, `tile` does less work per row.
 pub(super) const ROWS: usize = 16;
 /// KV heads of a piece at most: their tiles of keys and values stay in L2.
-pub(super) const HEADS: usize = 8;
+pub(super) const KV_HEADS: usize = 8;
 /// Keys between two updates of the running maximum: their values stay in L1.
 const KEYS: usize = 32;
-/// From the scores of one row to the next's: the last block of a tile may reach beyond it.
+/// From the scores of one row to the next's: the last block of keys may reach beyond the tile.
 const STRIDE: usize = KEYS + BLOCK;
 
 /// Whether this kernel computes the rows of a segment, each of so many heads.
@@ -36,10 +37,10 @@ pub(super) fn suits(segment: &Segment, heads: usize) -> bool {
 
 /// Elements of workspace for one thread.
 pub(super) fn scratch_len(head_dim: usize) -> usize {
-    ROWS * STRIDE + HEADS * State::len(ROWS, block::widest(head_dim))
+    ROWS * STRIDE + KV_HEADS * State::len(ROWS, block::widest(head_dim))
 }
 
-/// Computes one piece of at most [`ROWS`] rows and [`HEADS`] KV heads, whose rows all see
+/// Computes one piece of at most [`ROWS`] rows and [`KV_HEADS`] KV heads, whose rows all see
 /// `piece.entries`. `write(head, row, out, lse)` gets each row's result; `head` counts from the
 /// piece's first KV head.
 #[inline(always)]
@@ -92,9 +93,13 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
     for (head, state) in states.chunks_exact_mut(state_len).enumerate() {
         let State { out, max, sum, .. } = State::new(state, rows, width);
         for (row, out) in out.chunks_exact_mut(width).take(rows).enumerate() {
-            let scale = if sum[row] == 0.0 { 0.0 } else { 1.0 / sum[row] };
             let out = &mut out[..inputs.head_dim];
-            out.iter_mut().for_each(|x| *x *= scale);
+            if sum[row] == 0.0 {
+                out.fill(0.0);
+            } else {
+                let scale = 1.0 / sum[row];
+                out.iter_mut().for_each(|x| *x *= scale);
+            }
             write(head, row, out, (max[row] + sum[row].log2()) * std::f32::consts::LN_2);
         }
     }
@@ -145,7 +150,8 @@ fn tile<S: Simd, P: Product<S>, T: Load>(
         for first in (0..run.len()).step_by(BLOCK) {
             let at = run.start - start + first;
             if inputs.cold {
-                prefetch_share::<T>(inputs, piece, end, head * KEYS + at..head * KEYS + at + BLOCK);
+                let part = head * KEYS + at;
+                prefetch_part::<T>(inputs, piece, end, part..part + BLOCK.min(run.len() - first));
             }
             block.scores(rows, query, keys, first, &mut scores[at..]);
         }
@@ -165,22 +171,22 @@ fn tile<S: Simd, P: Product<S>, T: Load>(
     }
 }
 
-/// Asks for a share of the tile that follows the entry `end`: the rows of its keys and values have
-/// numbers, all heads of a key before the next key.
+/// Asks for a part of the tile that follows the entry `end`. The part is a range of its rows, counted
+/// as they lie in memory: all heads of a key before the next key.
 #[inline(always)]
-fn prefetch_share<T: Load>(inputs: &Operands<'_>, piece: &Piece<'_>, end: usize, rows: Range<usize>) {
+fn prefetch_part<T: Load>(inputs: &Operands<'_>, piece: &Piece<'_>, end: usize, part: Range<usize>) {
     let heads = piece.kv_heads.len();
-    let mut row = rows.start;
-    while row < rows.end {
+    let mut row = part.start;
+    while row < part.end {
         let (entry, head) = (end + row / heads, row % heads);
         if entry >= piece.entries.end {
             return;
         }
         // Those that follow each other at one stride.
         let count = if heads > 1 {
-            (heads - head).min(rows.end - row)
+            (heads - head).min(part.end - row)
         } else {
-            piece.run(entry, piece.entries.end.min(entry + rows.end - row)).len()
+            piece.run(entry, piece.entries.end.min(entry + part.end - row)).len()
         };
         let (in_prefix, mut place) = piece.key_place(entry);
         place[2] += head;

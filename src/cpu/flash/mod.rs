@@ -9,8 +9,8 @@
 //!
 //! The kernels are written once against vectors of f32 and compiled for each [`InstructionSet`].
 //! Products are of f32, to which f16 and bf16 are converted exactly, whatever the types of queries
-//! and keys. Only where all inputs are bf16 and the CPU has such products are they of bf16 pairs
-//! with f32 sums (probabilities are then rounded to bf16, as on a GPU).
+//! and keys. Only where all inputs are bf16 and the CPU has fast products of them are they of bf16
+//! pairs with f32 sums (probabilities are then rounded to bf16, as on a GPU).
 //!
 //! **Threads.** A call runs in the rayon pool in which it is made: the global one, or that of
 //! `pool.install(|| plan.run(..))`. [`Plan::with_threads`] limits it to some threads of the pool, or
@@ -27,11 +27,12 @@ mod rows;
 mod splits;
 mod tile;
 mod work;
+mod worker;
 mod workspace;
 
 pub use workspace::Workspace;
 
-use super::simd::{InstructionSet, Product, Simd, Task, dispatch};
+use super::simd::{InstructionSet, dispatch};
 use crate::config::{check_lse, check_rows};
 use crate::merge::merge_row;
 use crate::tensor::SharedRows;
@@ -39,13 +40,14 @@ use crate::{
     AttentionConfig, AttentionShape, Batch, Capacity, DType, Element, Error, Inputs, Output, PlanConfig,
     Result, TensorView, TensorViewMut,
 };
-use piece::{Operands, Piece, Source};
+use piece::{Operands, Source};
 use rayon::prelude::*;
 use rows::Rows;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use work::{Place, Work};
+use std::sync::atomic::AtomicUsize;
+use work::Work;
+use worker::{Worker, Write};
 use workspace::{ALIGNMENT, Scratch, bytes_for};
 
 /// No model comes near it, and the sizes of buffers stay far inside a `usize`.
@@ -136,8 +138,8 @@ impl Plan {
         if head_dim > MOST_HEAD_DIM {
             return Err(Error::value("head_dim", format!("at most {MOST_HEAD_DIM}"), head_dim));
         }
-        let work = Work::new(&batch, config)?;
         let (instructions, threads) = (InstructionSet::best(), OnceLock::new());
+        let work = Work::new(&batch, config, tile_rows(instructions))?;
         Ok(Self { config: *config, batch, instructions, work, limit: usize::MAX, threads })
     }
 
@@ -159,7 +161,11 @@ impl Plan {
     /// [`Error::Value`] if the CPU has not got them.
     pub fn with_instructions(self, instructions: InstructionSet) -> Result<Self> {
         instructions.check()?;
-        Ok(Self { instructions, ..self })
+        let work = match tile_rows(instructions) {
+            rows if rows == tile_rows(self.instructions) => self.work,
+            rows => Work::new(&self.batch, &self.config, rows)?,
+        };
+        Ok(Self { instructions, work, threads: OnceLock::new(), ..self })
     }
 
     /// The batch that this plan is for.
@@ -178,7 +184,8 @@ impl Plan {
     /// [`workspace_bytes`](Self::workspace_bytes) of plans for any batch within a capacity, on at
     /// most `threads` threads.
     pub(in crate::cpu) fn most_workspace_bytes(&self, capacity: &Capacity, threads: usize) -> usize {
-        let rows = work::most_partial_rows(capacity, self.config.fixed_split_keys());
+        let rows =
+            work::most_partial_rows(capacity, self.config.fixed_split_keys(), tile_rows(self.instructions));
         let partials = rows.saturating_mul(capacity.query[3] + 1);
         bytes_for(threads.saturating_mul(self.scratch_len()).saturating_add(partials))
     }
@@ -205,6 +212,7 @@ impl Plan {
         let head_dim = self.batch.query_shape()[3];
         tile::scratch_len(head_dim)
             .max(few::scratch_len(head_dim))
+            .max(if self.instructions.has_matrix_unit() { tile::matrix::scratch_len(head_dim) } else { 0 })
             .next_multiple_of(ALIGNMENT / size_of::<f32>())
     }
 
@@ -366,41 +374,9 @@ impl Plan {
     }
 }
 
-/// Gets a row's result: the piece and where its result goes, the row, out and lse.
-type Write<'a> = &'a (dyn Fn(&Piece<'_>, Place, usize, &[f32], f32) + Sync);
-
-/// A thread that takes pieces until none is left.
-struct Worker<'a> {
-    plan: &'a Plan,
-    inputs: &'a Operands<'a>,
-    next: &'a AtomicUsize,
-    scratch: Scratch<'a>,
-    write: Write<'a>,
-}
-
-impl Task for Worker<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd, P: Product<S>>(mut self, simd: S, product: P) {
-        let total = self.plan.work.pieces();
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= total {
-                return;
-            }
-            let (piece, place) = self.plan.work.piece(&self.plan.batch, index);
-            let write = |head: usize, row: usize, out: &[f32], lse: f32| {
-                (self.write)(&piece.of_head(head), place.of_head(head), row, out, lse);
-            };
-            if few::suits(&piece.segment, piece.heads.len()) && !self.plan.config.row_invariant {
-                few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
-            } else {
-                let write = |row: usize, out: &[f32], lse: f32| write(0, row, out, lse);
-                tile::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
-            }
-        }
-    }
+/// Query rows of a tile at most.
+fn tile_rows(instructions: InstructionSet) -> usize {
+    if instructions.has_matrix_unit() { tile::matrix::ROWS } else { tile::ROWS }
 }
 
 /// One call by a plan made for it, with a workspace allocated for it. Where calls repeat, keep both.

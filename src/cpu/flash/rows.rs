@@ -102,58 +102,44 @@ pub(super) fn pack_words<const ELEMENTS: usize>(row: AnySlice<'_>, words: &mut [
     words[used..].fill(0.0);
 }
 
-/// Writes value rows as panels: `panel` columns of each word of keys, one word after the other.
-///
-/// `panels[p][w][c]` holds column `p · panel + c` of the keys `w · ELEMENTS ..`; `rows` gives them in order, and what they do not fill
-/// becomes zero. `scratch` holds one row of f32. Returns whether all elements were finite.
+/// Writes one word of each column of values: of the keys `word · ELEMENTS ..` among `count`, which
+/// `rows` gives; missing keys are zeros. Returns whether all elements were finite.
 #[inline(always)]
-pub(super) fn pack_values<'a, const ELEMENTS: usize>(
-    rows: impl Fn(usize) -> AnySlice<'a>,
+pub(super) fn pack_value_words<'a, const ELEMENTS: usize>(
+    rows: &impl Fn(usize) -> AnySlice<'a>,
     count: usize,
-    words: usize,
-    panel: usize,
-    panels: &mut [f32],
-    scratch: &mut [f32],
+    word: usize,
+    to: &mut [f32],
 ) -> bool {
-    let mut finite = true;
-    let panel_stride = words * panel;
-    for word in 0..words {
-        let first = word * ELEMENTS;
-        let row = if first >= count {
-            scratch.fill(0.0);
-            &*scratch
-        } else if ELEMENTS == 1 {
-            pack_words::<1>(rows(first), scratch);
-            finite &= all_finite(scratch);
-            &*scratch
-        } else {
-            let AnySlice::BF16(low) = rows(first) else { unreachable!("pairs are made of bf16 alone") };
-            let high = if first + 1 < count { rows(first + 1) } else { AnySlice::BF16(&[]) };
-            let AnySlice::BF16(high) = high else { unreachable!("pairs are made of bf16 alone") };
-            let mut special = false;
-            let is_special = |x: u32| x & 0x7f80 == 0x7f80;
-            if high.is_empty() {
-                for (word, low) in scratch.iter_mut().zip(low) {
-                    let low = u32::from(low.to_bits());
-                    special |= is_special(low);
-                    *word = f32::from_bits(low);
-                }
-            } else {
-                for ((word, low), high) in scratch.iter_mut().zip(low).zip(high) {
-                    let (low, high) = (u32::from(low.to_bits()), u32::from(high.to_bits()));
-                    special |= is_special(low) | is_special(high);
-                    *word = f32::from_bits(low | high << 16);
-                }
-            }
-            scratch[low.len()..].fill(0.0);
-            finite &= !special;
-            &*scratch
-        };
-        for (p, columns) in row.chunks_exact(panel).enumerate() {
-            panels[p * panel_stride + word * panel..][..panel].copy_from_slice(columns);
+    let first = word * ELEMENTS;
+    if first >= count {
+        to.fill(0.0);
+        return true;
+    }
+    if ELEMENTS == 1 {
+        pack_words::<1>(rows(first), to);
+        return all_finite(to);
+    }
+    let AnySlice::BF16(low) = rows(first) else { unreachable!("pairs are made of bf16 alone") };
+    let high = if first + 1 < count { rows(first + 1) } else { AnySlice::BF16(&[]) };
+    let AnySlice::BF16(high) = high else { unreachable!("pairs are made of bf16 alone") };
+    let mut special = false;
+    let is_special = |x: u32| x & 0x7f80 == 0x7f80;
+    if high.is_empty() {
+        for (word, low) in to.iter_mut().zip(low) {
+            let low = u32::from(low.to_bits());
+            special |= is_special(low);
+            *word = f32::from_bits(low);
+        }
+    } else {
+        for ((word, low), high) in to.iter_mut().zip(low).zip(high) {
+            let (low, high) = (u32::from(low.to_bits()), u32::from(high.to_bits()));
+            special |= is_special(low) | is_special(high);
+            *word = f32::from_bits(low | high << 16);
         }
     }
-    finite
+    to[low.len()..].fill(0.0);
+    !special
 }
 
 /// Whether no element is infinite or NaN.

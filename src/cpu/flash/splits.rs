@@ -4,22 +4,24 @@ use super::{few, tile};
 use crate::PlanConfig;
 use crate::schedule::Segment;
 
-/// Keys are split until there are this many pieces of work, enough for the threads of a large
+/// Keys are split until there are about this many pieces of work, enough for the threads of a large
 /// machine...
 pub(super) const PIECES: usize = 128;
 /// ...but not below this many keys, where the merge would begin to count.
 pub(super) const SPLIT_KEYS: usize = 6 * tile::KEYS;
 
-/// KV heads go together only where this many pieces are left: fewer threads than that read as fast as
-/// the memory allows.
+/// KV heads go together only where this many pieces are left. So many threads read as fast as the memory
+/// of most machines allows; fewer pieces would leave some of them without work.
 pub(super) const PIECES_OF_HEADS: usize = 64;
 
+/// How all sequences of a batch are cut.
 pub(super) struct Splits {
     /// The length that the config fixes, in whole tiles.
     fixed: Option<usize>,
     row_invariant: bool,
-    /// Query heads of a tile.
+    /// Query heads of a tile, and its rows at most.
     heads: usize,
+    rows: usize,
     /// Entries of all tasks.
     entries: usize,
     /// KV heads times parts of their query heads.
@@ -29,30 +31,31 @@ pub(super) struct Splits {
 }
 
 impl Splits {
-    /// Those of sequences with these tiles of `heads` query heads.
+    /// Those of sequences with these tiles of `heads` query heads and at most `rows` rows.
     pub fn new(
         config: &PlanConfig,
         sequences: &[Vec<Segment>],
-        heads: usize,
+        [heads, rows]: [usize; 2],
         kv_heads: usize,
         parts: usize,
     ) -> Self {
         let entries = |tiles: &Vec<Segment>| tiles.iter().map(Segment::len).fold(0, usize::saturating_add);
-        let mut splits = Self {
-            fixed: config.fixed_split_keys().map(whole_tiles),
-            row_invariant: config.row_invariant,
+        let row_invariant = config.row_invariant;
+        let few = sequences.iter().filter(|tiles| !row_invariant && all_few(tiles, heads));
+        let few_entries = few.map(entries).fold(0, usize::saturating_add);
+        let fixed = config.fixed_split_keys().map(whole_tiles);
+        let shortest = fixed.unwrap_or(SPLIT_KEYS);
+        let most = few_entries.saturating_mul(kv_heads) / shortest.saturating_mul(PIECES_OF_HEADS);
+        let mut counts = (1..=most.min(few::KV_HEADS)).rev();
+        Self {
+            fixed,
+            row_invariant,
             heads,
+            rows,
             entries: sequences.iter().map(entries).fold(0, usize::saturating_add),
             planes: kv_heads * parts,
-            together: 1,
-        };
-        let few = sequences.iter().filter(|tiles| splits.all_few(tiles));
-        let few_entries = few.map(entries).fold(0, usize::saturating_add);
-        let shortest = splits.fixed.unwrap_or(SPLIT_KEYS);
-        let most = few_entries.saturating_mul(kv_heads) / shortest.saturating_mul(PIECES_OF_HEADS);
-        let mut counts = (1..=most.min(few::HEADS)).rev();
-        splits.together = counts.find(|&heads| kv_heads.is_multiple_of(heads)).unwrap_or(1);
-        splits
+            together: counts.find(|&count| kv_heads.is_multiple_of(count)).unwrap_or(1),
+        }
     }
 
     /// Entries of all tasks.
@@ -60,30 +63,47 @@ impl Splits {
         self.entries
     }
 
-    /// KV heads of a piece of a sequence with these tiles.
-    pub fn heads(&self, tiles: &[Segment]) -> usize {
-        if self.all_few(tiles) { self.together } else { 1 }
-    }
-
-    fn all_few(&self, tiles: &[Segment]) -> bool {
-        !self.row_invariant && tiles.iter().all(|tile| few::suits(tile, self.heads))
-    }
-
-    /// Keys of a split where a piece has so many KV heads.
-    pub fn keys(&self, together: usize) -> usize {
-        let share = || self.entries.saturating_mul(self.planes) / (PIECES * together);
-        self.fixed.unwrap_or_else(|| whole_tiles(share().max(SPLIT_KEYS)))
-    }
-
-    /// In how many splits `len` entries are walked. Without a fixed length a walk of up to two splits
-    /// stays whole: that spares a merge, and the tiles of one prefill differ by no more.
-    pub fn count(&self, len: usize, together: usize) -> usize {
-        let keys = self.keys(together);
-        let whole = if self.fixed.is_some() { keys } else { keys.saturating_mul(2) };
-        if len > whole { len.div_ceil(keys) } else { 1 }
+    /// How a sequence with these tiles is cut.
+    pub fn of(&self, tiles: &[Segment]) -> Cut {
+        let few = !self.row_invariant && all_few(tiles, self.heads);
+        let kv_heads = if few { self.together } else { 1 };
+        if let Some(keys) = self.fixed {
+            return Cut { kv_heads, keys, whole: keys };
+        }
+        // A tile of more rows has larger partials, and less time for each.
+        let shortest = if few { SPLIT_KEYS } else { SPLIT_KEYS * self.rows / tile::ROWS };
+        let share = self.entries.saturating_mul(self.planes) / (PIECES * kv_heads);
+        let keys = whole_tiles(share.max(shortest));
+        // The tiles of a prefill differ by no more than that, and a merge is spared.
+        let whole = if few { keys } else { keys.saturating_mul(2) };
+        Cut { kv_heads, keys, whole }
     }
 }
 
+/// How the tasks of a sequence are cut.
+#[derive(Clone, Copy)]
+pub(super) struct Cut {
+    /// KV heads of a piece.
+    pub kv_heads: usize,
+    /// Keys of a split.
+    pub keys: usize,
+    /// Keys of the longest walk that is not cut.
+    whole: usize,
+}
+
+impl Cut {
+    /// In how many splits `len` entries are walked.
+    pub fn splits(&self, len: usize) -> usize {
+        if len > self.whole { len.div_ceil(self.keys) } else { 1 }
+    }
+}
+
+/// Whether the kernel for few rows computes all these tiles.
+fn all_few(tiles: &[Segment], heads: usize) -> bool {
+    tiles.iter().all(|tile| few::suits(tile, heads))
+}
+
+/// A split length of whole tiles.
 fn whole_tiles(keys: usize) -> usize {
     keys.max(1).checked_next_multiple_of(tile::KEYS).unwrap_or(usize::MAX)
 }

@@ -8,14 +8,19 @@
 //! ```
 //!
 //! Scores are kept transposed, keys down and query rows across, one panel of rows (two vectors) after the other. So
-//! the softmax runs lane by lane, K and P enter the products as broadcast words and Q and V as vectors: K and V are
-//! copied once per tile and never transposed.
+//! the softmax runs lane by lane. The products are an [`Engine`]'s. By vectors, K and P enter them as broadcast words
+//! and Q and V as vectors: K and V are copied once per tile and never transposed.
 //!
 //! The rows of a tile are the query heads of one KV head, token by token (row = token · heads + head), so that all heads of a
 //! group share one pass over the keys.
 
+pub(super) mod matrix;
+mod vectors;
+
+pub(super) use vectors::Vectors;
+
 use super::piece::{Operands, Piece, Source};
-use super::rows::{clear_special, for_each_special, pack_values, pack_words};
+use super::rows::{for_each_special, pack_words};
 use super::workspace::Scratch;
 use crate::cpu::simd::{Product, Simd, load, store};
 use crate::tensor::sealed::AnySlice;
@@ -27,13 +32,57 @@ pub(super) const KEYS: usize = 96;
 /// Keys and words are padded to multiples of this: the register tile's rows, and the product's unrolling times two bf16.
 const STEP: usize = 8;
 /// The widest panel of any instruction set: two vectors of 16.
-const WIDEST_PANEL: usize = 32;
+pub(super) const WIDEST_PANEL: usize = 32;
 
 /// Elements of workspace for one thread at most.
 pub(super) fn scratch_len(head_dim: usize) -> usize {
     let words = head_dim.next_multiple_of(2 * STEP);
     let columns = head_dim.next_multiple_of(WIDEST_PANEL);
-    Buffers::len(ROWS, KEYS, words, columns)
+    Buffers::len(ROWS, KEYS, words, columns, 1)
+}
+
+/// Who computes the products of a tile, and how what they take lies in memory.
+pub(super) trait Engine<S: Simd, P: Product<S>> {
+    /// Keys of a tile at most.
+    const KEYS: usize;
+    /// Keys and words are padded to multiples of this.
+    const STEP: usize;
+    /// Rows of scratch memory that it needs.
+    const ROWS_OF_SCRATCH: usize;
+
+    /// Whether scores come with the factor; otherwise the softmax puts it on them.
+    const SCALES: bool;
+
+    /// `scores[key][row] = key · query`, times the factor if it `SCALES`.
+    fn scores(&mut self, tile: &Tile<S, P>, query: &[f32], key: &[f32], scores: &mut [f32]);
+
+    /// Packs the values of a tile of keys, with those that are not finite as zeros; returns whether
+    /// there were none. `value` is as long as the padded tile needs.
+    fn pack_values<'a>(
+        &self,
+        tile: &Tile<S, P>,
+        rows: impl Fn(usize) -> AnySlice<'a>,
+        count: usize,
+        value: &mut [f32],
+        scratch: &mut [f32],
+    ) -> bool;
+
+    /// `out = alpha · out + probabilitiesᵀ · value`, for a panel of rows.
+    fn accumulate(
+        &mut self,
+        tile: &Tile<S, P>,
+        probabilities: &[f32],
+        value: &[f32],
+        keys: usize,
+        alpha: &[f32],
+        out: &mut [f32],
+    );
+
+    /// The place of an element in the outputs of all panels.
+    fn place(&self, tile: &Tile<S, P>, row: usize, column: usize) -> usize;
+
+    /// The outputs of a panel, row by row.
+    fn by_rows<'a>(&self, tile: &Tile<S, P>, out: &'a mut [f32], scratch: &'a mut [f32]) -> &'a mut [f32];
 }
 
 /// One thread's buffers, for `rows` query rows (whole panels) and tiles of `keys`.
@@ -44,24 +93,33 @@ struct Buffers<'a> {
     key: &'a mut [f32],
     /// `[panel of columns][word of keys][column]`
     value: &'a mut [f32],
-    /// `[panel][key][row of the panel]`; scores, then probabilities as words.
+    /// `[key][row]` of one panel; scores, then probabilities as words.
     scores: &'a mut [f32],
     /// `[row][column]`
     out: &'a mut [f32],
     max: &'a mut [f32],
     sum: &'a mut [f32],
     alpha: &'a mut [f32],
-    /// One row of words or columns.
+    /// Rows of words or columns.
     row: &'a mut [f32],
 }
 
 impl<'a> Buffers<'a> {
-    fn len(rows: usize, keys: usize, words: usize, columns: usize) -> usize {
-        rows * (words + keys + columns + 3) + keys * (words + columns) + columns.max(words)
+    fn len(rows: usize, keys: usize, words: usize, columns: usize, scratch_rows: usize) -> usize {
+        rows * (words + columns + 3)
+            + keys * (words + columns + WIDEST_PANEL)
+            + scratch_rows * columns.max(words)
     }
 
-    fn new(scratch: &'a mut Scratch<'_>, rows: usize, keys: usize, words: usize, columns: usize) -> Self {
-        let mut memory = scratch.first(Self::len(rows, keys, words, columns));
+    fn new(
+        scratch: &'a mut Scratch<'_>,
+        rows: usize,
+        keys: usize,
+        words: usize,
+        columns: usize,
+        scratch_rows: usize,
+    ) -> Self {
+        let mut memory = scratch.first(Self::len(rows, keys, words, columns, scratch_rows));
         let mut take = |len: usize| {
             let (taken, rest) = std::mem::take(&mut memory).split_at_mut(len);
             memory = rest;
@@ -71,35 +129,38 @@ impl<'a> Buffers<'a> {
             query: take(rows * words),
             key: take(keys * words),
             value: take(keys * columns),
-            scores: take(rows * keys),
+            scores: take(keys * WIDEST_PANEL),
             out: take(rows * columns),
             max: take(rows),
             sum: take(rows),
             alpha: take(rows),
-            row: take(columns.max(words)),
+            row: take(scratch_rows * columns.max(words)),
         }
     }
 }
 
 /// Computes one piece. `write(row, out, lse)` gets each row's result; `out` has `head_dim` elements.
 #[inline(always)]
-pub(super) fn attend<S: Simd, P: Product<S>>(
+pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
     simd: S,
     product: P,
+    mut engine: E,
     inputs: &Operands<'_>,
     piece: &Piece<'_>,
     scratch: &mut Scratch<'_>,
     mut write: impl FnMut(usize, &[f32], f32),
 ) {
+    debug_assert_eq!(piece.kv_heads.len(), 1);
     let panel_rows = 2 * S::LANES;
-    let words = inputs.head_dim.div_ceil(P::ELEMENTS).next_multiple_of(STEP);
+    let words = inputs.head_dim.div_ceil(P::ELEMENTS).next_multiple_of(E::STEP);
     let columns = inputs.head_dim.next_multiple_of(panel_rows);
     let rows = piece.rows();
     let panels = rows.div_ceil(panel_rows);
     let (factor, softcap) = inputs.factors;
     let tile = Tile { simd, product, words, columns, factor, softcap };
-    let most_keys = piece.entries.len().min(KEYS).next_multiple_of(STEP);
-    let scratch = Buffers::new(scratch, panels * panel_rows, most_keys, words, columns);
+    let most_keys = piece.entries.len().min(E::KEYS).next_multiple_of(E::STEP);
+    let padded_rows = panels * panel_rows;
+    let scratch = Buffers::new(scratch, padded_rows, most_keys, words, columns, E::ROWS_OF_SCRATCH);
 
     pack_queries::<S, P>(inputs, piece, words, scratch.query, scratch.row);
     scratch.out.fill(0.0);
@@ -107,23 +168,16 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
     scratch.sum.fill(0.0);
 
     let visible = |row: usize| piece.visible(row);
-    for start in piece.entries.clone().step_by(KEYS) {
-        let count = KEYS.min(piece.entries.end - start);
-        let padded = count.next_multiple_of(STEP);
+    for start in piece.entries.clone().step_by(E::KEYS) {
+        let count = E::KEYS.min(piece.entries.end - start);
+        let padded = count.next_multiple_of(E::STEP);
         let [key_row, value_row] = [&inputs.key, &inputs.value].map(|source| rows_from(piece, source, start));
         for i in 0..padded {
             let to = &mut scratch.key[i * words..][..words];
             if i < count { pack_row::<P, S>(key_row(i), to) } else { to.fill(0.0) }
         }
-        let finite = pack_value_rows::<P, S>(
-            &value_row,
-            count,
-            padded / P::ELEMENTS,
-            panel_rows,
-            scratch.value,
-            &mut scratch.row[..columns],
-        );
-        let value_panel = padded / P::ELEMENTS * panel_rows;
+        let value = &mut scratch.value[..padded / P::ELEMENTS * columns];
+        let finite = engine.pack_values(&tile, &value_row, count, value, scratch.row);
 
         for panel in 0..panels {
             let (first, last) = (panel * panel_rows, ((panel + 1) * panel_rows).min(rows) - 1);
@@ -131,10 +185,10 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
             if seen == 0 {
                 continue;
             }
-            let keys = seen.next_multiple_of(STEP);
-            let scores = &mut scratch.scores[panel * panel_rows * most_keys..][..panel_rows * keys];
+            let keys = seen.next_multiple_of(E::STEP);
+            let scores = &mut scratch.scores[..panel_rows * keys];
             let state = first..first + panel_rows;
-            tile.scores(&scratch.query[first * words..], &scratch.key[..keys * words], scores);
+            engine.scores(&tile, &scratch.query[first * words..], &scratch.key[..keys * words], scores);
             let mut limits = [0.0; WIDEST_PANEL];
             let boundary = visible(first) < start + keys || count < keys;
             if boundary {
@@ -148,40 +202,52 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
                 sum: &mut scratch.sum[state.clone()],
                 alpha: &mut scratch.alpha[state],
             };
+            // Maxima of scores with the factor need a positive one, and a softcap follows the factor.
+            let scales = E::SCALES || softcap.is_some() || factor <= 0.0;
+            if scales && !E::SCALES {
+                tile.scale(scores);
+            }
             match (boundary, softcap.is_some()) {
-                (false, false) => tile.softmax::<false, false>(scores, &limits, online),
-                (true, false) => tile.softmax::<true, false>(scores, &limits, online),
-                (false, true) => tile.softmax::<false, true>(scores, &limits, online),
-                (true, true) => tile.softmax::<true, true>(scores, &limits, online),
+                (false, false) if scales => tile.softmax::<false, false, true>(scores, &limits, online),
+                (true, false) if scales => tile.softmax::<true, false, true>(scores, &limits, online),
+                (false, false) => tile.softmax::<false, false, false>(scores, &limits, online),
+                (true, false) => tile.softmax::<true, false, false>(scores, &limits, online),
+                (false, true) => tile.softmax::<false, true, true>(scores, &limits, online),
+                (true, true) => tile.softmax::<true, true, true>(scores, &limits, online),
             }
             let out = &mut scratch.out[first * columns..][..panel_rows * columns];
             let alpha = &scratch.alpha[first..][..panel_rows];
-            tile.accumulate(scores, &scratch.value[..], value_panel, keys, alpha, out);
+            engine.accumulate(&tile, scores, value, keys, alpha, out);
         }
         if !finite {
-            // `pack_value_rows` has zeroed them; a row's weight of a key it sees is above 0, of others 0.
+            // They are packed as zeros; a row's weight of a key it sees is above 0, of others 0.
             for i in 0..count {
                 for_each_special(value_row(i), |column, x| {
                     for row in (0..rows).filter(|&row| start + i < visible(row)) {
-                        scratch.out[row * columns + column] += x;
+                        scratch.out[engine.place(&tile, row, column)] += x;
                     }
                 });
             }
         }
     }
 
-    for row in 0..rows {
-        let (max, sum) = (scratch.max[row], scratch.sum[row]);
-        let out = &mut scratch.out[row * columns..][..inputs.head_dim];
-        if sum == 0.0 {
-            out.fill(0.0);
-        } else {
-            // A weight of 0 may turn -0 to 0, so that it depends on the keys that other rows see. The
-            // sum with 0 makes both 0.
-            let scale = 1.0 / sum;
-            out.iter_mut().for_each(|x| *x = *x * scale + 0.0);
+    for panel in 0..panels {
+        let first = panel * panel_rows;
+        let out = &mut scratch.out[first * columns..][..panel_rows * columns];
+        let out = engine.by_rows(&tile, out, scratch.row);
+        for (row, out) in (first..rows).zip(out.chunks_exact_mut(columns)) {
+            let (max, sum) = (scratch.max[row], scratch.sum[row]);
+            let out = &mut out[..inputs.head_dim];
+            if sum == 0.0 {
+                out.fill(0.0);
+            } else {
+                // A weight of 0 may turn -0 to 0, so that it depends on the keys that other rows see.
+                // The sum with 0 makes both 0.
+                let scale = 1.0 / sum;
+                out.iter_mut().for_each(|x| *x = *x * scale + 0.0);
+            }
+            write(row, out, (max + sum.log2()) * std::f32::consts::LN_2);
         }
-        write(row, out, (max + sum.log2()) * std::f32::consts::LN_2);
     }
 }
 
@@ -227,32 +293,6 @@ fn pack_row<P: Product<S>, S: Simd>(row: AnySlice<'_>, to: &mut [f32]) {
     if P::ELEMENTS == 1 { pack_words::<1>(row, to) } else { pack_words::<2>(row, to) }
 }
 
-/// [`pack_values`] with non-finite elements zeroed; returns whether there were none.
-#[inline(always)]
-fn pack_value_rows<'a, P: Product<S>, S: Simd>(
-    rows: impl Fn(usize) -> AnySlice<'a>,
-    count: usize,
-    words: usize,
-    panel: usize,
-    to: &mut [f32],
-    scratch: &mut [f32],
-) -> bool {
-    let used = words * scratch.len();
-    if P::ELEMENTS == 1 {
-        let finite = pack_values::<1>(rows, count, words, panel, to, scratch);
-        if !finite {
-            clear_special::<1>(&mut to[..used]);
-        }
-        finite
-    } else {
-        let finite = pack_values::<2>(rows, count, words, panel, to, scratch);
-        if !finite {
-            clear_special::<2>(&mut to[..used]);
-        }
-        finite
-    }
-}
-
 /// The running maximum (log2 domain) and sum of a panel's rows, and the factor that the last tile put on them.
 struct Online<'a> {
     max: &'a mut [f32],
@@ -262,7 +302,7 @@ struct Online<'a> {
 
 /// The steps of one tile.
 #[derive(Clone, Copy)]
-struct Tile<S, P> {
+pub(super) struct Tile<S, P> {
     simd: S,
     product: P,
     words: usize,
@@ -272,36 +312,18 @@ struct Tile<S, P> {
 }
 
 impl<S: Simd, P: Product<S>> Tile<S, P> {
-    /// `scores[key][row] = factor · key · query`
+    /// Puts the factor on scores.
     #[inline(always)]
-    fn scores(&self, query: &[f32], key: &[f32], scores: &mut [f32]) {
-        match S::TILE_ROWS {
-            8 => self.scores_by::<8>(query, key, scores),
-            4 => self.scores_by::<4>(query, key, scores),
-            _ => self.scores_by::<2>(query, key, scores),
-        }
-    }
-
-    #[inline(always)]
-    fn scores_by<const R: usize>(&self, query: &[f32], key: &[f32], scores: &mut [f32]) {
+    fn scale(&self, scores: &mut [f32]) {
         let factor = self.simd.splat(self.factor);
-        let panel = 2 * S::LANES;
-        assert!(query.len() >= self.words * panel && self.words.is_multiple_of(4));
-        for (key, scores) in key.chunks_exact(R * self.words).zip(scores.chunks_exact_mut(R * panel)) {
-            let zero = [[self.simd.splat(0.0); 2]; R];
-            // SAFETY: `key` holds R rows of `words`, `query` holds `words` vectors of a panel.
-            let sums = unsafe { self.product(key.as_ptr(), self.words, 1, query.as_ptr(), self.words, zero) };
-            for (sums, scores) in sums.iter().zip(scores.chunks_exact_mut(panel)) {
-                let (low, high) = scores.split_at_mut(S::LANES);
-                store(self.simd, self.simd.mul(sums[0], factor), low);
-                store(self.simd, self.simd.mul(sums[1], factor), high);
-            }
+        for scores in scores.chunks_exact_mut(S::LANES) {
+            store(self.simd, self.simd.mul(load(self.simd, scores), factor), scores);
         }
     }
 
-    /// Turns scores into probabilities and updates the rows' state.
+    /// Turns scores, which have the factor if `SCALED`, into probabilities and updates the rows' state.
     #[inline(always)]
-    fn softmax<const BOUNDARY: bool, const SOFTCAP: bool>(
+    fn softmax<const BOUNDARY: bool, const SOFTCAP: bool, const SCALED: bool>(
         &self,
         scores: &mut [f32],
         limits: &[f32; WIDEST_PANEL],
@@ -314,7 +336,8 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
         for half in [0, S::LANES] {
             let limit = load(simd, &limits[half..]);
             let before = load(simd, &online.max[half..]);
-            let mut max = before;
+            let factor = simd.splat(self.factor);
+            let mut max = if SCALED { before } else { none };
             for (key, scores) in scores.chunks_exact_mut(panel).enumerate() {
                 let scores = &mut scores[half..][..S::LANES];
                 let mut score = load(simd, scores);
@@ -329,14 +352,23 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
                 }
                 max = simd.max(score, max);
             }
+            if !SCALED {
+                max = simd.max(simd.mul(max, factor), before);
+            }
             // Where nothing has been seen there is nothing to shift by, and -inf - -inf would be NaN.
             let shift = simd.if_greater(max, none, max, zero);
+            let below = simd.sub(zero, shift);
             let alpha = simd.exp2(simd.sub(before, shift));
             let mut sum = zero;
             for pair in 0..keys / 2 {
                 let (first, second) = (2 * pair * panel + half, (2 * pair + 1) * panel + half);
-                let first = simd.exp2(simd.sub(load(simd, &scores[first..]), shift));
-                let second = simd.exp2(simd.sub(load(simd, &scores[second..]), shift));
+                let (first, second) = (load(simd, &scores[first..]), load(simd, &scores[second..]));
+                let (first, second) = if SCALED {
+                    (simd.sub(first, shift), simd.sub(second, shift))
+                } else {
+                    (simd.fma(first, factor, below), simd.fma(second, factor, below))
+                };
+                let (first, second) = (simd.exp2(first), simd.exp2(second));
                 sum = simd.add(sum, simd.add(first, second));
                 let to = &mut scores[2 * pair / P::ELEMENTS * panel + half..];
                 assert!(to.len() >= if P::ELEMENTS == 1 { panel + S::LANES } else { S::LANES });
@@ -348,92 +380,5 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
             store(simd, max, &mut online.max[half..]);
             store(simd, alpha, &mut online.alpha[half..]);
         }
-    }
-
-    /// `out = alpha · out + probabilitiesᵀ · value`, for a panel of rows.
-    #[inline(always)]
-    fn accumulate(
-        &self,
-        probabilities: &[f32],
-        value: &[f32],
-        value_panel: usize,
-        keys: usize,
-        alpha: &[f32],
-        out: &mut [f32],
-    ) {
-        match S::TILE_ROWS {
-            8 => self.accumulate_by::<8>(probabilities, value, value_panel, keys, alpha, out),
-            4 => self.accumulate_by::<4>(probabilities, value, value_panel, keys, alpha, out),
-            _ => self.accumulate_by::<2>(probabilities, value, value_panel, keys, alpha, out),
-        }
-    }
-
-    #[inline(always)]
-    fn accumulate_by<const R: usize>(
-        &self,
-        probabilities: &[f32],
-        value: &[f32],
-        value_panel: usize,
-        keys: usize,
-        alpha: &[f32],
-        out: &mut [f32],
-    ) {
-        let simd = self.simd;
-        let panel = 2 * S::LANES;
-        let words = keys / P::ELEMENTS;
-        assert!(probabilities.len() >= words * panel && words.is_multiple_of(4) && panel.is_multiple_of(R));
-        assert!(out.len() >= panel * self.columns);
-        for (index, value) in value.chunks_exact(value_panel).take(self.columns / panel).enumerate() {
-            assert!(value.len() >= words * panel);
-            for row in (0..panel).step_by(R) {
-                let place = |r: usize| (row + r) * self.columns + index * panel;
-                let mut sums = [[simd.splat(0.0); 2]; R];
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let alpha = simd.splat(alpha[row + r]);
-                    sums[0] = simd.mul(alpha, load(simd, &out[place(r)..]));
-                    sums[1] = simd.mul(alpha, load(simd, &out[place(r) + S::LANES..]));
-                }
-                // SAFETY: `probabilities` holds `words` vectors of a panel, of which R lanes from `row` on
-                // are read, and `value` holds `words` vectors of a panel.
-                let sums = unsafe {
-                    self.product(probabilities.as_ptr().add(row), 1, panel, value.as_ptr(), words, sums)
-                };
-                for (r, sums) in sums.iter().enumerate() {
-                    store(simd, sums[0], &mut out[place(r)..]);
-                    store(simd, sums[1], &mut out[place(r) + S::LANES..]);
-                }
-            }
-        }
-    }
-
-    /// `sums[r] += Σ_w a[r · a_row + w · a_step] · b[w]`, `b[w]` being the two vectors of a panel.
-    ///
-    /// # Safety
-    /// All these words must be readable; `steps` must be a multiple of 4.
-    #[inline(always)]
-    unsafe fn product<const R: usize>(
-        &self,
-        a: *const f32,
-        a_row: usize,
-        a_step: usize,
-        b: *const f32,
-        steps: usize,
-        mut sums: [[S::V; 2]; R],
-    ) -> [[S::V; 2]; R] {
-        for step in (0..steps).step_by(4) {
-            for step in step..step + 4 {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let b = b.add(step * 2 * S::LANES);
-                    let (b0, b1) = (self.simd.load(b), self.simd.load(b.add(S::LANES)));
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let a = self.simd.splat(*a.add(r * a_row + step * a_step));
-                        sums[0] = self.product.fma(a, b0, sums[0]);
-                        sums[1] = self.product.fma(a, b1, sums[1]);
-                    }
-                }
-            }
-        }
-        sums
     }
 }

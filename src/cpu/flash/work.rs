@@ -1,13 +1,13 @@
 //! The work of a plan, cut into pieces that threads take one after another.
 //!
 //! A task is a tile of query rows of one sequence, with the list of keys that they walk. Its keys
-//! are cut into splits of one length, the same for all tasks, so that a long sequence gives more
-//! pieces than a short one. A piece is one split of a task for one KV head (or for a part of its
+//! are cut into splits of a length that follows from the whole batch, so that a long sequence gives
+//! more pieces than a short one. A piece is one split of a task for one KV head (or for a part of its
 //! query heads, where they are too many for a tile). Of sequences of few rows a piece takes some KV
 //! heads together where that leaves enough pieces, since their rows lie side by side in memory.
 
 use super::piece::Piece;
-use super::splits::{PIECES, Splits};
+use super::splits::{Cut, PIECES, Splits};
 use super::{few, tile};
 use crate::schedule::{self, Segment};
 use crate::{Batch, Capacity, Error, PlanConfig, Result};
@@ -19,8 +19,9 @@ use std::ops::Range;
 struct Task {
     sequence: usize,
     segment: Segment,
-    /// In how many parts its keys are walked, and the keys of a part.
+    /// In how many parts its keys are walked.
     splits: usize,
+    /// Keys of a part.
     split_keys: usize,
     /// Where the rows of its partials begin, if there is more than one split.
     partials: usize,
@@ -35,7 +36,7 @@ struct Group {
     tasks: Range<usize>,
     split: usize,
     /// KV heads of a piece.
-    heads: usize,
+    kv_heads: usize,
 }
 
 /// All pieces of a plan.
@@ -79,21 +80,22 @@ impl Place {
 impl Work {
     /// The tasks of a batch. With a fixed split length the keys of each row are cut at multiples of
     /// that, whatever else is in the batch; otherwise so that there are enough pieces for many
-    /// threads.
+    /// threads. Tiles have at most `rows` rows.
     ///
     /// # Errors
     /// [`Error::Value`] for a split length that leaves 2³¹ partial rows or more.
-    pub fn new(batch: &Batch, config: &PlanConfig) -> Result<Self> {
+    pub fn new(batch: &Batch, config: &PlanConfig, rows: usize) -> Result<Self> {
         let heads = batch.group().min(tile::ROWS);
         let parts = batch.group().div_ceil(heads);
         let kv_heads = batch.key_shape()[2];
-        let mut sequences: Vec<Vec<Segment>> = batch.sequences().iter().map(|s| tiles(s, heads)).collect();
+        let mut sequences: Vec<Vec<Segment>> =
+            batch.sequences().iter().map(|s| tiles(s, rows / heads)).collect();
         sequences.iter_mut().for_each(|tiles| tiles.sort_by_key(|tile| Reverse(tile.len())));
         let longest = |index: &usize| sequences[*index].first().map_or(0, Segment::len);
         let mut order: Vec<usize> = (0..sequences.len()).collect();
         order.sort_by_key(|index| Reverse(longest(index)));
 
-        let splits = Splits::new(config, &sequences, heads, kv_heads, parts);
+        let splits = Splits::new(config, &sequences, [heads, rows], kv_heads, parts);
         let mut work = Self {
             tasks: Vec::with_capacity(sequences.iter().map(Vec::len).sum()),
             groups: Vec::new(),
@@ -110,44 +112,43 @@ impl Work {
             .map(|sequence| {
                 let start = work.tasks.len();
                 let tiles = std::mem::take(&mut sequences[sequence]);
-                let together = splits.heads(&tiles);
+                let cut = splits.of(&tiles);
                 for segment in tiles {
-                    work.push(sequence, segment, &splits, together);
+                    work.push(sequence, segment, cut);
                 }
-                (start..work.tasks.len(), together)
+                (start..work.tasks.len(), cut.kv_heads)
             })
             .collect();
         if i32::try_from(work.partial_rows).is_err() {
             let expected = "a length that leaves fewer than 2³¹ partial rows";
-            return Err(Error::value("split_keys", expected, splits.keys(1)));
+            return Err(Error::value("split_keys", expected, config.fixed_split_keys().unwrap_or(0)));
         }
         // All heads of a split before the next: in [seq, heads] layouts they share their pages of
         // memory.
         let most = work.tasks.iter().map(|task| task.splits).max().unwrap_or(0);
         for split in 0..most {
-            for (tasks, heads) in &of_sequences {
+            for (tasks, kv_heads) in &of_sequences {
                 // The tasks of a sequence are sorted by length, so by splits too.
                 let count = work.tasks[tasks.clone()].partition_point(|task| task.splits > split);
                 if count > 0 {
-                    let (tasks, heads) = (tasks.start..tasks.start + count, *heads);
-                    work.groups.push(Group { first: work.pieces, tasks, split, heads });
-                    work.pieces += count * (work.planes() / heads);
+                    let (tasks, kv_heads) = (tasks.start..tasks.start + count, *kv_heads);
+                    work.groups.push(Group { first: work.pieces, tasks, split, kv_heads });
+                    work.pieces += count * (work.planes() / kv_heads);
                 }
             }
         }
         Ok(work)
     }
 
-    fn push(&mut self, sequence: usize, segment: Segment, splits: &Splits, together: usize) {
-        let split_keys = splits.keys(together);
-        let splits = splits.count(segment.len(), together);
+    fn push(&mut self, sequence: usize, segment: Segment, cut: Cut) {
+        let splits = cut.splits(segment.len());
         let partials = self.partial_rows;
         if splits > 1 {
             self.split.push(self.tasks.len());
             let rows = (self.planes() * self.rows(&segment)).saturating_mul(splits);
             self.partial_rows = self.partial_rows.saturating_add(rows);
         }
-        self.tasks.push(Task { sequence, segment, splits, partials, split_keys });
+        self.tasks.push(Task { sequence, segment, splits, partials, split_keys: cut.keys });
     }
 
     /// Rows of a tile of one KV head or part.
@@ -186,7 +187,7 @@ impl Work {
         let group = &self.groups[self.groups.partition_point(|group| group.first <= index) - 1];
         let index = index - group.first;
         let (plane, task) = (index / group.tasks.len(), group.tasks.start + index % group.tasks.len());
-        let plane = plane * group.heads;
+        let plane = plane * group.kv_heads;
         let Task { splits, partials, ref segment, .. } = self.tasks[task];
         let rows = self.rows(segment);
         let place = Place {
@@ -195,7 +196,7 @@ impl Work {
             head_rows: splits * rows,
         };
         let mut piece = self.piece_of(batch, task, plane, group.split);
-        piece.kv_heads.end = piece.kv_heads.start + group.heads;
+        piece.kv_heads.end = piece.kv_heads.start + group.kv_heads;
         (piece, place)
     }
 
@@ -234,12 +235,12 @@ impl Work {
 }
 
 /// Rows of all partials at most, for any batch within a capacity.
-pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>) -> usize {
+pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>, rows: usize) -> usize {
     let (kv_heads, group) = (capacity.key[2], capacity.query[2] / capacity.key[2]);
     let heads = group.min(tile::ROWS);
     let planes = kv_heads * group.div_ceil(heads);
     let Some(split_keys) = split_keys else {
-        let tile_rows = capacity.most_rows().min(tile::ROWS / heads) * heads;
+        let tile_rows = capacity.most_rows().min(rows / heads) * heads;
         let few_rows = capacity.most_rows().min(few::ROWS / heads) * heads;
         // The keys of all tasks are less than this many splits long, and a task that is split has at
         // least one whole one: no more than twice as many splits.
@@ -251,9 +252,8 @@ pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>) 
     splits.saturating_mul(heads * planes)
 }
 
-/// The tiles of a sequence: rows that share their keys, as many tokens as fill a tile.
-fn tiles(sequence: &crate::Sequence, heads: usize) -> Vec<Segment> {
-    let tokens = tile::ROWS / heads;
+/// The tiles of a sequence: rows that share their keys, so many tokens at most.
+fn tiles(sequence: &crate::Sequence, tokens: usize) -> Vec<Segment> {
     let mut tiles = Vec::with_capacity(sequence.rows.len().div_ceil(tokens));
     schedule::segments(sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
         for start in segment.rows.clone().step_by(tokens) {
@@ -298,8 +298,8 @@ mod tests {
                 batch.push(Sequence::new(index, 0..rows, keys, Mask::Full)).unwrap();
             }
             let capacity = Capacity::new(query, key, sequences, rows);
-            let most = most_partial_rows(&capacity, config.fixed_split_keys());
-            let rows = Work::new(&batch, &config).unwrap().partial_rows();
+            let most = most_partial_rows(&capacity, config.fixed_split_keys(), tile::ROWS);
+            let rows = Work::new(&batch, &config, tile::ROWS).unwrap().partial_rows();
             assert!(rows <= most && rows as f64 > 0.9 * most as f64, "{rows} of {most}");
         }
     }
@@ -312,7 +312,7 @@ mod tests {
         for (index, len) in lens.into_iter().enumerate() {
             batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Causal)).unwrap();
         }
-        let work = Work::new(&batch, &PlanConfig::new()).unwrap();
+        let work = Work::new(&batch, &PlanConfig::new(), tile::ROWS).unwrap();
         let mut entries = [0; 4];
         let longest = (0..work.pieces())
             .map(|index| {
@@ -334,7 +334,7 @@ mod tests {
             let mut batch = Batch::new([1, rows, kv_heads, 128], [1, len, kv_heads, 128]).unwrap();
             batch.push(Sequence::new(0, 0..rows, Keys::rows(0, 0..len), Mask::Full)).unwrap();
             let config = split_keys.map_or(PlanConfig::new(), |keys| PlanConfig::new().with_split_keys(keys));
-            let work = Work::new(&batch, &config).unwrap();
+            let work = Work::new(&batch, &config, tile::ROWS).unwrap();
             let (piece, _) = work.piece(&batch, work.pieces() - 1);
             assert_eq!(piece.kv_heads.end, kv_heads);
             piece.kv_heads.len()
@@ -347,6 +347,13 @@ mod tests {
         assert_eq!(heads(8, 1, enough / 16, None), 1);
         assert_eq!(heads(9, 1, enough, None), 3);
         assert_eq!(heads(16, 1, enough, None), 8);
+        // Of many short sequences too, so many are left.
+        let mut batch = Batch::new([32, 1, 2, 128], [32, 1152, 2, 128]).unwrap();
+        for index in 0..32 {
+            batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..1152), Mask::Causal)).unwrap();
+        }
+        let work = Work::new(&batch, &PlanConfig::new(), tile::ROWS).unwrap();
+        assert_eq!((work.piece(&batch, 0).0.kv_heads, work.pieces()), (0..2, PIECES_OF_HEADS));
         let enough = PIECES_OF_HEADS * tile::KEYS;
         assert_eq!(heads(8, 1, enough, Some(tile::KEYS)), 8);
         assert_eq!(heads(8, 1, enough, Some(1)), 8);
@@ -358,7 +365,7 @@ mod tests {
     fn a_prefill_of_enough_tiles_is_not_split() {
         let mut batch = Batch::new([1, 2048, 8, 64], [1, 2048, 8, 64]).unwrap();
         batch.push(Sequence::new(0, 0..2048, Keys::rows(0, 0..2048), Mask::Causal)).unwrap();
-        assert_eq!(Work::new(&batch, &PlanConfig::new()).unwrap().partial_rows(), 0);
+        assert_eq!(Work::new(&batch, &PlanConfig::new(), tile::ROWS).unwrap().partial_rows(), 0);
     }
 
     /// With a fixed length the borders are its multiples, whatever is in the batch.
@@ -370,7 +377,7 @@ mod tests {
                 let len = if index == 0 { 2500 } else { 100 * index };
                 batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Full)).unwrap();
             }
-            let work = Work::new(&batch, &PlanConfig::new().with_split_keys(960)).unwrap();
+            let work = Work::new(&batch, &PlanConfig::new().with_split_keys(960), tile::ROWS).unwrap();
             let mut entries: Vec<_> = (0..work.pieces())
                 .map(|index| work.piece(&batch, index).0)
                 .filter(|piece| piece.sequence.batch == 0)

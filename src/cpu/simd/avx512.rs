@@ -1,5 +1,6 @@
 //! AVX-512: 16 lanes, and products of bf16 pairs where the CPU has them.
 
+use super::amx::Amx;
 use super::{F32Product, Product, Simd, Task};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -155,16 +156,19 @@ impl Simd for Avx512 {
 
 /// A CPU with AVX-512 BF16: words of two bf16, the first in the low half.
 #[derive(Clone, Copy)]
-pub(crate) struct Bf16Product(Avx512);
-
-impl Bf16Product {
-    pub(crate) fn new() -> Option<(Avx512, Self)> {
-        let simd = Avx512::new()?;
-        is_x86_feature_detected!("avx512bf16").then_some((simd, Self(simd)))
-    }
+pub(crate) struct Bf16Product {
+    simd: Avx512,
+    /// Whether AMX computes the products of many rows.
+    amx: bool,
 }
 
 impl Bf16Product {
+    /// `amx` asks for AMX to compute the products of many rows.
+    pub(crate) fn new(amx: bool) -> Option<Self> {
+        let simd = Avx512::new()?;
+        is_x86_feature_detected!("avx512bf16").then_some(Self { simd, amx })
+    }
+
     /// Lane `2i` from the low half's `i`, lane `2i + 1` from the high half's.
     #[inline(always)]
     fn interleave(self) -> __m512i {
@@ -184,19 +188,79 @@ impl Bf16Product {
 }
 
 impl Avx512 {
+    /// Writes the transpose of 16 rows of as many words.
+    ///
+    /// # Safety
+    /// The rows, which lie so many words apart, must be readable or writable.
+    #[inline(always)]
+    pub(crate) unsafe fn transpose(self, from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
+        // SAFETY: `self` proves that the CPU has the instructions; the rows are the caller's promise.
+        unsafe {
+            let mut rows = [_mm512_setzero_ps(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm512_loadu_ps(from.add(i * stride));
+            }
+            // Within each quarter, the transposes of 4 x 4 blocks: `fours[4b + j]` holds column j (of
+            // each quarter) of the rows 4b..4b + 4.
+            let mut fours = [_mm512_setzero_ps(); 16];
+            for b in 0..4 {
+                let [r0, r1, r2, r3] = [rows[4 * b], rows[4 * b + 1], rows[4 * b + 2], rows[4 * b + 3]];
+                let low = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1));
+                let low_next = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3));
+                let high = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+                let high_next = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+                fours[4 * b] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, low_next));
+                fours[4 * b + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, low_next));
+                fours[4 * b + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, high_next));
+                fours[4 * b + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, high_next));
+            }
+            // Then the quarters: column 4q + j of all rows is quarter q of `fours[j]`, `[4 + j]`, ...
+            for j in 0..4 {
+                let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+                let even = [
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b),
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(c, d),
+                ];
+                let odd = [
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b),
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d),
+                ];
+                for (q, row) in [
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(even[0], even[1]),
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(odd[0], odd[1]),
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(even[0], even[1]),
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(odd[0], odd[1]),
+                ]
+                .into_iter()
+                .enumerate()
+                {
+                    _mm512_storeu_ps(to.add((4 * q + j) * to_stride), row);
+                }
+            }
+        }
+    }
+}
+
+impl Bf16Product {
     /// As [`Simd::run`], with products of bf16 pairs.
-    pub(crate) fn run_with<T: Task>(self, product: Bf16Product, task: T) -> T::Output {
+    pub(crate) fn run<T: Task>(self, task: T) -> T::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
         fn enter<T: Task>(simd: Avx512, product: Bf16Product, task: T) -> T::Output {
             task.run(simd, product)
         }
-        // SAFETY: `self` and `product` prove that the CPU has these instructions.
-        unsafe { enter(self, product, task) }
+        // SAFETY: `self` proves that the CPU has these instructions.
+        unsafe { enter(self.simd, self, task) }
     }
 }
 
 impl Product<Avx512> for Bf16Product {
+    type Unit = Amx;
     const ELEMENTS: usize = 2;
+
+    #[inline(always)]
+    fn unit(self) -> Option<Amx> {
+        if self.amx { Amx::new() } else { None }
+    }
 
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, sum: __m512) -> __m512 {

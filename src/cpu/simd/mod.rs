@@ -5,12 +5,18 @@
 //! [`dispatch`], which compiles it once per instruction set.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod matrix;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+
+use matrix::NoUnit;
+pub(crate) use matrix::{Matrix, TILE};
 
 use crate::{Error, Result};
 use half::{bf16, f16};
@@ -29,24 +35,38 @@ pub enum InstructionSet {
     Avx512,
     /// AVX-512 with BF16 dot products, for bf16 inputs; as `Avx512` for others.
     Avx512Bf16,
+    /// AMX, the matrix unit, for many rows of bf16 inputs; as `Avx512` for others.
+    Amx,
+    /// What AMX computes in plain Rust, on any CPU: slow, to test the code that runs on AMX.
+    AmxModel,
 }
 
 impl InstructionSet {
-    /// Those of this CPU, the best last.
+    /// Those that this CPU can run.
     pub fn available() -> Vec<Self> {
-        let all = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+        let all = [
+            Self::AmxModel,
+            Self::Portable,
+            Self::Neon,
+            Self::Avx2,
+            Self::Avx512,
+            Self::Avx512Bf16,
+            Self::Amx,
+        ];
         all.into_iter().filter(|set| set.is_available()).collect()
     }
 
-    /// The best of this CPU.
+    /// The fastest of this CPU. Intel's dot products of bf16 pairs take two cycles where AMD's take one:
+    /// no faster than multiply-adds of f32, and they round probabilities.
     pub fn best() -> Self {
-        let all = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Neon];
-        all.into_iter().find(|set| set.is_available()).unwrap_or(Self::Portable)
+        let all = [Self::Amx, Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Neon];
+        let fast = |set: &Self| set.is_available() && (*set != Self::Avx512Bf16 || !is_intel());
+        all.into_iter().find(fast).unwrap_or(Self::Portable)
     }
 
     fn is_available(self) -> bool {
         match self {
-            Self::Portable => true,
+            Self::Portable | Self::AmxModel => true,
             #[cfg(target_arch = "aarch64")]
             Self::Neon => neon::Neon::new().is_some(),
             #[cfg(target_arch = "x86_64")]
@@ -54,10 +74,17 @@ impl InstructionSet {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::Avx512::new().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => avx512::Bf16Product::new().is_some(),
+            Self::Avx512Bf16 => avx512::Bf16Product::new(false).is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => amx::Amx::is_available(),
             #[allow(unreachable_patterns)]
             _ => false,
         }
+    }
+
+    /// Whether a matrix unit (or its model) computes many rows of bf16.
+    pub(crate) fn has_matrix_unit(self) -> bool {
+        matches!(self, Self::Amx | Self::AmxModel)
     }
 
     pub(crate) fn check(self) -> Result<()> {
@@ -66,6 +93,18 @@ impl InstructionSet {
         }
         Err(Error::value("instructions", format!("one of {:?}", Self::available()), format!("{self:?}")))
     }
+}
+
+/// Whether Intel made this CPU.
+fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let vendor = std::arch::x86_64::__cpuid(0);
+        let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"GenuineIntel"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// Operations on vectors of [`LANES`](Self::LANES) f32.
@@ -167,6 +206,8 @@ pub(crate) trait Task {
 
 /// A product of 32-bit words into f32 sums: one f32 each, or two bf16.
 pub(crate) trait Product<S: Simd>: Copy + Send + Sync + 'static {
+    /// The matrix unit that may come with it.
+    type Unit: Matrix;
     /// Elements of a word.
     const ELEMENTS: usize;
     /// `sum + a · b`, word by word.
@@ -177,13 +218,16 @@ pub(crate) trait Product<S: Simd>: Copy + Send + Sync + 'static {
     /// # Safety
     /// `S::LANES` words must be writable at both (if a word holds one element) or at `to`.
     unsafe fn store_pair(self, first: S::V, second: S::V, to: *mut f32, next: usize);
+    /// The matrix unit for products of many rows, with the tiles of this thread set up.
+    fn unit(self) -> Option<Self::Unit>;
 }
 
 /// Words of one f32.
 #[derive(Clone, Copy)]
-pub(crate) struct F32Product<S>(S);
+pub(crate) struct F32Product<S>(pub S);
 
 impl<S: Simd> Product<S> for F32Product<S> {
+    type Unit = NoUnit;
     const ELEMENTS: usize = 1;
 
     #[inline(always)]
@@ -199,16 +243,22 @@ impl<S: Simd> Product<S> for F32Product<S> {
             self.0.store(second, to.add(next));
         }
     }
+
+    #[inline(always)]
+    fn unit(self) -> Option<NoUnit> {
+        None
+    }
 }
 
 /// Runs `task` with the instructions of `set`, or plainly where the CPU lacks them; `bf16` asks for products of bf16 pairs.
 pub(crate) fn dispatch<T: Task>(set: InstructionSet, bf16: bool, task: T) -> T::Output {
     match set {
         #[cfg(target_arch = "x86_64")]
-        InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => {
-            let pairs = bf16 && set == InstructionSet::Avx512Bf16;
-            if pairs && let Some((simd, product)) = avx512::Bf16Product::new() {
-                return simd.run_with(product, task);
+        InstructionSet::Avx512 | InstructionSet::Avx512Bf16 | InstructionSet::Amx => {
+            let pairs = bf16 && set != InstructionSet::Avx512;
+            let product = avx512::Bf16Product::new(set == InstructionSet::Amx);
+            if let Some(product) = product.filter(|_| pairs) {
+                return product.run(task);
             }
             if let Some(simd) = avx512::Avx512::new() {
                 return simd.run(task);
@@ -226,10 +276,10 @@ pub(crate) fn dispatch<T: Task>(set: InstructionSet, bf16: bool, task: T) -> T::
                 return simd.run(task);
             }
         }
+        InstructionSet::AmxModel if bf16 => return portable::PortablePairs::run(task),
         _ => {}
     }
-    let _ = bf16;
-    portable::Portable.run(task)
+    portable::Portable::<8>.run(task)
 }
 
 /// The first vector of a slice.

@@ -1,96 +1,95 @@
-//! Plain Rust, for any CPU: 8 lanes that the compiler may vectorise.
+//! Plain Rust, for any CPU: lanes that the compiler may vectorise.
 
-use super::{F32Product, Simd, Task};
+use super::matrix::{Model, TILE, add_pair};
+use super::{F32Product, Product, Simd, Task};
 use half::{bf16, f16};
 
 /// Any CPU.
 #[derive(Clone, Copy)]
-pub(crate) struct Portable;
-
-type V = [f32; 8];
+pub(crate) struct Portable<const LANES: usize>;
 
 #[inline(always)]
-fn map(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
+fn map<const LANES: usize>(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
-impl Simd for Portable {
-    type V = V;
-    const LANES: usize = 8;
+impl<const LANES: usize> Simd for Portable<LANES> {
+    type V = [f32; LANES];
+    const LANES: usize = LANES;
     const TILE_ROWS: usize = 2;
 
     #[inline(always)]
-    fn splat(self, x: f32) -> V {
-        [x; 8]
+    fn splat(self, x: f32) -> Self::V {
+        [x; LANES]
     }
 
     #[inline(always)]
-    unsafe fn load(self, from: *const f32) -> V {
+    unsafe fn load(self, from: *const f32) -> Self::V {
         // SAFETY: the caller's promise.
-        unsafe { from.cast::<V>().read_unaligned() }
+        unsafe { from.cast::<Self::V>().read_unaligned() }
     }
 
     #[inline(always)]
-    unsafe fn load_f16(self, from: *const f16) -> V {
+    unsafe fn load_f16(self, from: *const f16) -> Self::V {
         // SAFETY: the caller's promise.
-        unsafe { from.cast::<[f16; 8]>().read_unaligned() }.map(f16::to_f32)
+        unsafe { from.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32)
     }
 
     #[inline(always)]
-    unsafe fn load_bf16(self, from: *const bf16) -> V {
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V {
         // SAFETY: the caller's promise.
-        unsafe { from.cast::<[bf16; 8]>().read_unaligned() }.map(bf16::to_f32)
+        unsafe { from.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
     }
 
     #[inline(always)]
-    unsafe fn store(self, x: V, to: *mut f32) {
+    unsafe fn store(self, x: Self::V, to: *mut f32) {
         // SAFETY: the caller's promise.
-        unsafe { to.cast::<V>().write_unaligned(x) }
+        unsafe { to.cast::<Self::V>().write_unaligned(x) }
     }
 
     #[inline(always)]
-    fn add(self, a: V, b: V) -> V {
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
         map(a, b, |a, b| a + b)
     }
 
     #[inline(always)]
-    fn sub(self, a: V, b: V) -> V {
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
         map(a, b, |a, b| a - b)
     }
 
     #[inline(always)]
-    fn mul(self, a: V, b: V) -> V {
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
         map(a, b, |a, b| a * b)
     }
 
     #[inline(always)]
-    fn div(self, a: V, b: V) -> V {
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
         map(a, b, |a, b| a / b)
     }
 
     #[inline(always)]
-    fn fma(self, a: V, b: V, c: V) -> V {
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         self.add(self.mul(a, b), c)
     }
 
     #[inline(always)]
-    fn max(self, a: V, b: V) -> V {
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
         map(a, b, |a, b| if a > b { a } else { b })
     }
 
     #[inline(always)]
-    fn if_greater(self, a: V, b: V, x: V, y: V) -> V {
+    fn if_greater(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V {
         std::array::from_fn(|i| if a[i] > b[i] { x[i] } else { y[i] })
     }
 
     #[inline(always)]
-    fn split_exponent(self, x: V) -> (V, V) {
+    fn split_exponent(self, x: Self::V) -> (Self::V, Self::V) {
         let whole = x.map(f32::round_ties_even);
         (self.sub(x, whole), whole)
     }
 
     #[inline(always)]
-    fn scale_exponent(self, y: V, r: V) -> V {
+    fn scale_exponent(self, y: Self::V, r: Self::V) -> Self::V {
         // 2^r by its bits, 0 below the normal range. A NaN casts to 0, and stays in `y`.
         map(
             y,
@@ -100,17 +99,52 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn sum_lanes(self, x: V) -> f32 {
+    fn sum_lanes(self, x: Self::V) -> f32 {
         x.iter().sum()
     }
 
     #[inline(always)]
-    fn max_lanes(self, x: V) -> f32 {
+    fn max_lanes(self, x: Self::V) -> f32 {
         x.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
     }
 
     #[inline(always)]
     fn run<T: Task>(self, task: T) -> T::Output {
         task.run(self, F32Product(self))
+    }
+}
+
+/// Products of bf16 pairs, and a [`Model`] of a matrix unit.
+#[derive(Clone, Copy)]
+pub(crate) struct PortablePairs;
+
+impl PortablePairs {
+    /// Runs `task` with as many lanes as a tile has words in a row.
+    pub(crate) fn run<T: Task>(task: T) -> T::Output {
+        task.run(Portable::<TILE>, Self)
+    }
+}
+
+impl Product<Portable<TILE>> for PortablePairs {
+    type Unit = Model;
+    const ELEMENTS: usize = 2;
+
+    #[inline(always)]
+    fn fma(self, a: [f32; TILE], b: [f32; TILE], sum: [f32; TILE]) -> [f32; TILE] {
+        std::array::from_fn(|i| add_pair(a[i], b[i], sum[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair(self, first: [f32; TILE], second: [f32; TILE], to: *mut f32, _next: usize) {
+        let word = |i: usize| {
+            let [low, high] = [first[i], second[i]].map(|x| u32::from(bf16::from_f32(x).to_bits()));
+            f32::from_bits(low | high << 16)
+        };
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f32; TILE]>().write_unaligned(std::array::from_fn(word)) }
+    }
+
+    fn unit(self) -> Option<Model> {
+        Some(Model::default())
     }
 }

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 /// Keys of a register block.
 pub(super) const BLOCK: usize = 4;
 /// Rows of the largest register block.
-pub(super) const BLOCK_ROWS: usize = 4;
+pub(in crate::cpu::flash) const BLOCK_ROWS: usize = 4;
 /// Heads are padded to whole blocks of so many vectors.
 const WIDTH: usize = 8;
 /// The widest vector of any instruction set.

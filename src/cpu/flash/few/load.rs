@@ -6,7 +6,8 @@ use half::{bf16, f16};
 
 /// An element that loads as a vector of f32.
 pub(super) trait Load: Copy + Default {
-    fn rows<'a>(row: AnySlice<'a>) -> &'a [Self];
+    /// The elements of rows that hold this type.
+    fn rows<'a>(rows: AnySlice<'a>) -> &'a [Self];
     /// # Safety
     /// `S::LANES` elements must be readable at `from`.
     unsafe fn load<S: Simd>(simd: S, from: *const Self) -> S::V;
@@ -14,8 +15,9 @@ pub(super) trait Load: Copy + Default {
 
 impl Load for f32 {
     #[inline(always)]
-    fn rows(row: AnySlice<'_>) -> &[f32] {
-        if let AnySlice::F32(row) = row { row } else { &[] }
+    fn rows(rows: AnySlice<'_>) -> &[f32] {
+        let AnySlice::F32(rows) = rows else { unreachable!("one type was chosen for all") };
+        rows
     }
     #[inline(always)]
     unsafe fn load<S: Simd>(simd: S, from: *const f32) -> S::V {
@@ -26,8 +28,9 @@ impl Load for f32 {
 
 impl Load for f16 {
     #[inline(always)]
-    fn rows(row: AnySlice<'_>) -> &[f16] {
-        if let AnySlice::F16(row) = row { row } else { &[] }
+    fn rows(rows: AnySlice<'_>) -> &[f16] {
+        let AnySlice::F16(rows) = rows else { unreachable!("one type was chosen for all") };
+        rows
     }
     #[inline(always)]
     unsafe fn load<S: Simd>(simd: S, from: *const f16) -> S::V {
@@ -38,8 +41,9 @@ impl Load for f16 {
 
 impl Load for bf16 {
     #[inline(always)]
-    fn rows(row: AnySlice<'_>) -> &[bf16] {
-        if let AnySlice::BF16(row) = row { row } else { &[] }
+    fn rows(rows: AnySlice<'_>) -> &[bf16] {
+        let AnySlice::BF16(rows) = rows else { unreachable!("one type was chosen for all") };
+        rows
     }
     #[inline(always)]
     unsafe fn load<S: Simd>(simd: S, from: *const bf16) -> S::V {

@@ -1,0 +1,174 @@
+//! The products of a tile by vectors, in registers.
+
+use super::{Engine, Tile};
+use crate::cpu::flash::rows::{clear_special, pack_value_words};
+use crate::cpu::simd::{Product, Simd, load, store};
+use crate::tensor::sealed::AnySlice;
+
+/// Multiply-adds of vectors. Outputs lie row by row, values `[panel of columns][word of keys][column]`.
+pub(in crate::cpu::flash) struct Vectors;
+
+impl<S: Simd, P: Product<S>> Engine<S, P> for Vectors {
+    const KEYS: usize = super::KEYS;
+    const STEP: usize = super::STEP;
+    const ROWS_OF_SCRATCH: usize = 1;
+    const SCALES: bool = true;
+
+    #[inline(always)]
+    fn scores(&mut self, tile: &Tile<S, P>, query: &[f32], key: &[f32], scores: &mut [f32]) {
+        match S::TILE_ROWS {
+            8 => scores_by::<S, P, 8>(tile, query, key, scores),
+            4 => scores_by::<S, P, 4>(tile, query, key, scores),
+            _ => scores_by::<S, P, 2>(tile, query, key, scores),
+        }
+    }
+
+    #[inline(always)]
+    fn pack_values<'a>(
+        &self,
+        tile: &Tile<S, P>,
+        rows: impl Fn(usize) -> AnySlice<'a>,
+        count: usize,
+        value: &mut [f32],
+        scratch: &mut [f32],
+    ) -> bool {
+        let panel = 2 * S::LANES;
+        let words = value.len() / tile.columns;
+        let row = &mut scratch[..tile.columns];
+        let mut finite = true;
+        for word in 0..words {
+            finite &= if P::ELEMENTS == 1 {
+                pack_value_words::<1>(&rows, count, word, row)
+            } else {
+                pack_value_words::<2>(&rows, count, word, row)
+            };
+            for (p, columns) in row.chunks_exact(panel).enumerate() {
+                value[(p * words + word) * panel..][..panel].copy_from_slice(columns);
+            }
+        }
+        if !finite {
+            if P::ELEMENTS == 1 { clear_special::<1>(value) } else { clear_special::<2>(value) }
+        }
+        finite
+    }
+
+    #[inline(always)]
+    fn accumulate(
+        &mut self,
+        tile: &Tile<S, P>,
+        probabilities: &[f32],
+        value: &[f32],
+        keys: usize,
+        alpha: &[f32],
+        out: &mut [f32],
+    ) {
+        match S::TILE_ROWS {
+            8 => accumulate_by::<S, P, 8>(tile, probabilities, value, keys, alpha, out),
+            4 => accumulate_by::<S, P, 4>(tile, probabilities, value, keys, alpha, out),
+            _ => accumulate_by::<S, P, 2>(tile, probabilities, value, keys, alpha, out),
+        }
+    }
+
+    #[inline(always)]
+    fn place(&self, tile: &Tile<S, P>, row: usize, column: usize) -> usize {
+        row * tile.columns + column
+    }
+
+    #[inline(always)]
+    fn by_rows<'a>(&self, _: &Tile<S, P>, out: &'a mut [f32], _: &'a mut [f32]) -> &'a mut [f32] {
+        out
+    }
+}
+
+#[inline(always)]
+fn scores_by<S: Simd, P: Product<S>, const R: usize>(
+    tile: &Tile<S, P>,
+    query: &[f32],
+    key: &[f32],
+    scores: &mut [f32],
+) {
+    let (simd, words) = (tile.simd, tile.words);
+    let factor = simd.splat(tile.factor);
+    let panel = 2 * S::LANES;
+    assert!(query.len() >= words * panel && words.is_multiple_of(4));
+    for (key, scores) in key.chunks_exact(R * words).zip(scores.chunks_exact_mut(R * panel)) {
+        let zero = [[simd.splat(0.0); 2]; R];
+        // SAFETY: `key` holds R rows of `words`, `query` holds `words` vectors of a panel.
+        let sums = unsafe { multiply(tile, key.as_ptr(), words, 1, query.as_ptr(), words, zero) };
+        for (sums, scores) in sums.iter().zip(scores.chunks_exact_mut(panel)) {
+            let (low, high) = scores.split_at_mut(S::LANES);
+            store(simd, simd.mul(sums[0], factor), low);
+            store(simd, simd.mul(sums[1], factor), high);
+        }
+    }
+}
+
+#[inline(always)]
+fn accumulate_by<S: Simd, P: Product<S>, const R: usize>(
+    tile: &Tile<S, P>,
+    probabilities: &[f32],
+    value: &[f32],
+    keys: usize,
+    alpha: &[f32],
+    out: &mut [f32],
+) {
+    let (simd, columns) = (tile.simd, tile.columns);
+    let panel = 2 * S::LANES;
+    let words = keys / P::ELEMENTS;
+    let value_panel = value.len() / columns * panel;
+    assert!(probabilities.len() >= words * panel && words.is_multiple_of(4) && panel.is_multiple_of(R));
+    assert!(out.len() >= panel * columns);
+    for (index, value) in value.chunks_exact(value_panel).take(columns / panel).enumerate() {
+        assert!(value.len() >= words * panel);
+        for row in (0..panel).step_by(R) {
+            let place = |r: usize| (row + r) * columns + index * panel;
+            let mut sums = [[simd.splat(0.0); 2]; R];
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let alpha = simd.splat(alpha[row + r]);
+                sums[0] = simd.mul(alpha, load(simd, &out[place(r)..]));
+                sums[1] = simd.mul(alpha, load(simd, &out[place(r) + S::LANES..]));
+            }
+            // SAFETY: `probabilities` holds `words` vectors of a panel, of which R lanes from `row` on
+            // are read, and `value` holds `words` vectors of a panel.
+            let sums = unsafe {
+                multiply(tile, probabilities.as_ptr().add(row), 1, panel, value.as_ptr(), words, sums)
+            };
+            for (r, sums) in sums.iter().enumerate() {
+                store(simd, sums[0], &mut out[place(r)..]);
+                store(simd, sums[1], &mut out[place(r) + S::LANES..]);
+            }
+        }
+    }
+}
+
+/// `sums[r] += Σ_w a[r · a_row + w · a_step] · b[w]`, `b[w]` being the two vectors of a panel.
+///
+/// # Safety
+/// All these words must be readable; `steps` must be a multiple of 4.
+#[inline(always)]
+unsafe fn multiply<S: Simd, P: Product<S>, const R: usize>(
+    tile: &Tile<S, P>,
+    a: *const f32,
+    a_row: usize,
+    a_step: usize,
+    b: *const f32,
+    steps: usize,
+    mut sums: [[S::V; 2]; R],
+) -> [[S::V; 2]; R] {
+    let simd = tile.simd;
+    for step in (0..steps).step_by(4) {
+        for step in step..step + 4 {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let b = b.add(step * 2 * S::LANES);
+                let (b0, b1) = (simd.load(b), simd.load(b.add(S::LANES)));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let a = simd.splat(*a.add(r * a_row + step * a_step));
+                    sums[0] = tile.product.fma(a, b0, sums[0]);
+                    sums[1] = tile.product.fma(a, b1, sums[1]);
+                }
+            }
+        }
+    }
+    sums
+}

@@ -1,0 +1,62 @@
+//! What a thread does: it takes pieces, and chooses the kernel of each.
+
+use super::piece::{Operands, Piece};
+use super::work::Place;
+use super::workspace::Scratch;
+use super::{Plan, few, tile};
+use crate::cpu::simd::{F32Product, Product, Simd, Task};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Gets a row's result: the piece and where its result goes, the row, out and lse.
+pub(super) type Write<'a> = &'a (dyn Fn(&Piece<'_>, Place, usize, &[f32], f32) + Sync);
+
+/// A thread that takes pieces until none is left.
+pub(super) struct Worker<'a> {
+    pub plan: &'a Plan,
+    pub inputs: &'a Operands<'a>,
+    /// The next piece.
+    pub next: &'a AtomicUsize,
+    pub scratch: Scratch<'a>,
+    pub write: Write<'a>,
+}
+
+impl Task for Worker<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd, P: Product<S>>(mut self, simd: S, product: P) {
+        let total = self.plan.work.pieces();
+        let mut unit = product.unit();
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= total {
+                return;
+            }
+            let (piece, place) = self.plan.work.piece(&self.plan.batch, index);
+            let write = |head: usize, row: usize, out: &[f32], lse: f32| {
+                (self.write)(&piece.of_head(head), place.of_head(head), row, out, lse);
+            };
+            if few::suits(&piece.segment, piece.heads.len()) && !self.plan.config.row_invariant {
+                // Where there is a unit, products of pairs by vectors are no faster than those of f32,
+                // for which keys are converted once for each register block of rows.
+                if unit.is_some() && piece.rows() <= few::BLOCK_ROWS {
+                    let product = F32Product(simd);
+                    few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
+                } else {
+                    few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
+                }
+                continue;
+            }
+            let write = |row: usize, out: &[f32], lse: f32| write(0, row, out, lse);
+            if let Some(unit) = &mut unit {
+                let unit = tile::matrix::Unit(unit);
+                tile::attend(simd, product, unit, self.inputs, &piece, &mut self.scratch, write);
+                continue;
+            }
+            for (first, part) in piece.parts(tile::ROWS) {
+                let write = |row: usize, out: &[f32], lse: f32| write(first + row, out, lse);
+                tile::attend(simd, product, tile::Vectors, self.inputs, &part, &mut self.scratch, write);
+            }
+        }
+    }
+}
