@@ -64,7 +64,7 @@ fn len(shape: [usize; 4]) -> usize {
 const TOKENS: usize = 8192;
 const BLOCK: usize = TOKENS / 4;
 
-/// Dense causal attention and context encoding with `a = b = L/4`, as on a single host.
+/// Dense causal attention and context encoding with `a = b = L/4`, as on a single rank.
 fn context<T: Element>(bench: &mut Bench<'_>, query_heads: usize, kv_heads: usize, head_dim: usize) {
     let star = Mask::Star { anchor_len: BLOCK, block_len: BLOCK, first_block_len: BLOCK };
     for (name, mask) in [("causal", Mask::Causal), ("star", star)] {

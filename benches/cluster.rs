@@ -1,13 +1,13 @@
-//! A model of 2 to 64 hosts: time to first token and time per generated token of Star Attention, beside dense attention on one host,
-//! ring attention and tree attention. **Modelled, not measured**: rates of one host, measured here or given, in the formulas below.
+//! A model of 2 to 64 ranks: time to first token and time per generated token of Star Attention, beside dense attention on one rank,
+//! ring attention and tree attention. **Modelled, not measured**: rates of one rank, measured here or given, in the formulas below.
 //!
-//!     cargo bench --bench cluster -- [--hosts 2,4,..] [--lengths 16384,..] [--query 32]
+//!     cargo bench --bench cluster -- [--ranks 2,4,..] [--lengths 16384,..] [--query 32]
 //!         [--latency 10e-6] [--bandwidth 12.5e9] [--attention-flops R] [--linear-flops R] [--kv-bandwidth B]
 //!
-//! Llama-3.1-8B in bf16, whole on every host; one context of `L` tokens, a query of `T`, then one token at a time.
+//! Llama-3.1-8B in bf16, whole on every rank; one context of `L` tokens, a query of `T`, then one token at a time.
 //!
 //! ```text
-//! α, β     seconds of a collective or a message, bytes a host sends per second           comm::Link
+//! α, β     seconds of a collective or a message, bytes a rank sends per second           comm::Link
 //! R(m, n)  FLOP/s of attention under mask m at the longest blocks measured that have at most n tokens
 //! R_q      the same for the T query tokens over a shard
 //! R_l      FLOP/s of linear layers; unless given, that of causal attention
@@ -15,7 +15,7 @@
 //!
 //! W        weights of a layer's linear layers:  d D (2 n_q + 2 n_kv) + 3 D M,  hidden size D, the MLP's M
 //! K        a token's keys and values in a layer:  2 n_kv d · 2 bytes
-//! P(t)     a host's partial for t tokens, in f32:  t n_q (d + 1) · 4 bytes                comm::MergePlan
+//! P(t)     a rank's partial for t tokens, in f32:  t n_q (d + 1) · 4 bytes                comm::MergePlan
 //! F(m)     FLOPs of a layer's attention:  4 d n_q for each pair that m leaves             cpu::flash::Plan::flops
 //!
 //! linear(t)    = max(2 W t / R_l,  2 W / B)
@@ -24,25 +24,25 @@
 //! head         = linear(1), with the D × vocabulary weights of the last layer
 //! ```
 //!
-//! **Star** (arXiv 2411.17116, sections 2.1 and 2.2), `a = b = ⌈L/H⌉`. A host's rows are the anchor's and its own, or its own
-//! alone if host 0 sends it each layer's keys and values of the anchor; then no host is ahead of another, and nothing hides the sending.
+//! **Star** (arXiv 2411.17116, sections 2.1 and 2.2), `a = b = ⌈L/H⌉`. A rank's rows are the anchor's and its own, or its own
+//! alone if rank 0 sends it each layer's keys and values of the anchor; then no rank is ahead of another, and nothing hides the sending.
 //!
 //! ```text
-//! first token  = layers (max over hosts (linear(rows) + F(star) / R(star, b)) + anchor) + step(T, merge(T))
+//! first token  = layers (max over ranks (linear(rows) + F(star) / R(star, b)) + anchor) + step(T, merge(T))
 //! next token   = step(1, merge(1))
 //! anchor       = 0 if encoded,  Link::broadcast(a K) if received                          comm::AnchorKv
 //! merge(t)     = the less of  α + (H-1) P(t) / β    and    2α + 2 (H-1)/H P(t) / β        comm::MergeWay
 //! ```
 //!
-//! **Ring** (arXiv 2310.01889), a host having the chunks `i` and `2H-1-i` of `2H` (zigzag: arXiv 2407.21783, section 3.3.2), so that
-//! all have the same to do; sending is hidden behind computing in full. `C = ⌈(L+T)/H⌉`. **Dense** on one host is `H = 1`.
+//! **Ring** (arXiv 2310.01889), a rank having the chunks `i` and `2H-1-i` of `2H` (zigzag: arXiv 2407.21783, section 3.3.2), so that
+//! all have the same to do; sending is hidden behind computing in full. `C = ⌈(L+T)/H⌉`. **Dense** on one rank is `H = 1`.
 //!
 //! ```text
 //! first token  = layers (linear(C) + max(F(causal)/H / R(causal, C),  (H-1) (α + C K / β))) + head
 //! next token   = step(1, (H-1) (α + P(1) / β))
 //! ```
 //!
-//! For the next token hosts pass on the partials they get until all have all. Gathered by one collective, ring would have star's time.
+//! For the next token ranks pass on the partials they get until all have all. Gathered by one collective, ring would have star's time.
 //!
 //! **Tree** (arXiv 2408.04093, Algorithm 3): the first token as with ring; for the next an all-reduce of the maximum, and one of
 //! numerator and denominator together, where the algorithm has two.
@@ -51,9 +51,9 @@
 //! next token   = step(1, 2α + 2 (H-1)/H n_q (4 + 4 (d + 1)) / β)
 //! ```
 //!
-//! Only times are compared: star's context encoding leaves out keys that the others see. Not in the model: memory (dense on one host
+//! Only times are compared: star's context encoding leaves out keys that the others see. Not in the model: memory (dense on one rank
 //! must hold 128 GiB of keys and values at 1M tokens), the arithmetic of merges, norms and RoPE, launches, stragglers, links that share
-//! a wire, and latencies of collectives that grow with the hosts.
+//! a wire, and latencies of collectives that grow with the ranks.
 
 #[path = "cluster/model.rs"]
 mod model;
@@ -125,7 +125,7 @@ fn merge_name(way: MergeWay) -> &'static str {
 
 fn first_token_table(cases: &[Case<'_>]) {
     println!(
-        "| context | dense, 1 host | ring, tree | star, encoded | star, received | anchor | query's merge | ring / star |"
+        "| context | dense, 1 rank | ring, tree | star, encoded | star, received | anchor | query's merge | ring / star |"
     );
     println!("|---:|---:|---:|---:|---:|---|---|---:|");
     for case in cases {
@@ -147,7 +147,7 @@ fn first_token_table(cases: &[Case<'_>]) {
 
 fn next_token_table(cases: &[Case<'_>]) {
     println!(
-        "| context | dense, 1 host | ring | tree | star | merge | dense / star | a layer's messages: ring | tree | star |"
+        "| context | dense, 1 rank | ring | tree | star | merge | dense / star | a layer's messages: ring | tree | star |"
     );
     println!("|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|");
     for case in cases {
@@ -176,7 +176,7 @@ fn main() {
     let list = |name: &str, short: &[usize], long: &[usize]| {
         option::<List>(name).map_or(if test { short } else { long }.to_vec(), |List(list)| list)
     };
-    let hosts = list("--hosts", &[4], &[2, 4, 8, 16, 32, 64]);
+    let ranks = list("--ranks", &[4], &[2, 4, 8, 16, 32, 64]);
     let lengths = list("--lengths", &[1 << 14], &std::array::from_fn::<_, 7, _>(|i| 1 << (14 + i)));
     let query = option("--query").map_or(32, NonZeroUsize::get);
     let (latency, bandwidth) =
@@ -188,14 +188,14 @@ fn main() {
 
     println!("\n{rates}");
     println!(
-        "Modelled, not measured: {} and {:.1} GB/s between hosts, a query of {query} tokens, Llama-3.1-8B.",
+        "Modelled, not measured: {} and {:.1} GB/s between ranks, a query of {query} tokens, Llama-3.1-8B.",
         time(latency),
         link.bandwidth / 1e9
     );
-    for hosts in hosts {
-        let case = |&context| Case { rates: &rates, link, hosts, context, query };
+    for ranks in ranks {
+        let case = |&context| Case { rates: &rates, link, ranks, context, query };
         let cases: Vec<_> = lengths.iter().map(case).collect();
-        println!("\n## {hosts} hosts\n\nTime to first token, modelled:\n");
+        println!("\n## {ranks} ranks\n\nTime to first token, modelled:\n");
         first_token_table(&cases);
         println!("\nTime per generated token, and of a layer's messages in it, modelled:\n");
         next_token_table(&cases);

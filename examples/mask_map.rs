@@ -1,10 +1,10 @@
 //! Draws which keys each row of a star layout sees, in both phases, as SVG.
 //!
-//! Every cell is asked of the library: the tokens of a host's local sequence, its mask, and whether a row sees a key.
+//! Every cell is asked of the library: the tokens of a rank's local sequence, its mask, and whether a row sees a key.
 
 use clap::Parser;
 use star_attention::cpu::reference::sees;
-use star_attention::{HostLayout, Mask, StarLayout};
+use star_attention::{Mask, RankLayout, StarLayout};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,9 +22,9 @@ struct Args {
     /// Tokens of the anchor
     #[arg(long, default_value_t = 4)]
     anchor_len: usize,
-    /// Hosts that share the context
-    #[arg(long, default_value_t = 4)]
-    hosts: usize,
+    /// Ranks that share the context
+    #[arg(long, alias = "hosts", default_value_t = 4)]
+    ranks: usize,
     /// Query tokens
     #[arg(long, default_value_t = 4)]
     query_len: usize,
@@ -33,13 +33,13 @@ struct Args {
     output: PathBuf,
 }
 
-/// One colour for each host, told apart also by readers who do not see all colours (Okabe and Ito).
+/// One colour for each rank, told apart also by readers who do not see all colours (Okabe and Ito).
 const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6d00"];
 
 /// Above this a cell is smaller than a pixel of any screen.
 const MOST_TOKENS: usize = 4096;
 /// Above this the legend is longer than the picture.
-const MOST_HOSTS: usize = 20;
+const MOST_RANKS: usize = 20;
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
@@ -69,29 +69,33 @@ fn draw(args: &Args) -> Result<(), String> {
     for (name, number, most) in [
         ("--context-len", args.context_len, MOST_TOKENS),
         ("--query-len", args.query_len, MOST_TOKENS),
-        ("--hosts", args.hosts, MOST_HOSTS),
+        ("--ranks", args.ranks, MOST_RANKS),
     ] {
         if !(1..=most).contains(&number) {
             return Err(format!("{name}: expected 1 to {most}, got {number}"));
         }
     }
-    let layout = StarLayout::new(args.context_len, args.block_len, args.anchor_len, args.hosts)
+    let layout = StarLayout::builder(args.context_len)
+        .block_len(args.block_len)
+        .anchor_len(args.anchor_len)
+        .ranks(args.ranks)
+        .build()
         .map_err(|e| e.to_string())?;
-    let hosts: Vec<HostLayout> =
-        (0..args.hosts).map(|rank| layout.host(rank)).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
-    let maps: Vec<HostMap> = hosts.iter().map(|host| HostMap::of(&layout, host, args.query_len)).collect();
-    let svg = Picture::new(&layout, args.query_len).draw(&hosts, &maps);
+    let ranks: Vec<RankLayout> =
+        (0..args.ranks).map(|rank| layout.rank(rank)).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
+    let maps: Vec<RankMap> = ranks.iter().map(|rank| RankMap::of(&layout, rank, args.query_len)).collect();
+    let svg = Picture::new(&layout, args.query_len).draw(&ranks, &maps);
     write_whole(&args.output, svg.as_bytes())
         .map_err(|e| format!("--output {}: {e}", args.output.display()))?;
 
-    println!("host  blocks  kept tokens  phase 1 cells  phase 2 cells");
-    for (host, map) in hosts.iter().zip(&maps) {
+    println!("rank  blocks  kept tokens  phase 1 cells  phase 2 cells");
+    for (local, map) in ranks.iter().zip(&maps) {
         let (one, two) = (area(&map.own) + area(&map.anchor), area(&map.query));
         println!(
             "{:>4}  {:>6}  {:>11}  {one:>13}  {two:>13}",
-            host.rank(),
-            host.blocks().len(),
-            host.kept().len()
+            local.rank(),
+            local.blocks().len(),
+            local.kept().len()
         );
     }
     Ok(())
@@ -104,26 +108,26 @@ fn area(rectangles: &[Rectangle]) -> usize {
     rectangles.iter().map(|[_, _, columns, rows]| columns * rows).sum()
 }
 
-/// The cells that the rows of one host see: columns are context tokens and then query tokens.
-struct HostMap {
-    /// Phase 1, rows are the context tokens that the host keeps: cells of its own tokens.
+/// The cells that the rows of one rank see: columns are context tokens and then query tokens.
+struct RankMap {
+    /// Phase 1, rows are the context tokens that the rank keeps: cells of its own tokens.
     own: Vec<Rectangle>,
     /// The same rows, cells of the anchor in front of its own tokens.
     anchor: Vec<Rectangle>,
-    /// Phase 2, rows are query tokens: cells of the host's shard.
+    /// Phase 2, rows are query tokens: cells of the rank's shard.
     query: Vec<Rectangle>,
 }
 
-impl HostMap {
-    fn of(layout: &StarLayout, host: &HostLayout, query_len: usize) -> Self {
-        let tokens: Vec<usize> = host.tokens().collect();
-        let (local_len, kept) = (tokens.len(), host.kept());
+impl RankMap {
+    fn of(layout: &StarLayout, local: &RankLayout, query_len: usize) -> Self {
+        let tokens: Vec<usize> = local.tokens().collect();
+        let (local_len, kept) = (tokens.len(), local.kept());
         let block = |token: usize| token / layout.block_len();
-        // The anchor's keys come from the rows in front of the own ones, or, on the host of block 0, from block 0.
+        // The anchor's keys come from the rows in front of the own ones, or, on the rank of block 0, from block 0.
         let phase_1 = |through_anchor: bool| {
             rectangles(kept.clone().map(|row| {
                 let sees =
-                    (0..local_len).filter(move |&key| sees(host.mask(), local_len, local_len, row, key));
+                    (0..local_len).filter(move |&key| sees(local.mask(), local_len, local_len, row, key));
                 let columns = sees.map(|key| tokens[key]);
                 let columns = columns.filter(|&key| (block(key) != block(tokens[row])) == through_anchor);
                 (tokens[row], columns.collect())
@@ -133,7 +137,7 @@ impl HostMap {
 
         let mut shard: Vec<usize> = tokens[kept.clone()].to_vec();
         let mut mask = Mask::Full;
-        if host.rank() == layout.query_host() {
+        if local.rank() == layout.query_rank() {
             shard.extend((0..query_len).map(|query| layout.query_position() + query));
             mask = Mask::Causal;
         }
@@ -201,7 +205,7 @@ impl Picture {
         let phase_1 = (112.0, 128.0);
         let phase_2 = (phase_1.0, phase_1.1 + context * cell + 66.0);
         let legend = phase_1.0 + (context + query) * cell + 32.0;
-        let lines = layout.hosts() as f64 + 7.0;
+        let lines = layout.ranks() as f64 + 7.0;
         let bottom = (phase_2.1 + query * cell).max(phase_1.1 + lines * Self::LEGEND_LINE);
         Self {
             layout: *layout,
@@ -214,7 +218,7 @@ impl Picture {
         }
     }
 
-    fn draw(&self, hosts: &[HostLayout], maps: &[HostMap]) -> String {
+    fn draw(&self, ranks: &[RankLayout], maps: &[RankMap]) -> String {
         let (width, height) = self.size;
         let mut svg = format!(
             r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0} {height:.0}" width="{width:.0}" height="{height:.0}" font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#24292f">
@@ -224,15 +228,15 @@ impl Picture {
             width - 1.0,
             height - 1.0
         );
-        self.texts(&mut svg, hosts);
+        self.texts(&mut svg, ranks);
         self.cells(&mut svg, maps);
-        self.legend(&mut svg, hosts);
+        self.legend(&mut svg, ranks);
         svg.push_str("</svg>\n");
         svg
     }
 
-    /// Titles, axes, and the names of blocks and hosts.
-    fn texts(&self, svg: &mut String, hosts: &[HostLayout]) {
+    /// Titles, axes, and the names of blocks and ranks.
+    fn texts(&self, svg: &mut String, ranks: &[RankLayout]) {
         let (layout, cell) = (&self.layout, self.cell);
         let (context, query) = (layout.context_len() as f64 * cell, self.query_len as f64 * cell);
         let (left, top) = self.phase_1;
@@ -245,7 +249,7 @@ impl Picture {
             svg,
             (24.0, bottom - 30.0),
             r#"font-weight="bold""#,
-            "Phase 2: query and generated tokens, merged over hosts",
+            "Phase 2: query and generated tokens, merged over ranks",
         );
         text(svg, (left, bottom - 10.0), r##"fill="#57606a""##, "keys: context tokens, then query tokens →");
         let y = top + context / 2.0;
@@ -253,14 +257,15 @@ impl Picture {
         text(svg, (34.0, y), &upwards, "rows: context tokens ↓");
         let y = bottom + query / 2.0 + Self::MIDDLE;
         text(svg, (left - 10.0, y), r##"text-anchor="end" fill="#57606a""##, "query rows");
-        for host in hosts.iter().filter(|host| !host.kept().is_empty()) {
-            let own = host.own_tokens();
+        for local in ranks.iter().filter(|local| !local.kept().is_empty()) {
+            let own = local.own_tokens();
             let y = top + (own.start + own.end) as f64 / 2.0 * cell + Self::MIDDLE;
             if own.len() as f64 * cell >= 14.0 {
-                let style = format!(r#"text-anchor="end" font-weight="bold" fill="{}""#, colour(host.rank()));
-                text(svg, (left - 10.0, y), &style, &format!("host {}", host.rank()));
+                let style =
+                    format!(r#"text-anchor="end" font-weight="bold" fill="{}""#, colour(local.rank()));
+                text(svg, (left - 10.0, y), &style, &format!("rank {}", local.rank()));
             }
-            for block in host.blocks() {
+            for block in local.blocks() {
                 let start = block * layout.block_len();
                 let end = (start + layout.block_len()).min(layout.context_len());
                 if (end - start) as f64 * cell >= 52.0 {
@@ -276,7 +281,7 @@ impl Picture {
         }
     }
 
-    fn cells(&self, svg: &mut String, maps: &[HostMap]) {
+    fn cells(&self, svg: &mut String, maps: &[RankMap]) {
         let (context, query, cell) = (self.layout.context_len(), self.query_len, self.cell);
         let scaled = |(x, y): (f64, f64)| format!(r#"transform="translate({x:.1} {y:.1}) scale({cell:.4})""#);
         let fill = |svg: &mut String, fill: &str, rectangles: &[Rectangle]| {
@@ -337,7 +342,7 @@ impl Picture {
         svg.push_str("</g>\n");
     }
 
-    fn legend(&self, svg: &mut String, hosts: &[HostLayout]) {
+    fn legend(&self, svg: &mut String, ranks: &[RankLayout]) {
         let layout = &self.layout;
         let x = self.legend;
         let mut y = self.phase_1.1 + 8.0;
@@ -350,16 +355,16 @@ impl Picture {
             text(svg, (at, y + Self::MIDDLE), "", words);
             y += Self::LEGEND_LINE;
         };
-        for host in hosts {
-            let blocks = host.blocks();
+        for local in ranks {
+            let blocks = local.blocks();
             let held = match blocks.len() {
                 0 => "no block".to_string(),
                 1 => format!("block {}", blocks.start),
                 _ => format!("blocks {} to {}", blocks.start, blocks.end - 1),
             };
-            let query = if host.rank() == layout.query_host() { ", query" } else { "" };
-            let swatch = format!(r#"fill="{}""#, colour(host.rank()));
-            line(svg, &swatch, &format!("host {}: {held}{query}", host.rank()));
+            let query = if local.rank() == layout.query_rank() { ", query" } else { "" };
+            let swatch = format!(r#"fill="{}""#, colour(local.rank()));
+            line(svg, &swatch, &format!("rank {}: {held}{query}", local.rank()));
         }
         if let Some(last) = layout.anchor_len().checked_sub(1) {
             line(svg, r##"fill="#57606a" fill-opacity="0.45""##, "seen through the anchor");

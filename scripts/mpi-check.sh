@@ -19,7 +19,7 @@ else
 fi
 
 # What must be the same: answers and checksums, but no times.
-facts() { grep -oE '^<query>.*|answers right +[0-9/]+|merged outputs, on all hosts +[0-9a-f]+|^[0-9]+ .* [0-9a-f]{16}$|same bits.*|as many sent|within the bound' | sed -E 's/^([0-9]+) .* /\1 /'; }
+facts() { grep -oE '^<query>.*|answers right +[0-9/]+|merged outputs, on all ranks +[0-9a-f]+|^[0-9]+ .* [0-9a-f]{16}$|same bits.*|as many sent|within the bound' | sed -E 's/^([0-9]+) .* /\1 /'; }
 same() { # expected, command...
     local expected=$1 got
     shift
@@ -47,7 +47,7 @@ check() { # ranks, example, arguments of both, arguments for threads
     done
 }
 for scheme in "" "--anchor received --generated round-robin"; do
-    check 4 star_attention "--context-len 2048 --mode star $scheme" "--hosts 4"
+    check 4 star_attention "--context-len 2048 --mode star $scheme" "--ranks 4"
 done
 check 4 multi_gpu_merge "--shards 500,31,0 --layers 2 --way all-gather" "--ranks 4"
 check 4 multi_gpu_merge "--shards 200 --query-len 33 --layers 2 --way by-rows" "--ranks 4"

@@ -13,7 +13,7 @@ pub enum Mask {
     Full,
     /// Keys `0..=p`.
     Causal,
-    /// Context encoding of Star Attention (paper section 2.1), as one mask over a host's local sequence.
+    /// Context encoding of Star Attention (paper section 2.1), as one mask over a rank's local sequence.
     ///
     /// Block 0 is positions `0..first_block_len` and is causal. Every later block has `block_len` positions (the
     /// last may be short); its rows see keys `0..anchor_len` and their own block up to `p`.
@@ -23,7 +23,7 @@ pub enum Mask {
         anchor_len: usize,
         /// Tokens of every block but block 0; at least 1.
         block_len: usize,
-        /// Tokens of block 0: `block_len` on the host that holds the start of the context, `anchor_len` on
+        /// Tokens of block 0: `block_len` on the rank that holds the start of the context, `anchor_len` on
         /// the others.
         first_block_len: usize,
     },

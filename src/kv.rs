@@ -1,9 +1,9 @@
-//! The KV rows a host keeps for one layer: preallocated, append only.
+//! The KV rows a rank keeps for one layer: preallocated, append only.
 
 use crate::config::check_rows;
 use crate::{Element, Error, Result, TensorView};
 
-/// Keys and values of one layer on one host, of a fixed capacity.
+/// Keys and values of one layer on one rank, of a fixed capacity.
 ///
 /// Rows are stored `[batch, kv_heads, capacity, head_dim]`, so that a head's keys stream from contiguous memory; the views
 /// are `[batch, len, kv_heads, head_dim]`, as everywhere. The anchor's rows are dropped by never appending them:

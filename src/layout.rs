@@ -1,53 +1,148 @@
-//! Which context tokens a host encodes, at which positions, and which of their KV rows it keeps.
+//! Which tokens a rank works on, at which positions, under which mask, and which KV rows it keeps.
 //!
-//! Arithmetic only. The context of `L` tokens is cut into blocks of `b` (the last may be short); the blocks go to the hosts
-//! contiguously and as evenly as possible, the first hosts taking one more where it does not divide. A host runs
-//! its model once over one local sequence: the anchor (unless it holds block 0, whose head the anchor is) and
-//! then its own tokens, at their positions in the context, under [`Mask::Star`].
+//! Arithmetic only, for one request. [`StarLayout`] spreads the request over ranks;
+//! [`StarLayout::rank`] gives one rank's part of phase 1, and [`RankLayout::step`] its part of a step
+//! of phase 2.
+//!
+//! The context of `L` tokens is cut into blocks of `b` (the last may be short). The blocks go to the
+//! ranks contiguously and as evenly as possible; the first ranks take one more where it does not
+//! divide. A rank runs its model once over one local sequence: the anchor (unless it holds block 0,
+//! whose head the anchor is) and then its own tokens, at their positions in the context, under
+//! [`Mask::Star`].
+
+mod step;
+
+pub use step::StepLayout;
 
 use crate::{Error, Mask, Result};
 use std::ops::Range;
 
-/// Which hosts keep the KV of query and generated tokens.
-///
-/// These tokens are numbered from 0 on, the first of the query being 0. In a step over the tokens `first..first + n` one host, the
-/// [`leader`](StarLayout::leader), appends the KV of all `n` to its shard and attends causally; the others attend to all of theirs. Every key is seen by one host, so
-/// the merge is exact. Then the leader truncates its shard to what it held, and each host appends what it
-/// [keeps](StarLayout::kept_generated) of the `n`.
+/// Which ranks keep the KV of query and generated tokens. These tokens are numbered from 0 on; the
+/// first of the query is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GeneratedKv {
-    /// The query host keeps them all (paper section 2.2).
+    /// The query rank keeps them all (paper section 2.2).
     #[default]
-    QueryHost,
-    /// Token `i` stays on host `i mod hosts`: no shard grows faster than another.
+    QueryRank,
+    /// Token `i` stays on rank `(query_rank + i) mod ranks`: no shard grows faster than another.
     RoundRobin,
 }
 
-/// The partition of a context over hosts (paper section 2.1).
+/// The partition of one request over ranks (paper section 2.1).
+///
+/// ```
+/// use star_attention::StarLayout;
+///
+/// // 1000 tokens in blocks of 128 with an anchor as long as a block, over 3 ranks.
+/// let layout = StarLayout::builder(1000).block_len(128).ranks(3).build()?;
+/// assert_eq!(layout.rank(1)?.own_tokens(), 384..768);
+/// assert_eq!(layout.rank(1)?.anchor_tokens(), 0..128);
+/// # star_attention::Result::Ok(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StarLayout {
     context_len: usize,
     block_len: usize,
     anchor_len: usize,
-    hosts: usize,
+    ranks: usize,
+    query_rank: usize,
+    generated: GeneratedKv,
 }
 
-impl StarLayout {
-    /// A context of `context_len` tokens in blocks of `block_len` with an anchor of `anchor_len`, over `hosts` hosts.
+/// The lengths and choices of a [`StarLayout`], each by its name.
+#[derive(Clone, Copy, Debug)]
+pub struct StarLayoutBuilder {
+    context_len: usize,
+    block_len: Option<usize>,
+    anchor_len: Option<usize>,
+    ranks: usize,
+    query_rank: Option<usize>,
+    generated: GeneratedKv,
+}
+
+impl StarLayoutBuilder {
+    /// Tokens of a block: the context over the ranks, unless said otherwise.
+    #[must_use]
+    pub fn block_len(self, block_len: usize) -> Self {
+        Self { block_len: Some(block_len), ..self }
+    }
+
+    /// Tokens of the anchor: as many as of a block, unless said otherwise.
+    #[must_use]
+    pub fn anchor_len(self, anchor_len: usize) -> Self {
+        Self { anchor_len: Some(anchor_len), ..self }
+    }
+
+    /// Ranks of the group, with or without blocks: 1, unless said otherwise.
+    #[must_use]
+    pub fn ranks(self, ranks: usize) -> Self {
+        Self { ranks, ..self }
+    }
+
+    /// The rank that chooses the request's tokens, and stores their KV under
+    /// [`GeneratedKv::QueryRank`]. The last, unless said otherwise, which never holds more context
+    /// than another. An engine with many requests spreads their query ranks.
+    #[must_use]
+    pub fn query_rank(self, query_rank: usize) -> Self {
+        Self { query_rank: Some(query_rank), ..self }
+    }
+
+    /// Which ranks keep the KV of query and generated tokens.
+    #[must_use]
+    pub fn generated(self, generated: GeneratedKv) -> Self {
+        Self { generated, ..self }
+    }
+
+    /// The layout.
     ///
     /// # Errors
-    /// [`Error::Value`] for no block, no host, or an anchor longer than a block.
-    pub fn new(context_len: usize, block_len: usize, anchor_len: usize, hosts: usize) -> Result<Self> {
+    /// [`Error::Value`] for a block or a group of 0, an anchor longer than a block, or a query rank
+    /// that is no rank.
+    pub fn build(self) -> Result<StarLayout> {
+        let Self { context_len, ranks, generated, .. } = self;
+        if ranks == 0 {
+            return Err(Error::value("ranks", "at least 1", ranks));
+        }
+        let block_len = self.block_len.unwrap_or(context_len.div_ceil(ranks).max(1));
         if block_len == 0 {
             return Err(Error::value("block_len", "at least 1", block_len));
         }
+        let anchor_len = self.anchor_len.unwrap_or(block_len);
         if anchor_len > block_len {
             return Err(Error::value("anchor_len", format!("at most block_len {block_len}"), anchor_len));
         }
-        if hosts == 0 {
-            return Err(Error::value("hosts", "at least 1", hosts));
+        let query_rank = self.query_rank.unwrap_or(ranks - 1);
+        if query_rank >= ranks {
+            return Err(Error::value("query_rank", format!("below {ranks}"), query_rank));
         }
-        Ok(Self { context_len, block_len, anchor_len, hosts })
+        Ok(StarLayout { context_len, block_len, anchor_len, ranks, query_rank, generated })
+    }
+}
+
+impl StarLayout {
+    /// A layout of a context of `context_len` tokens.
+    pub fn builder(context_len: usize) -> StarLayoutBuilder {
+        StarLayoutBuilder {
+            context_len,
+            block_len: None,
+            anchor_len: None,
+            ranks: 1,
+            query_rank: None,
+            generated: GeneratedKv::default(),
+        }
+    }
+
+    /// A builder that starts from this layout.
+    pub fn to_builder(&self) -> StarLayoutBuilder {
+        StarLayoutBuilder {
+            context_len: self.context_len,
+            block_len: Some(self.block_len),
+            anchor_len: Some(self.anchor_len),
+            ranks: self.ranks,
+            query_rank: Some(self.query_rank),
+            generated: self.generated,
+        }
     }
 
     /// Tokens of the context.
@@ -65,9 +160,9 @@ impl StarLayout {
         self.anchor_len
     }
 
-    /// Hosts, with or without blocks.
-    pub fn hosts(&self) -> usize {
-        self.hosts
+    /// Ranks, with or without blocks.
+    pub fn ranks(&self) -> usize {
+        self.ranks
     }
 
     /// Blocks of the context.
@@ -80,83 +175,60 @@ impl StarLayout {
         self.context_len
     }
 
-    /// The rank that stores the KV of query and generated tokens: the last, which never holds more context
-    /// than another.
-    pub fn query_host(&self) -> usize {
-        self.hosts - 1
+    /// The rank that chooses the request's tokens.
+    pub fn query_rank(&self) -> usize {
+        self.query_rank
     }
 
-    /// The rank that appends the KV of all tokens of a step that starts with token `first` of query and generation.
-    pub fn leader(&self, generated: GeneratedKv, first: usize) -> usize {
-        match generated {
-            GeneratedKv::QueryHost => self.query_host(),
-            GeneratedKv::RoundRobin => first % self.hosts,
-        }
+    /// Which ranks keep the KV of query and generated tokens.
+    pub fn generated(&self) -> GeneratedKv {
+        self.generated
     }
 
-    /// Which tokens of a step that starts with token `first` of query and generation a rank keeps: the index in the step of the first one, and the distance from one
-    /// to the next, as [`TensorView::every`](crate::TensorView::every) takes them.
-    pub fn kept_generated(&self, generated: GeneratedKv, rank: usize, first: usize) -> (usize, usize) {
-        match generated {
-            GeneratedKv::QueryHost if rank == self.query_host() => (0, 1),
-            GeneratedKv::QueryHost => (usize::MAX, 1),
-            GeneratedKv::RoundRobin => ((rank + self.hosts - first % self.hosts) % self.hosts, self.hosts),
-        }
-    }
-
-    /// Room that a rank's shard needs for `tokens` of query and generation in steps of at most `step`: what it keeps, and while it leads a
-    /// step all of that.
-    pub fn generated_room(&self, generated: GeneratedKv, rank: usize, tokens: usize, step: usize) -> usize {
-        match generated {
-            GeneratedKv::QueryHost if rank == self.query_host() => tokens,
-            GeneratedKv::QueryHost => 0,
-            GeneratedKv::RoundRobin => tokens.div_ceil(self.hosts).saturating_add(step),
-        }
-    }
-
-    /// What the host of this rank does.
+    /// One rank's part.
     ///
     /// # Errors
     /// [`Error::Value`] if there is no such rank.
-    pub fn host(&self, rank: usize) -> Result<HostLayout> {
-        if rank >= self.hosts {
-            return Err(Error::value("rank", format!("below {}", self.hosts), rank));
+    pub fn rank(&self, rank: usize) -> Result<RankLayout> {
+        if rank >= self.ranks {
+            return Err(Error::value("rank", format!("below {}", self.ranks), rank));
         }
-        let (each, extra) = (self.blocks() / self.hosts, self.blocks() % self.hosts);
+        let (each, extra) = (self.blocks() / self.ranks, self.blocks() % self.ranks);
         let first = rank * each + rank.min(extra);
         let last = first + each + usize::from(rank < extra);
-        // The last block may be short, and a host without blocks starts past it.
+        // The last block may be short, and a rank without blocks starts past it.
         let token = |block: usize| block.saturating_mul(self.block_len).min(self.context_len);
-        Ok(HostLayout { layout: *self, rank, blocks: first..last, own: token(first)..token(last) })
+        Ok(RankLayout { layout: *self, rank, blocks: first..last, own: token(first)..token(last) })
     }
 }
 
-/// One host's share of a [`StarLayout`].
+/// One rank's part of a [`StarLayout`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostLayout {
+pub struct RankLayout {
     layout: StarLayout,
     rank: usize,
     blocks: Range<usize>,
     own: Range<usize>,
 }
 
-impl HostLayout {
-    /// The rank of this host.
+impl RankLayout {
+    /// The rank.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// The blocks of this host.
+    /// The blocks of this rank.
     pub fn blocks(&self) -> Range<usize> {
         self.blocks.clone()
     }
 
-    /// The context tokens whose KV this host keeps.
+    /// The context tokens whose KV this rank keeps.
     pub fn own_tokens(&self) -> Range<usize> {
         self.own.clone()
     }
 
-    /// The context tokens prefixed to the own ones: empty on the host of block 0 and on hosts without blocks.
+    /// The context tokens prefixed to the own ones: empty on the rank of block 0 and on ranks without
+    /// blocks.
     pub fn anchor_tokens(&self) -> Range<usize> {
         if self.own.start == 0 || self.own.is_empty() { 0..0 } else { 0..self.layout.anchor_len }
     }
@@ -187,5 +259,23 @@ impl HostLayout {
     /// The local rows whose KV goes to the shard: all but the anchor's.
     pub fn kept(&self) -> Range<usize> {
         self.anchor_tokens().len()..self.local_len()
+    }
+
+    /// This rank's part of a step of phase 2 over the query and generated tokens `tokens`.
+    pub fn step(&self, tokens: Range<usize>) -> StepLayout {
+        StepLayout::new(self.layout, self.rank, tokens)
+    }
+
+    /// KV rows that the rank's shard needs for its context tokens and `tokens` of query and
+    /// generation, in steps of at most `step_len`: what it keeps, and while it leads a step all of
+    /// that.
+    pub fn room(&self, tokens: usize, step_len: usize) -> usize {
+        let kept = self.step(0..tokens).kept().len();
+        let while_leading = match self.layout.generated {
+            GeneratedKv::QueryRank => 0,
+            // A leader keeps the first token of its step, and every `ranks`-th after it.
+            GeneratedKv::RoundRobin => step_len - step_len.div_ceil(self.layout.ranks),
+        };
+        self.own.len().saturating_add(kept).saturating_add(while_leading)
     }
 }

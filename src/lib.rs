@@ -25,5 +25,5 @@ pub use config::{AttentionConfig, AttentionShape, Mask, PlanConfig, ROW_INVARIAN
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use kv::KvShard;
-pub use layout::{GeneratedKv, HostLayout, StarLayout};
+pub use layout::{GeneratedKv, RankLayout, StarLayout, StarLayoutBuilder, StepLayout};
 pub use tensor::{DType, Element, Output, TensorView, TensorViewMut};

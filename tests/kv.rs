@@ -70,17 +70,17 @@ proptest! {
 
 #[test]
 fn the_anchor_is_dropped_by_never_appending_it() {
-    let layout = StarLayout::new(20, 5, 3, 2).unwrap();
+    let layout = StarLayout::builder(20).block_len(5).anchor_len(3).ranks(2).build().unwrap();
     for rank in 0..2 {
-        let host = layout.host(rank).unwrap();
-        let tokens: Vec<usize> = host.tokens().collect();
-        let local = |sign| tokens.iter().flat_map(|&t| rows(1, t..t + 1, sign)).collect::<Vec<_>>();
-        let (key, value) = (local(1.0), local(-1.0));
-        let kept = host.kept();
+        let local = layout.rank(rank).unwrap();
+        let tokens: Vec<usize> = local.tokens().collect();
+        let gather = |sign| tokens.iter().flat_map(|&t| rows(1, t..t + 1, sign)).collect::<Vec<_>>();
+        let (key, value) = (gather(1.0), gather(-1.0));
+        let kept = local.kept();
         let mut shard = KvShard::new(1, HEADS, DIM, kept.len()).unwrap();
         let narrow = |data| view(data, 1, tokens.len()).narrow(1, kept.start, kept.len()).unwrap();
         shard.append(narrow(&key), narrow(&value)).unwrap();
-        assert_holds(&shard, 1, &host.own_tokens().collect::<Vec<_>>());
+        assert_holds(&shard, 1, &local.own_tokens().collect::<Vec<_>>());
     }
 }
 

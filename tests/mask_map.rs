@@ -25,7 +25,7 @@ fn the_committed_picture_is_what_it_draws() {
 }
 
 /// Blocks of 8 behind an anchor of 4: 36 cells in the triangle of each, 32 of the anchor, 4 x 8 in phase 2, and
-/// the 10 of the query's own triangle on the last host.
+/// the 10 of the query's own triangle on the last rank.
 #[test]
 fn the_table_counts_cells() {
     let folder = Folder::new("mask-map-table");
@@ -41,11 +41,11 @@ fn every_layout_can_be_drawn() {
     let folder = Folder::new("mask-map-layouts");
     let drawn = folder.file("map.svg");
     for options in [
-        &["--context-len", "1", "--block-len", "1", "--anchor-len", "0", "--hosts", "1", "--query-len", "1"]
+        &["--context-len", "1", "--block-len", "1", "--anchor-len", "0", "--ranks", "1", "--query-len", "1"]
             [..],
-        &["--context-len", "30", "--hosts", "7", "--anchor-len", "8"],
-        &["--context-len", "300", "--block-len", "32", "--hosts", "3", "--query-len", "50"],
-        &["--context-len", "5", "--block-len", "100", "--anchor-len", "100", "--hosts", "20"],
+        &["--context-len", "30", "--ranks", "7", "--anchor-len", "8"],
+        &["--context-len", "300", "--block-len", "32", "--ranks", "3", "--query-len", "50"],
+        &["--context-len", "5", "--block-len", "100", "--anchor-len", "100", "--ranks", "20"],
     ] {
         let result = mask_map(&drawn, options);
         assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
@@ -65,7 +65,7 @@ fn bad_options() {
         (["--context-len", "many"], "--context-len"),
         (["--block-len", "0"], "block_len"),
         (["--anchor-len", "9"], "anchor_len"),
-        (["--hosts", "0"], "--hosts"),
+        (["--ranks", "0"], "--ranks"),
         (["--query-len", "0"], "--query-len"),
         (["--colour", "blue"], "--colour"),
     ] {

@@ -9,7 +9,7 @@ use cudarc::driver::CudaStream;
 use star_attention::Error;
 use star_attention::comm::{Collective, GroupConfig, Link, MergeWay, Nccl, ThreadGroup, Traffic};
 use star_attention::cuda::driver::Driver;
-use star_attention::cuda::{DeviceCollective, DeviceTensorMut, HostsMerge, Span, SpanMut};
+use star_attention::cuda::{DeviceCollective, DeviceTensorMut, RanksMerge, Span, SpanMut};
 use star_attention::merge::{self, Partial};
 use std::sync::Arc;
 use std::time::Duration;
@@ -106,7 +106,7 @@ fn merges_are_those_of_the_cpu_on_every_gpu() {
         let mut ways = vec![MergeWay::AllGather];
         ways.extend((heads * seq).is_multiple_of(nccl.size()).then_some(MergeWay::ByRows));
         for way in ways {
-            let plan = HostsMerge::<f32, f32>::new(SHAPE, nccl.size(), &link).unwrap().with_way(way).unwrap();
+            let plan = RanksMerge::<f32, f32>::new(SHAPE, nccl.size(), &link).unwrap().with_way(way).unwrap();
             let mut scratch = stream.alloc_zeros::<u8>(plan.scratch_len()).unwrap();
             let mut merged = stream.alloc_zeros::<f32>(seq * heads * dim).unwrap();
             let mut merged_lse = stream.alloc_zeros::<f32>(seq * heads).unwrap();

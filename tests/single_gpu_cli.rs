@@ -1,4 +1,4 @@
-//! `examples/single_gpu`: both phases on the host within the bound, and one clear line for what cannot be.
+//! `examples/single_gpu`: both phases on the emulator within the bound, and one clear line for what cannot be.
 
 mod common;
 
@@ -13,18 +13,18 @@ fn single_gpu(options: &[&str]) -> Output {
 }
 
 #[test]
-fn both_phases_on_the_host_are_within_the_bound() {
-    // Uneven: the last block is short, a host has two blocks, the anchor is shorter than a block.
+fn both_phases_on_the_emulator_are_within_the_bound() {
+    // Uneven: the last block is short, a rank has two blocks, the anchor is shorter than a block.
     let small = ["--device", "simt", "--context-len", "210", "--block-len", "50", "--anchor-len", "20"];
     for more in [
-        ["--hosts", "3", "--head-dim", "64", "--dtype", "f16"],
-        ["--hosts", "6", "--head-dim", "96", "--dtype", "bf16"],
+        ["--ranks", "3", "--head-dim", "64", "--dtype", "f16"],
+        ["--ranks", "6", "--head-dim", "96", "--dtype", "bf16"],
     ] {
         let output = single_gpu(&[&small[..], &more].concat());
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
         assert!(text.trim_end().ends_with("errors within the bound"), "{text}");
-        assert_eq!(text.matches("phase 1, host").count(), more[1].parse::<usize>().unwrap(), "{text}");
+        assert_eq!(text.matches("phase 1, rank").count(), more[1].parse::<usize>().unwrap(), "{text}");
     }
 }
 
@@ -43,7 +43,7 @@ fn what_no_kernel_takes_is_refused() {
         (&["--block-len", "0"], "block_len"),
         (&["--anchor-len", "1000"], "anchor_len"),
         (&["--heads", "3"], "heads"),
-        (&["--hosts", "0"], "hosts"),
+        (&["--ranks", "0"], "ranks"),
     ] {
         assert_refused(&single_gpu(&[&["--device", "simt"][..], options].concat()), message);
     }

@@ -83,7 +83,7 @@ fn text(bytes: &[u8]) -> &str {
 
 #[test]
 fn star_and_dense_find_the_needles() {
-    let output = example(&["--context-len", "512", "--needles", "4", "--hosts", "3", "--block-len", "100"]);
+    let output = example(&["--context-len", "512", "--needles", "4", "--ranks", "3", "--block-len", "100"]);
     let (out, err) = (text(&output.stdout), text(&output.stderr));
     assert!(output.status.success(), "{err}");
     assert_eq!(out.matches("(right)").count(), 8, "{out}");
@@ -107,7 +107,7 @@ fn every_scheme_finds_the_needles() {
             "512",
             "--needles",
             "4",
-            "--hosts",
+            "--ranks",
             "3",
             "--block-len",
             "100",
@@ -230,8 +230,8 @@ fn bad_input_gives_one_line_and_exit_code_2() {
         (&["--context-len", "99999999999999"], "--context-len"),
         (&["--block-len", "0"], "block_len"),
         (&["--block-len", "100", "--anchor-len", "101"], "anchor_len"),
-        (&["--hosts", "0"], "--hosts"),
-        (&["--hosts", "1000000000"], "--hosts"),
+        (&["--ranks", "0"], "--ranks"),
+        (&["--ranks", "1000000000"], "--ranks"),
         (&["--needles", "0"], "--needles"),
         (&["--needles", "65"], "--needles"),
         (&["--queries", "0"], "--queries"),

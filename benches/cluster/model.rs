@@ -3,7 +3,7 @@
 use super::rates::Rates;
 use star_attention::comm::{AnchorKv, Link, MergeWay};
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, AttentionShape, HostLayout, Mask, StarLayout};
+use star_attention::{AttentionConfig, AttentionShape, Mask, RankLayout, StarLayout};
 
 const LAYERS: usize = 32;
 const HIDDEN: usize = 4096;
@@ -25,33 +25,33 @@ const F32: usize = 4;
 pub struct Case<'a> {
     pub rates: &'a Rates,
     pub link: Link,
-    pub hosts: usize,
+    pub ranks: usize,
     pub context: usize,
     /// Tokens of the query.
     pub query: usize,
 }
 
 impl Case<'_> {
-    /// The same context on one host.
+    /// The same context on one rank.
     pub fn dense(&self) -> Self {
-        Self { hosts: 1, ..*self }
+        Self { ranks: 1, ..*self }
     }
 
     /// Seconds of star to the first token.
     pub fn star_first(&self, anchor: AnchorKv) -> f64 {
         let message = match anchor {
             AnchorKv::Encoded => 0.0,
-            AnchorKv::Received => self.link.broadcast(self.hosts, self.anchor_bytes()),
+            AnchorKv::Received => self.link.broadcast(self.ranks, self.anchor_bytes()),
         };
         LAYERS as f64 * (self.encode(anchor) + message)
             + self.step(self.query, self.star_messages(self.query))
     }
 
-    /// Seconds of ring, and of tree, to the first token; of dense on one host.
+    /// Seconds of ring, and of tree, to the first token; of dense on one rank.
     pub fn ring_first(&self) -> f64 {
         let chunk = self.chunk();
         let flops = flops(Mask::Causal, self.context + self.query, self.context + self.query);
-        let compute = flops / self.hosts as f64 / self.rates.causal(chunk);
+        let compute = flops / self.ranks as f64 / self.rates.causal(chunk);
         let send = self.others() * self.message(chunk * KV_BYTES);
         LAYERS as f64 * (self.linear(LAYER_WEIGHTS, chunk) + compute.max(send)) + self.head()
     }
@@ -63,7 +63,7 @@ impl Case<'_> {
 
     /// Seconds of star's messages in a layer for so many query tokens.
     pub fn star_messages(&self, tokens: usize) -> f64 {
-        self.merge(tokens).seconds(&self.link, self.hosts, partial_bytes(tokens))
+        self.merge(tokens).seconds(&self.link, self.ranks, partial_bytes(tokens))
     }
 
     /// Seconds of ring's messages in a layer for one token.
@@ -73,37 +73,37 @@ impl Case<'_> {
 
     /// Seconds of tree's messages in a layer for one token.
     pub fn tree_messages(&self) -> f64 {
-        let all_reduce = |bytes: usize| self.message(2 * bytes * (self.hosts - 1) / self.hosts);
+        let all_reduce = |bytes: usize| self.message(2 * bytes * (self.ranks - 1) / self.ranks);
         all_reduce(HEADS * F32) + all_reduce(HEADS * (HEAD_DIM + 1) * F32)
     }
 
     /// How star merges so many query tokens.
     pub fn merge(&self, tokens: usize) -> MergeWay {
-        MergeWay::cheapest(&self.link, self.hosts, partial_bytes(tokens))
+        MergeWay::cheapest(&self.link, self.ranks, partial_bytes(tokens))
     }
 
-    /// How star's hosts come by the anchor.
+    /// How star's ranks come by the anchor.
     pub fn anchor(&self) -> AnchorKv {
         let saved = self.encode(AnchorKv::Encoded) - self.encode(AnchorKv::Received);
-        AnchorKv::cheapest(&self.link, self.hosts, self.anchor_bytes(), saved)
+        AnchorKv::cheapest(&self.link, self.ranks, self.anchor_bytes(), saved)
     }
 
-    /// Seconds of a layer of context encoding, on the host that has the most to do.
+    /// Seconds of a layer of context encoding, on the rank that has the most to do.
     fn encode(&self, anchor: AnchorKv) -> f64 {
         let rate = self.rates.star(self.layout().block_len());
-        let seconds = |host: HostLayout| {
+        let seconds = |local: RankLayout| {
             let rows = match anchor {
-                AnchorKv::Encoded => host.local_len(),
-                AnchorKv::Received => host.kept().len(),
+                AnchorKv::Encoded => local.local_len(),
+                AnchorKv::Received => local.kept().len(),
             };
-            self.linear(LAYER_WEIGHTS, rows) + flops(host.mask(), rows, host.local_len()) / rate
+            self.linear(LAYER_WEIGHTS, rows) + flops(local.mask(), rows, local.local_len()) / rate
         };
-        self.host_layouts().map(seconds).fold(0.0, f64::max)
+        self.rank_layouts().map(seconds).fold(0.0, f64::max)
     }
 
     /// Seconds of a pass of query tokens, with so many seconds of messages in each layer.
     fn step(&self, tokens: usize, messages: f64) -> f64 {
-        let shard = self.host_layouts().map(|host| host.own_tokens().len()).max().unwrap_or(0);
+        let shard = self.rank_layouts().map(|local| local.own_tokens().len()).max().unwrap_or(0);
         let keys = (shard + self.query) as f64;
         let flops = 4.0 * (HEAD_DIM * HEADS * tokens) as f64 * keys;
         let query = (flops / self.rates.query()).max(keys * KV_BYTES as f64 / self.rates.bandwidth());
@@ -121,28 +121,33 @@ impl Case<'_> {
         self.linear(HIDDEN * VOCABULARY, 1)
     }
 
-    /// Seconds of a message between two hosts.
+    /// Seconds of a message between two ranks.
     fn message(&self, bytes: usize) -> f64 {
         self.link.latency + bytes as f64 / self.link.bandwidth
     }
 
     fn others(&self) -> f64 {
-        (self.hosts - 1) as f64
+        (self.ranks - 1) as f64
     }
 
-    /// Tokens of one of ring's hosts.
+    /// Tokens of one of ring's ranks.
     fn chunk(&self) -> usize {
-        (self.context + self.query).div_ceil(self.hosts)
+        (self.context + self.query).div_ceil(self.ranks)
     }
 
     fn layout(&self) -> StarLayout {
-        let block = self.context.div_ceil(self.hosts);
-        StarLayout::new(self.context, block, block, self.hosts).expect("a block and a host")
+        let block = self.context.div_ceil(self.ranks);
+        StarLayout::builder(self.context)
+            .block_len(block)
+            .anchor_len(block)
+            .ranks(self.ranks)
+            .build()
+            .expect("a block and a rank")
     }
 
-    fn host_layouts(&self) -> impl Iterator<Item = HostLayout> + use<> {
+    fn rank_layouts(&self) -> impl Iterator<Item = RankLayout> + use<> {
         let layout = self.layout();
-        (0..layout.hosts()).map(move |rank| layout.host(rank).expect("a rank"))
+        (0..layout.ranks()).map(move |rank| layout.rank(rank).expect("a rank"))
     }
 
     fn anchor_bytes(&self) -> usize {
@@ -150,7 +155,7 @@ impl Case<'_> {
     }
 }
 
-/// Bytes of a host's partial: an output and its log-sum-exp for each row.
+/// Bytes of a rank's partial: an output and its log-sum-exp for each row.
 fn partial_bytes(tokens: usize) -> usize {
     tokens * HEADS * (HEAD_DIM + 1) * F32
 }

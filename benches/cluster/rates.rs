@@ -1,4 +1,4 @@
-//! Rates of one host: of the crate's CPU kernels, measured, or given.
+//! Rates of one rank: of the crate's CPU kernels, measured, or given.
 
 use super::model::KV_HEADS;
 use super::run::{Run, Work};
@@ -17,7 +17,7 @@ pub struct Given {
     pub bandwidth: Option<f64>,
 }
 
-/// What one host does in a second.
+/// What one rank does in a second.
 pub struct Rates {
     /// Context encoding, by tokens of a block, ascending.
     star: [(usize, Run); 3],
@@ -100,7 +100,7 @@ impl Rates {
 impl fmt::Display for Rates {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let threads = rayon::current_num_threads();
-        writeln!(f, "Rates of one host; measured on {threads} threads in bf16, unless given:\n")?;
+        writeln!(f, "Rates of one rank; measured on {threads} threads in bf16, unless given:\n")?;
         writeln!(f, "| what | rate |\n|---|---:|")?;
         let blocks = self.star.iter().chain(&self.causal).map(|(_, run)| run);
         blocks.chain([&self.query, &self.token]).try_for_each(|run| writeln!(f, "{run}"))?;

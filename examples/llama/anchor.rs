@@ -5,7 +5,7 @@ use super::model::Llama;
 use super::random::Random;
 use super::run::Scheme;
 use star_attention::comm::AnchorKv;
-use star_attention::{HostLayout, StarLayout};
+use star_attention::{RankLayout, StarLayout};
 
 /// Content and positions of the anchor block (paper section 4.1). Block 0 has none in any case, and the length is that of the layout's anchor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,15 +30,15 @@ pub enum AnchorBlock {
 }
 
 impl AnchorBlock {
-    /// The tokens before a host's own, and their positions. `layout` and `host` are of a [`Scheme`] that was [`checked`](Scheme::checked).
+    /// The tokens before a rank's own, and their positions. `layout` and `rank` are of a [`Scheme`] that was [`checked`](Scheme::checked).
     pub fn rows(
         self,
         layout: &StarLayout,
-        host: &HostLayout,
+        local: &RankLayout,
         context: &[u32],
         vocab_size: usize,
     ) -> (Vec<u32>, Vec<usize>) {
-        let (first, block) = (host.anchor_tokens(), host.own_tokens().start);
+        let (first, block) = (local.anchor_tokens(), local.own_tokens().start);
         let previous = block.saturating_sub(layout.block_len());
         let previous = previous..previous + first.len();
         let positions = match self {
@@ -61,7 +61,7 @@ impl AnchorBlock {
         (tokens, positions)
     }
 
-    /// Whether a host can have several blocks: they share one anchor, and on host 0 that is the head of block 0 itself.
+    /// Whether a rank can have several blocks: they share one anchor, and on rank 0 that is the head of block 0 itself.
     fn is_shared(self) -> bool {
         matches!(self, Self::First | Self::None)
     }
@@ -71,18 +71,18 @@ impl Scheme {
     /// The scheme, its layout without an anchor where the anchor block is none.
     ///
     /// # Errors
-    /// [`Error::Input`] for an anchor block other than the first that is to be received; for content or positions of its own while a host has several
+    /// [`Error::Input`] for an anchor block other than the first that is to be received; for content or positions of its own while a rank has several
     /// blocks; for a token outside the vocabulary.
     pub fn checked(mut self, model: &Llama) -> Result<Self> {
         let Self { layout, anchor, anchor_block, .. } = self;
         if anchor_block != AnchorBlock::First && anchor == AnchorKv::Received {
-            let reason = format!("expected the first block where hosts receive it, got {anchor_block:?}");
+            let reason = format!("expected the first block where ranks receive it, got {anchor_block:?}");
             return Err(Error::input("anchor block", reason));
         }
-        if !anchor_block.is_shared() && layout.blocks() > layout.hosts() {
-            let (blocks, hosts) = (layout.blocks(), layout.hosts());
+        if !anchor_block.is_shared() && layout.blocks() > layout.ranks() {
+            let (blocks, ranks) = (layout.blocks(), layout.ranks());
             let reason = format!(
-                "expected at most 1 block for each of {hosts} hosts under {anchor_block:?}, got {blocks} blocks"
+                "expected at most 1 block for each of {ranks} ranks under {anchor_block:?}, got {blocks} blocks"
             );
             return Err(Error::input("anchor block", reason));
         }
@@ -91,7 +91,7 @@ impl Scheme {
                 model.check_ids("anchor block", &[token])?
             }
             AnchorBlock::None => {
-                self.layout = StarLayout::new(layout.context_len(), layout.block_len(), 0, layout.hosts())?;
+                self.layout = layout.to_builder().anchor_len(0).build()?;
             }
             _ => {}
         }

@@ -16,8 +16,8 @@ pub enum Error {
     #[error("candle: {0}")]
     Candle(#[from] candle_core::Error),
     /// A thread that could not be started, or that panicked.
-    #[error("host {rank}: {reason}")]
-    Host { rank: usize, reason: String },
+    #[error("rank {rank}: {reason}")]
+    Rank { rank: usize, reason: String },
 }
 
 impl Error {

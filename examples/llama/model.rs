@@ -4,7 +4,7 @@
 
 use super::config::Config;
 use super::error::{Error, Result};
-use super::host::fold;
+use super::rank::fold;
 use super::weights::Weights;
 use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;

@@ -1,14 +1,14 @@
-//! A group of hosts that answers queries about a context: threads of this process, or processes of which this is one.
+//! A group of ranks that answers queries about a context: threads of this process, or processes of which this is one.
 
 use super::anchor::AnchorBlock;
 use super::error::{Error, Result};
-use super::host::{Host, fold, shape};
 use super::model::Llama;
-use super::threads::threads_per_host;
+use super::rank::{Rank, fold, shape};
+use super::threads::threads_per_rank;
 use candle_core::{DType, Tensor, WithDType};
 use indicatif::ProgressBar;
 use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, ThreadGroup, Traffic, agree};
-use star_attention::{Element, GeneratedKv, Mask, StarLayout, bf16, f16};
+use star_attention::{Element, Mask, StarLayout, bf16, f16};
 use std::time::{Duration, Instant};
 
 /// What is asked of a model.
@@ -29,27 +29,21 @@ pub struct Job<'a> {
 pub enum Mode {
     /// Star Attention.
     Star(Scheme),
-    /// Plain causal attention on one host.
+    /// Plain causal attention on one rank.
     Dense,
 }
 
-/// Star Attention over the hosts of a layout.
+/// Star Attention over the ranks of a layout.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scheme {
     pub layout: StarLayout,
     pub anchor: AnchorKv,
     pub anchor_block: AnchorBlock,
-    pub generated: GeneratedKv,
 }
 
 impl From<StarLayout> for Scheme {
     fn from(layout: StarLayout) -> Self {
-        Self {
-            layout,
-            anchor: AnchorKv::default(),
-            anchor_block: AnchorBlock::default(),
-            generated: GeneratedKv::default(),
-        }
+        Self { layout, anchor: AnchorKv::default(), anchor_block: AnchorBlock::default() }
     }
 }
 
@@ -57,15 +51,15 @@ impl From<StarLayout> for Scheme {
 pub struct Run {
     /// One for each query.
     pub answers: Vec<Answer>,
-    /// Phase 1: from the start until the last host was done.
+    /// Phase 1: from the start until the last rank was done.
     pub encode_time: Duration,
     /// Phase 2: all queries, encoding and generation.
     pub query_time: Duration,
-    /// Of each host: the KV it holds for the context, over all layers.
+    /// Of each rank: the KV it holds for the context, over all layers.
     pub kv_bytes: Vec<usize>,
-    /// What the query host sent in phase 2.
+    /// What the query rank sent in phase 2.
     pub traffic: Traffic,
-    /// Of the bits of all merged outputs: the same on every host.
+    /// Of the bits of all merged outputs: the same on every rank.
     pub checksum: u64,
 }
 
@@ -82,17 +76,17 @@ const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Steps of the progress bar for a job: those of all threads, or of one process.
 pub fn ticks(model: &Llama, processes: bool, mode: Mode, job: &Job) -> u64 {
-    let hosts = match mode {
-        Mode::Star(scheme) if !processes => scheme.layout.hosts(),
+    let ranks = match mode {
+        Mode::Star(scheme) if !processes => scheme.layout.ranks(),
         _ => 1,
     };
-    (hosts * model.config.layers + job.queries.len()) as u64
+    (ranks * model.config.layers + job.queries.len()) as u64
 }
 
-/// Runs a job: as one process of a group, or with threads as hosts.
+/// Runs a job: as one process of a group, or with threads as ranks.
 ///
 /// # Errors
-/// Those of the model and of [`Scheme::checked`], or of the first host that failed.
+/// Those of the model and of [`Scheme::checked`], or of the first rank that failed.
 pub fn run(
     model: &Llama,
     processes: Option<&dyn Collective>,
@@ -123,7 +117,7 @@ fn run_as<T: Element + WithDType>(
     }
     let scheme = match mode {
         Mode::Star(scheme) => scheme.checked(model)?,
-        Mode::Dense => StarLayout::new(job.context.len(), job.context.len().max(1), 0, 1)?.into(),
+        Mode::Dense => StarLayout::builder(job.context.len()).anchor_len(0).build()?.into(),
     };
     let (layout, start) = (scheme.layout, Instant::now());
     if layout.context_len() != job.context.len() {
@@ -133,15 +127,15 @@ fn run_as<T: Element + WithDType>(
     }
     if let (Some(group), Mode::Star(_)) = (processes, mode) {
         let report = answer::<T, _>(model, mode, scheme, job, group, start, bar)?;
-        return gather(gather_costs(group, report)?, layout.query_host());
+        return gather(gather_costs(group, report, layout.query_rank())?, layout.query_rank());
     }
     let reports: Vec<Result<Report>> = std::thread::scope(|scope| {
-        let host = |(rank, group)| {
+        let rank = |(rank, group)| {
             let work = move || {
-                // Each host has cores of its own, as far as there are enough.
-                let threads = threads_per_host(layout.hosts());
+                // Each rank has cores of its own, as far as there are enough.
+                let threads = threads_per_rank(layout.ranks());
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-                let pool = pool.map_err(|error| Error::Host { rank, reason: error.to_string() })?;
+                let pool = pool.map_err(|error| Error::Rank { rank, reason: error.to_string() })?;
                 pool.install(|| {
                     let group: ThreadGroup = group;
                     answer::<T, _>(model, mode, scheme, job, &group, start, bar)
@@ -150,18 +144,18 @@ fn run_as<T: Element + WithDType>(
             (rank, std::thread::Builder::new().spawn_scoped(scope, work))
         };
         let config = GroupConfig { timeout: PATIENCE, ..GroupConfig::default() };
-        let group = ThreadGroup::ranks_with(layout.hosts(), &config)?;
-        let threads: Vec<_> = group.into_iter().enumerate().map(host).collect();
+        let group = ThreadGroup::ranks_with(layout.ranks(), &config)?;
+        let threads: Vec<_> = group.into_iter().enumerate().map(rank).collect();
         let join = |(rank, thread): (usize, std::io::Result<std::thread::ScopedJoinHandle<'_, _>>)| {
-            let thread = thread.map_err(|error| Error::Host { rank, reason: error.to_string() })?;
-            thread.join().unwrap_or_else(|_| Err(Error::Host { rank, reason: "panicked".into() }))
+            let thread = thread.map_err(|error| Error::Rank { rank, reason: error.to_string() })?;
+            thread.join().unwrap_or_else(|_| Err(Error::Rank { rank, reason: "panicked".into() }))
         };
         Ok::<_, Error>(threads.into_iter().map(join).collect())
     })?;
-    gather(whole(reports)?, layout.query_host())
+    gather(whole(reports)?, layout.query_rank())
 }
 
-/// What one host has to tell.
+/// What one rank has to tell.
 struct Report {
     costs: Costs,
     answers: Vec<Answer>,
@@ -176,7 +170,7 @@ struct Costs {
     checksum: u64,
 }
 
-/// The program of every host.
+/// The program of every rank.
 fn answer<T: Element + WithDType, C: Collective + ?Sized>(
     model: &Llama,
     mode: Mode,
@@ -187,43 +181,43 @@ fn answer<T: Element + WithDType, C: Collective + ?Sized>(
     bar: &ProgressBar,
 ) -> Result<Report> {
     agree(group, &agreement(model, scheme, job)?)?;
-    let local = scheme.layout.host(group.rank())?;
+    let local = scheme.layout.rank(group.rank())?;
     let mask = match mode {
         Mode::Star(_) => local.mask(),
         Mode::Dense => Mask::Causal,
     };
     let longest = job.queries.iter().map(Vec::len).max().unwrap_or(0);
-    let mut host = Host::<T, _>::new(model, scheme, longest + job.generate, longest, group)?;
-    host.encode(job.context, mask, || bar.inc(1))?;
-    let (encode_time, kv_bytes) = (start.elapsed(), host.kv_bytes());
-    host.wait_for_all()?;
-    let (start, before) = (Instant::now(), host.group().traffic());
+    let mut rank = Rank::<T, _>::new(model, scheme, longest + job.generate, longest, group)?;
+    rank.encode(job.context, mask, || bar.inc(1))?;
+    let (encode_time, kv_bytes) = (start.elapsed(), rank.kv_bytes());
+    rank.wait_for_all()?;
+    let (start, before) = (Instant::now(), rank.group().traffic());
     let mut answers = Vec::new();
     for query in job.queries {
-        host.forget_query();
+        rank.forget_query();
         let rows = if job.all_logits { query.len() } else { 1 };
-        let mut logits = vec![host.attend(query, 0, rows)?];
+        let mut logits = vec![rank.attend(query, 0, rows)?];
         let mut tokens = Vec::new();
         let mut done = job.generate == 0;
         while !done {
-            let token = host.choose(&logits[logits.len() - 1])?;
+            let token = rank.choose(&logits[logits.len() - 1])?;
             let before = query.len() + tokens.len();
             tokens.push(token);
             done = tokens.len() == job.generate || job.stop.contains(&token);
             // The last token is run through the model only if its logits are wanted.
             if !done || job.all_logits {
-                logits.push(host.attend(&[token], before, 1)?);
+                logits.push(rank.attend(&[token], before, 1)?);
             }
         }
-        let logits = (job.all_logits && host.is_query_host()).then(|| Tensor::cat(&logits, 0)).transpose()?;
+        let logits = (job.all_logits && rank.is_query_rank()).then(|| Tensor::cat(&logits, 0)).transpose()?;
         answers.push(Answer { tokens, logits });
-        if host.is_query_host() {
+        if rank.is_query_rank() {
             bar.inc(1);
         }
     }
-    let traffic = host.group().traffic() - before;
+    let traffic = rank.group().traffic() - before;
     let costs =
-        Costs { encode_time, query_time: start.elapsed(), kv_bytes, traffic, checksum: host.checksum() };
+        Costs { encode_time, query_time: start.elapsed(), kv_bytes, traffic, checksum: rank.checksum() };
     Ok(Report { costs, answers })
 }
 
@@ -241,29 +235,28 @@ fn agreement(model: &Llama, scheme: Scheme, job: &Job) -> Result<Agreement> {
             _ => star_attention::DType::F32,
         },
         anchor: scheme.anchor,
-        generated: scheme.generated,
         model: sizes.into_iter().chain(ids).chain(anchor_block.bytes().map(u64::from)).fold(0, fold),
     })
 }
 
 /// The reports of all threads; or the error that made the others fail.
 fn whole(reports: Vec<Result<Report>>) -> Result<Vec<Report>> {
-    let mut hosts = Vec::new();
+    let mut ranks = Vec::new();
     let mut failure = None;
     for report in reports {
         match report {
-            Ok(report) => hosts.push(report),
+            Ok(report) => ranks.push(report),
             Err(error @ Error::Attention(star_attention::Error::Disconnected { .. })) => {
                 failure = failure.or(Some(error));
             }
             Err(error) => return Err(error),
         }
     }
-    failure.map_or(Ok(hosts), Err)
+    failure.map_or(Ok(ranks), Err)
 }
 
 /// This process's report, and the costs of all others, which have the same answers.
-fn gather_costs(group: &dyn Collective, report: Report) -> Result<Vec<Report>> {
+fn gather_costs(group: &dyn Collective, report: Report, query_rank: usize) -> Result<Vec<Report>> {
     const WORDS: usize = 7;
     let Costs { encode_time, query_time, kv_bytes, traffic, checksum } = report.costs;
     let times = [encode_time, query_time].map(|time| time.as_nanos() as u64);
@@ -275,7 +268,6 @@ fn gather_costs(group: &dyn Collective, report: Report) -> Result<Vec<Report>> {
     let words: Vec<u64> =
         all.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes"))).collect();
     let mut answers = Some(report.answers);
-    let query_host = group.size() - 1;
     Ok(words
         .chunks_exact(WORDS)
         .enumerate()
@@ -287,21 +279,21 @@ fn gather_costs(group: &dyn Collective, report: Report) -> Result<Vec<Report>> {
                 traffic: Traffic { collectives: words[3], messages: words[4], bytes: words[5] },
                 checksum: words[6],
             },
-            answers: if rank == query_host { answers.take().unwrap_or_default() } else { Vec::new() },
+            answers: if rank == query_rank { answers.take().unwrap_or_default() } else { Vec::new() },
         })
         .collect())
 }
 
-/// One run from the reports of all hosts.
-fn gather(mut hosts: Vec<Report>, query_host: usize) -> Result<Run> {
-    let checksum = hosts[query_host].costs.checksum;
-    if let Some(rank) = hosts.iter().position(|host| host.costs.checksum != checksum) {
-        let reason = "its merged outputs have other bits than the query host's".into();
-        return Err(Error::Host { rank, reason });
+/// One run from the reports of all ranks.
+fn gather(mut ranks: Vec<Report>, query_rank: usize) -> Result<Run> {
+    let checksum = ranks[query_rank].costs.checksum;
+    if let Some(rank) = ranks.iter().position(|rank| rank.costs.checksum != checksum) {
+        let reason = "its merged outputs have other bits than the query rank's".into();
+        return Err(Error::Rank { rank, reason });
     }
-    let encode_time = hosts.iter().map(|host| host.costs.encode_time).max().unwrap_or_default();
-    let kv_bytes = hosts.iter().map(|host| host.costs.kv_bytes).collect();
-    let Report { costs, answers } = hosts.swap_remove(query_host);
+    let encode_time = ranks.iter().map(|rank| rank.costs.encode_time).max().unwrap_or_default();
+    let kv_bytes = ranks.iter().map(|rank| rank.costs.kv_bytes).collect();
+    let Report { costs, answers } = ranks.swap_remove(query_rank);
     let Costs { query_time, traffic, .. } = costs;
     Ok(Run { answers, encode_time, query_time, kv_bytes, traffic, checksum })
 }

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, ThreadGroup, agree};
 use star_attention::cuda::simt::Simt;
 use star_attention::cuda::{HalfElement, Staged};
-use star_attention::{Element, Error, GeneratedKv, Result, StarLayout};
+use star_attention::{Element, Error, Result, StarLayout};
 
 /// Whether everything was right, on all ranks of this process.
 pub fn run<T: HalfElement>(args: &Args) -> Result<bool> {
@@ -117,12 +117,11 @@ fn agree_on<T: Element>(group: &Group, sizes: &Sizes) -> Result<()> {
     let rest =
         [sizes.query_len as u64, sizes.layers as u64, sizes.seed, sizes.way.map_or(0, |way| 1 + way as u64)];
     let agreement = Agreement {
-        layout: StarLayout::new(keys, keys.max(1), 0, group.size())?,
+        layout: StarLayout::builder(keys).anchor_len(0).ranks(group.size()).build()?,
         shape: sizes.shape(0),
         layers: sizes.layers,
         dtype: T::DTYPE,
         anchor: AnchorKv::default(),
-        generated: GeneratedKv::default(),
         model: checksum(rest),
     };
     agree(&**group, &agreement)

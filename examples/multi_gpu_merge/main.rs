@@ -1,4 +1,4 @@
-//! Query attention over many hosts: each rank attends to a shard of its own, and one merge makes the softmax over all of them, on every rank.
+//! Query attention over many ranks: each rank attends to a shard of its own, and one merge makes the softmax over all of them, on every rank.
 //!
 //!     cargo run --release --example multi_gpu_merge -- --engine threads --device cpu
 //!     mpirun -n 4 target/release/examples/multi_gpu_merge --engine mpi --device cpu
@@ -29,7 +29,7 @@ use star_attention::{bf16, f16};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Attention over the shards of many hosts, merged on each, checked and timed.
+/// Attention over the shards of many ranks, merged on each, checked and timed.
 #[derive(Clone, Debug, Parser)]
 pub struct Args {
     /// What carries messages between ranks
@@ -42,7 +42,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Start::Threads)]
     start: Start,
     /// Ranks, where they are threads [default: 4, or all GPUs]
-    #[arg(long, value_name = "N")]
+    #[arg(long, alias = "hosts", value_name = "N")]
     ranks: Option<usize>,
     /// Keys of each rank's shard, in turn [default: 8192 each; 96, 64, 0 on simt; 131072 on a GPU]
     #[arg(long, value_delimiter = ',', value_name = "N,...")]
@@ -87,7 +87,7 @@ enum Engine {
 enum Kind {
     /// The CPU backend
     Cpu,
-    /// The kernels on the host: slow, with every access checked
+    /// The kernels on the SIMT emulator: slow, with every access checked
     Simt,
     /// The kernels on NVIDIA GPUs
     Cuda,

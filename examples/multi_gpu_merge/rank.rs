@@ -7,7 +7,7 @@ use star_attention::comm::{Collective, MergePlan, Traffic};
 use star_attention::cpu;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
-    Device, DeviceCollective, DeviceTensor, DeviceTensorMut, HalfElement, HostsMerge,
+    Device, DeviceCollective, DeviceTensor, DeviceTensorMut, HalfElement, RanksMerge,
 };
 use star_attention::merge::Partial;
 use star_attention::{AttentionConfig, Element, Inputs, KvShard, Result, TensorView, TensorViewMut};
@@ -107,7 +107,7 @@ pub fn on_device<B: Backend, T: HalfElement>(
     let (device, stream) = (backend.device(), backend.stream());
     let plan = Plan::new(&device.properties(), &AttentionConfig::default(), &shape)?;
     let extents @ [_, query_len, heads, head_dim] = shape.query_shape();
-    let mut merge = HostsMerge::<f32, f32>::new(extents, group.size(), &group.link())?;
+    let mut merge = RanksMerge::<f32, f32>::new(extents, group.size(), &group.link())?;
     if let Some(way) = sizes.way {
         merge = merge.with_way(way)?;
     }

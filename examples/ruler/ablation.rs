@@ -16,11 +16,11 @@ pub struct Ablation {
 /// Of what is drawn.
 const SEED: u64 = 0;
 
-/// The nine settings, blocks of a quarter of the context, each on a host of its own; `constant` is the token of the constant anchor. Where no id
+/// The nine settings, blocks of a quarter of the context, each on a rank of its own; `constant` is the token of the constant anchor. Where no id
 /// from `first_word` on is a marker that means something to the model, random words are the control of random tokens.
 pub fn settings(constant: u32, first_word: Option<u32>) -> Vec<Ablation> {
     let star =
-        |anchor, anchor_block| Setting::Star(Star { block: Extent::Part(4), anchor, hosts: 4, anchor_block });
+        |anchor, anchor_block| Setting::Star(Star { block: Extent::Part(4), anchor, ranks: 4, anchor_block });
     let with = |name, anchor_block, paper| Ablation {
         name,
         setting: star(Extent::Part(1), anchor_block),

@@ -67,8 +67,8 @@ fn once(subject: &Subject, setting: &Setting, len: usize, task: Task, seed: u64)
     let mode = setting.mode(len, context.len())?;
     let layers = subject.model.config.layers as u64;
     let style = ProgressStyle::with_template("{msg:40} [{elapsed_precise}] {wide_bar} {percent}% eta {eta}");
-    let hosts = if let Mode::Star(scheme) = mode { scheme.layout.hosts() as u64 } else { 1 };
-    let bar = ProgressBar::new(hosts * layers + 1)
+    let ranks = if let Mode::Star(scheme) = mode { scheme.layout.ranks() as u64 } else { 1 };
+    let bar = ProgressBar::new(ranks * layers + 1)
         .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_message(format!("{setting}, {len}"));
     bar.enable_steady_tick(Duration::from_millis(500));
@@ -118,13 +118,13 @@ fn causal(tokens: usize) -> f64 {
 
 fn star_flops(config: &Config, layout: &StarLayout) -> Result<f64> {
     let mut flops = 0.0;
-    for rank in 0..layout.hosts() {
-        let host = layout.host(rank)?;
-        flops += linear_flops(config, host.local_len());
+    for rank in 0..layout.ranks() {
+        let local = layout.rank(rank)?;
+        flops += linear_flops(config, local.local_len());
         // The anchor's own rows, then each block's with the anchor before it.
-        let mut pairs = causal(host.anchor_tokens().len());
-        for start in host.own_tokens().step_by(layout.block_len()) {
-            let rows = layout.block_len().min(host.own_tokens().end - start);
+        let mut pairs = causal(local.anchor_tokens().len());
+        for start in local.own_tokens().step_by(layout.block_len()) {
+            let rows = layout.block_len().min(local.own_tokens().end - start);
             let anchor = if start == 0 { 0 } else { layout.anchor_len() };
             pairs += causal(rows) + (rows * anchor) as f64;
         }

@@ -1,4 +1,4 @@
-//! How accurate Star Attention is beside dense attention: RULER's and bAbI's tasks, over lengths, blocks, anchors and hosts.
+//! How accurate Star Attention is beside dense attention: RULER's and bAbI's tasks, over lengths, blocks, anchors and ranks.
 //!
 //! Without options of a checkpoint: the small Llama of this repository, in its own words. Any other Hugging Face Llama is asked in English.
 
@@ -98,9 +98,9 @@ struct Run {
     /// Tokens of the anchor, or a part of the block
     #[arg(long, value_delimiter = ',', default_value = "/1", value_name = "A")]
     anchor: Vec<Extent>,
-    /// Hosts
-    #[arg(long, value_delimiter = ',', default_value = "4", value_name = "N")]
-    hosts: Vec<usize>,
+    /// Ranks
+    #[arg(long, alias = "hosts", value_delimiter = ',', default_value = "4", value_name = "N")]
+    ranks: Vec<usize>,
     /// Records, to which an interrupted run adds what is missing
     #[arg(long, default_value = "target/ruler/run.jsonl", value_name = "FILE")]
     out: PathBuf,
@@ -181,9 +181,9 @@ struct Long {
     /// Tokens of the anchor, or a part of the block
     #[arg(long, default_value = "/1", value_name = "A")]
     anchor: Extent,
-    /// Hosts
-    #[arg(long, default_value_t = 4, value_name = "N")]
-    hosts: usize,
+    /// Ranks
+    #[arg(long, alias = "hosts", default_value_t = 4, value_name = "N")]
+    ranks: usize,
     /// Seed of the sample
     #[arg(long, default_value_t = 3_000_000, value_name = "S")]
     seed: u64,
@@ -227,10 +227,10 @@ impl Checkpoint {
 fn run(args: &Run) -> Result<()> {
     let subject = args.checkpoint.load()?;
     let mut settings = vec![Setting::Dense];
-    for &hosts in &args.hosts {
+    for &ranks in &args.ranks {
         for &block in &args.block {
             for &anchor in &args.anchor {
-                settings.push(Setting::Star(Star { block, anchor, hosts, anchor_block: AnchorBlock::First }));
+                settings.push(Setting::Star(Star { block, anchor, ranks, anchor_block: AnchorBlock::First }));
             }
         }
     }
@@ -272,7 +272,11 @@ fn mass(args: &Mass) -> Result<()> {
     for seed in 0..args.samples as u64 {
         let context = subject.tokenizer.context(&subject.sample(args.task, args.len, seed)?.text())?;
         for (sum, anchor) in sums.iter_mut().zip([0, block]) {
-            let layout = StarLayout::new(context.len(), block, anchor, context.len().div_ceil(block))?;
+            let layout = StarLayout::builder(context.len())
+                .block_len(block)
+                .anchor_len(anchor)
+                .ranks(context.len().div_ceil(block))
+                .build()?;
             let masses = mass::masses(&subject.model, &layout, &context, args.width)?;
             sum.resize(masses.len(), mass::Mass::default());
             sum.iter_mut()
@@ -289,7 +293,7 @@ fn long(args: &Long) -> Result<()> {
     let star = Setting::Star(Star {
         block: args.block,
         anchor: args.anchor,
-        hosts: args.hosts,
+        ranks: args.ranks,
         anchor_block: AnchorBlock::First,
     });
     args.len.iter().try_for_each(|&len| star.check(len))?;

@@ -4,8 +4,8 @@
 //! meets once for each block. The share of a row's softmax that some keys have is `exp(lse_some - lse_all)`, both of which the attention gives.
 
 use super::llama::error::Result;
-use super::llama::host::shape;
 use super::llama::model::Llama;
+use super::llama::rank::shape;
 use super::llama::table::table;
 use candle_core::{Device, Tensor};
 use star_attention::candle::Borrowed;
@@ -37,7 +37,7 @@ impl Mul<f64> for Mass {
     }
 }
 
-/// Each layer's masses on the first `width` tokens; `layout` has one block for each host, blocks longer than that, and the model is in f32.
+/// Each layer's masses on the first `width` tokens; `layout` has one block for each rank, blocks longer than that, and the model is in f32.
 ///
 /// # Errors
 /// Those of the model and the attention.
@@ -45,17 +45,17 @@ pub fn masses(model: &Llama, layout: &StarLayout, context: &[u32], width: usize)
     let mut sums = vec![Mass::default(); model.config.layers];
     let mut rows = 0;
     for rank in 1..layout.blocks() {
-        let host = layout.host(rank)?;
-        let own = host.kept();
+        let local = layout.rank(rank)?;
+        let own = local.kept();
         // Rows behind all of the tokens in question see all of them.
         let seeing = own.start + width..own.end;
         if seeing.is_empty() {
             continue;
         }
         rows += seeing.len();
-        let positions: Vec<usize> = host.positions().collect();
+        let positions: Vec<usize> = local.positions().collect();
         let tokens: Vec<u32> = positions.iter().map(|&index| context[index]).collect();
-        let plan = Plan::new(&AttentionConfig::new(host.mask()), &shape(model, tokens.len(), tokens.len()))?;
+        let plan = Plan::new(&AttentionConfig::new(local.mask()), &shape(model, tokens.len(), tokens.len()))?;
         model.forward(&tokens, &positions, 0, &mut |layer, [q, k, v]| {
             let (q, k, v) =
                 (Borrowed::new("query", &q)?, Borrowed::new("key", &k)?, Borrowed::new("value", &v)?);

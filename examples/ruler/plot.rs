@@ -29,7 +29,7 @@ fn swept(settings: &[Setting], len: usize) -> Option<(&'static str, Vec<(String,
     let first = stars.first()?.1;
     let same = |part: fn(&Star, &Star) -> bool| stars.iter().all(|(_, star)| part(star, &first));
     if stars.len() < 2
-        || !same(|star, first| (star.hosts, star.anchor_block) == (first.hosts, first.anchor_block))
+        || !same(|star, first| (star.ranks, star.anchor_block) == (first.ranks, first.anchor_block))
     {
         return None;
     }

@@ -22,7 +22,7 @@ pub struct Star {
     pub block: Extent,
     /// Tokens of the anchor, of the block's.
     pub anchor: Extent,
-    pub hosts: usize,
+    pub ranks: usize,
     /// What the anchor is made of.
     pub anchor_block: AnchorBlock,
 }
@@ -74,7 +74,11 @@ impl Setting {
     pub fn mode(&self, len: usize, context_len: usize) -> Result<Mode> {
         let Self::Star(star) = self else { return Ok(Mode::Dense) };
         let block = star.block.of(len);
-        let layout = StarLayout::new(context_len, block, star.anchor.of(block).min(block), star.hosts)?;
+        let layout = StarLayout::builder(context_len)
+            .block_len(block)
+            .anchor_len(star.anchor.of(block).min(block))
+            .ranks(star.ranks)
+            .build()?;
         Ok(Mode::Star(Scheme { anchor_block: star.anchor_block, ..Scheme::from(layout) }))
     }
 
@@ -93,8 +97,8 @@ impl Setting {
                 format!("expected at most the block's {block} tokens, got {}", star.anchor.of(block));
             return Err(Error::input("--anchor", reason));
         }
-        if !(1..=most).contains(&star.hosts) {
-            return Err(Error::input("--hosts", format!("expected 1 to {most}, got {}", star.hosts)));
+        if !(1..=most).contains(&star.ranks) {
+            return Err(Error::input("--ranks", format!("expected 1 to {most}, got {}", star.ranks)));
         }
         Ok(())
     }
@@ -109,7 +113,7 @@ impl fmt::Display for Setting {
                 if star.anchor_block != AnchorBlock::default() {
                     write!(f, " {:?}", star.anchor_block)?;
                 }
-                write!(f, " on {}", star.hosts)
+                write!(f, " on {}", star.ranks)
             }
         }
     }

@@ -1,6 +1,6 @@
-//! Both phases of Star Attention on one device that plays several hosts, for one layer of random queries, keys and values.
+//! Both phases of Star Attention on one device that plays several ranks, for one layer of random queries, keys and values.
 //!
-//! Phase 1 encodes each host's blocks under its star mask and appends what the host keeps to its shard. Phase 2 lets query tokens attend to every shard
+//! Phase 1 encodes each rank's blocks under its star mask and appends what the rank keeps to its shard. Phase 2 lets query tokens attend to every shard
 //! and merges the partials. Rows of both are checked against the oracle in f64.
 
 #[path = "../../tests/common/backend.rs"]
@@ -24,13 +24,13 @@ use std::process::ExitCode;
 /// Both phases of Star Attention on one device, checked against the oracle.
 #[derive(Clone, Debug, Parser)]
 pub struct Args {
-    /// Where kernels run: an NVIDIA GPU, or the host (slow, with every access checked)
+    /// Where kernels run: an NVIDIA GPU, or the rank (slow, with every access checked)
     #[arg(long, value_enum, default_value_t = Kind::Cuda)]
     device: Kind,
     /// Element type of queries, keys and values
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     dtype: Dtype,
-    /// Tokens of the context [default: 131072 on a GPU, 640 on the host]
+    /// Tokens of the context [default: 131072 on a GPU, 640 on the emulator]
     #[arg(long)]
     context_len: Option<usize>,
     /// Tokens of a block [default: a quarter of the context]
@@ -39,22 +39,22 @@ pub struct Args {
     /// Tokens of the anchor [default: the block's]
     #[arg(long)]
     anchor_len: Option<usize>,
-    /// Hosts that the device plays, one after another
-    #[arg(long, default_value_t = 4)]
-    hosts: usize,
+    /// Ranks that the device plays, one after another
+    #[arg(long, alias = "hosts", default_value_t = 4)]
+    ranks: usize,
     /// Query tokens
     #[arg(long, default_value_t = 16)]
     query_len: usize,
-    /// Query heads [default: 32 on a GPU, 4 on the host]
+    /// Query heads [default: 32 on a GPU, 4 on the emulator]
     #[arg(long)]
     heads: Option<usize>,
-    /// Heads of keys and values [default: 8 on a GPU, 2 on the host]
+    /// Heads of keys and values [default: 8 on a GPU, 2 on the emulator]
     #[arg(long)]
     kv_heads: Option<usize>,
     /// Elements of a head: 64, 96, 128, 192 or 256
     #[arg(long, default_value_t = 128)]
     head_dim: usize,
-    /// Times each step is measured [default: 10 on a GPU, 1 on the host]
+    /// Times each step is measured [default: 10 on a GPU, 1 on the emulator]
     #[arg(long)]
     repeats: Option<usize>,
     /// Of the random numbers
@@ -80,7 +80,7 @@ pub struct Sizes {
     pub context_len: usize,
     pub block_len: usize,
     pub anchor_len: usize,
-    pub hosts: usize,
+    pub ranks: usize,
     pub query_len: usize,
     pub heads: usize,
     pub kv_heads: usize,
@@ -91,14 +91,14 @@ pub struct Sizes {
 
 impl Args {
     fn sizes(&self) -> Sizes {
-        let of = |gpu: usize, host: usize| if self.device == Kind::Cuda { gpu } else { host };
+        let of = |gpu: usize, rank: usize| if self.device == Kind::Cuda { gpu } else { rank };
         let context_len = self.context_len.unwrap_or(of(131_072, 640));
         let block_len = self.block_len.unwrap_or(context_len.div_ceil(4).max(1));
         Sizes {
             context_len,
             block_len,
             anchor_len: self.anchor_len.unwrap_or(block_len),
-            hosts: self.hosts,
+            ranks: self.ranks,
             query_len: self.query_len,
             heads: self.heads.unwrap_or(of(32, 4)),
             kv_heads: self.kv_heads.unwrap_or(of(8, 2)),
@@ -133,7 +133,7 @@ fn main() -> ExitCode {
 fn run<T: HalfElement>(args: &Args) -> star_attention::Result<bool> {
     let sizes = args.sizes();
     match args.device {
-        Kind::Simt => phases::run::<_, T>(&Simt::new(args.seed), "the host (SIMT)", &sizes),
+        Kind::Simt => phases::run::<_, T>(&Simt::new(args.seed), "the rank (SIMT)", &sizes),
         Kind::Cuda => cuda::<T>(&sizes),
     }
 }

@@ -9,15 +9,15 @@ use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
     Device, DeviceTensor, DeviceTensorMut, HalfElement, Partials, ShardMut, append, merge,
 };
-use star_attention::{AttentionConfig, AttentionShape, HostLayout, Mask, Result, StarLayout};
+use star_attention::{AttentionConfig, AttentionShape, Mask, RankLayout, Result, StarLayout};
 use std::time::Instant;
 
-/// Rows of each host and phase that are compared with the oracle, over all heads.
+/// Rows of each rank and phase that are compared with the oracle, over all heads.
 const CHECKED_ROWS: usize = 8;
 /// A row's place for `append` if it is not kept.
 const LEFT_OUT: u32 = u32::MAX;
 
-/// Standard normal values of any token: a token's are the same on every host.
+/// Standard normal values of any token: a token's are the same on every rank.
 struct Tensor<T> {
     heads: usize,
     dim: usize,
@@ -71,7 +71,7 @@ struct Step {
     errors: Option<Errors>,
 }
 
-/// A host's keys and values in the device's memory, `[1, capacity, kv_heads, dim]`.
+/// A rank's keys and values in the device's memory, `[1, capacity, kv_heads, dim]`.
 struct Shard<B: Backend, T: Plain> {
     key: B::Memory<T>,
     value: B::Memory<T>,
@@ -95,24 +95,28 @@ fn measure<B: Backend>(backend: &B, repeats: usize, mut work: impl FnMut() -> Re
 
 /// Runs both phases and prints the table. Whether all errors were within the bound.
 pub fn run<B: Backend, T: HalfElement>(backend: &B, device: &str, sizes: &Sizes) -> Result<bool> {
-    let layout = StarLayout::new(sizes.context_len, sizes.block_len, sizes.anchor_len, sizes.hosts)?;
+    let layout = StarLayout::builder(sizes.context_len)
+        .block_len(sizes.block_len)
+        .anchor_len(sizes.anchor_len)
+        .ranks(sizes.ranks)
+        .build()?;
     let tokens = sizes.context_len + sizes.query_len;
     // Refuses what no call could take, before memory is filled.
     let all = attention_shape(sizes, sizes.query_len, tokens);
     Plan::new(&backend.device().properties(), &AttentionConfig::default(), &all)?;
     println!(
-        "{device}: {} tokens, block {}, anchor {}, {} hosts, {}/{} heads of {}, {}, {} query tokens",
+        "{device}: {} tokens, block {}, anchor {}, {} ranks, {}/{} heads of {}, {}, {} query tokens",
         sizes.context_len,
         sizes.block_len,
         sizes.anchor_len,
-        sizes.hosts,
+        sizes.ranks,
         sizes.heads,
         sizes.kv_heads,
         sizes.head_dim,
         T::DTYPE,
         sizes.query_len,
     );
-    let bar = ProgressBar::new(2 * sizes.hosts as u64 + 2).with_style(
+    let bar = ProgressBar::new(2 * sizes.ranks as u64 + 2).with_style(
         ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}")
             .unwrap_or(ProgressStyle::default_bar()),
     );
@@ -126,10 +130,10 @@ pub fn run<B: Backend, T: HalfElement>(backend: &B, device: &str, sizes: &Sizes)
     bar.inc(1);
     let mut steps = Vec::new();
     let mut shards = Vec::new();
-    for rank in 0..sizes.hosts {
-        bar.set_message(format!("phase 1, host {rank}"));
-        let host = layout.host(rank)?;
-        let (shard, step) = encode(backend, sizes, &layout, &host, &inputs)?;
+    for rank in 0..sizes.ranks {
+        bar.set_message(format!("phase 1, rank {rank}"));
+        let local = layout.rank(rank)?;
+        let (shard, step) = encode(backend, sizes, &layout, &local, &inputs)?;
         shards.push(shard);
         steps.push(step);
         bar.inc(1);
@@ -144,18 +148,18 @@ fn attention_shape(sizes: &Sizes, query_len: usize, key_len: usize) -> Attention
     AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim }
 }
 
-/// Phase 1 on one host: its local sequence under its star mask, and what it keeps to its shard.
+/// Phase 1 on one rank: its local sequence under its star mask, and what it keeps to its shard.
 fn encode<B: Backend, T: HalfElement>(
     backend: &B,
     sizes: &Sizes,
     layout: &StarLayout,
-    host: &HostLayout,
+    local: &RankLayout,
     inputs: &Inputs<T>,
 ) -> Result<(Shard<B, T>, Step)> {
-    let shape = attention_shape(sizes, host.local_len(), host.local_len());
-    let plan = Plan::new(&backend.device().properties(), &AttentionConfig::new(host.mask()), &shape)?;
+    let shape = attention_shape(sizes, local.local_len(), local.local_len());
+    let plan = Plan::new(&backend.device().properties(), &AttentionConfig::new(local.mask()), &shape)?;
     let [query, key, value] =
-        [&inputs.query, &inputs.key, &inputs.value].map(|t| backend.memory(&t.gather(host.tokens())));
+        [&inputs.query, &inputs.key, &inputs.value].map(|t| backend.memory(&t.gather(local.tokens())));
     let mut out = backend.memory(&vec![T::default(); shape.query_shape().iter().product()]);
     let mut lse = backend.memory(&vec![0f32; shape.lse_len()]);
     let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
@@ -176,21 +180,21 @@ fn encode<B: Backend, T: HalfElement>(
         })?
     };
 
-    let kept = host.kept();
-    let own = if host.rank() == layout.query_host() { sizes.query_len } else { 0 };
+    let kept = local.kept();
+    let own = if local.rank() == layout.query_rank() { sizes.query_len } else { 0 };
     let capacity = kept.len() + own;
     let room = vec![T::default(); capacity * sizes.kv_heads * sizes.head_dim];
     let mut shard =
         Shard { key: backend.memory(&room), value: backend.memory(&room), capacity, len: kept.len() };
-    let places: Vec<u32> = (0..host.local_len())
+    let places: Vec<u32> = (0..local.local_len())
         .map(|row| if kept.contains(&row) { (row - kept.start) as u32 } else { LEFT_OUT })
         .collect();
     append_rows(backend, sizes, &mut shard, &k, &v, &places)?;
 
     let (out, lse) = (backend.read(&out), backend.read(&lse));
-    let tokens: Vec<usize> = host.tokens().collect();
+    let tokens: Vec<usize> = local.tokens().collect();
     let mut errors = Errors::default();
-    for row in spread(host.local_len(), CHECKED_ROWS) {
+    for row in spread(local.local_len(), CHECKED_ROWS) {
         // The paper's definition: the anchor, and the row's own block up to itself.
         let token = tokens[row];
         let block = token / layout.block_len() * layout.block_len();
@@ -200,13 +204,13 @@ fn encode<B: Backend, T: HalfElement>(
             let visible = inputs.visible((0..anchor).chain(block..token + 1), head / group);
             let at = (row * sizes.heads + head) * sizes.head_dim;
             let got: Vec<f32> = out[at..at + sizes.head_dim].iter().map(|x| x.to_f32()).collect();
-            errors.see(inputs.query.row(token, head), &visible, &got, lse[head * host.local_len() + row])?;
+            errors.see(inputs.query.row(token, head), &visible, &got, lse[head * local.local_len() + row])?;
         }
     }
     let elements =
         2 * shape.query_shape().iter().product::<usize>() + 2 * shape.key_shape().iter().product::<usize>();
     let step = Step {
-        name: format!("phase 1, host {}", host.rank()),
+        name: format!("phase 1, rank {}", local.rank()),
         seconds,
         flops: plan.flops(),
         bytes: elements * T::DTYPE.size(),
@@ -253,27 +257,27 @@ fn attend<B: Backend, T: HalfElement>(
     let own = [1, query_len, kv_heads, head_dim];
     let k = DeviceTensor::contiguous("key", backend.span(&key), own)?;
     let v = DeviceTensor::contiguous("value", backend.span(&value), own)?;
-    let query_host = layout.query_host();
-    let shard = &mut shards[query_host];
+    let query_rank = layout.query_rank();
+    let shard = &mut shards[query_rank];
     let places: Vec<u32> = (shard.len..shard.len + query_len).map(|place| place as u32).collect();
     append_rows(backend, sizes, shard, &k, &v, &places)?;
     shard.len += query_len;
 
-    // Each host's partial, one after another, as an all-gather would leave them.
+    // Each rank's partial, one after another, as an all-gather would leave them.
     let (out_len, lse_len) = (query_len * heads * head_dim, heads * query_len);
-    let mut partials = backend.memory(&vec![0f32; sizes.hosts * out_len]);
-    let mut partials_lse = backend.memory(&vec![0f32; sizes.hosts * lse_len]);
+    let mut partials = backend.memory(&vec![0f32; sizes.ranks * out_len]);
+    let mut partials_lse = backend.memory(&vec![0f32; sizes.ranks * lse_len]);
     let mut steps = Vec::new();
     for (rank, shard) in shards.iter().enumerate() {
-        bar.set_message(format!("phase 2, host {rank}"));
+        bar.set_message(format!("phase 2, rank {rank}"));
         // Only the keys of the query's own tokens are hidden from earlier ones.
-        let mask = if rank == query_host { Mask::Causal } else { Mask::Full };
+        let mask = if rank == query_rank { Mask::Causal } else { Mask::Full };
         let shape = attention_shape(sizes, query_len, shard.len);
         let plan = Plan::new(&backend.device().properties(), &AttentionConfig::new(mask), &shape)?;
         let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
         let view = |memory| DeviceTensor::contiguous("shard", backend.span(memory), shape.key_shape());
         let (k, v) = (view(&shard.key)?, view(&shard.value)?);
-        let stacked = [sizes.hosts, query_len, heads, head_dim];
+        let stacked = [sizes.ranks, query_len, heads, head_dim];
         let out_span = backend.span_mut(&mut partials);
         let mut out = DeviceTensorMut::contiguous("out", out_span, stacked)?.narrow(0, rank, 1)?;
         let mut lse = backend.span_mut(&mut partials_lse).range(rank * lse_len..(rank + 1) * lse_len);
@@ -283,7 +287,7 @@ fn attend<B: Backend, T: HalfElement>(
             prepared.run(star_attention::Inputs::new(&q, &k, &v), &mut out, Some(&mut lse))
         })?;
         steps.push(Step {
-            name: format!("phase 2, host {rank}"),
+            name: format!("phase 2, rank {rank}"),
             seconds,
             flops: plan.flops(),
             bytes: 2 * shape.key_shape().iter().product::<usize>() * T::DTYPE.size(),
@@ -296,7 +300,7 @@ fn attend<B: Backend, T: HalfElement>(
     let mut out = backend.memory(&vec![0f32; out_len]);
     let mut lse = backend.memory(&vec![0f32; lse_len]);
     let seconds = {
-        let stacked = [sizes.hosts, query_len, heads, head_dim];
+        let stacked = [sizes.ranks, query_len, heads, head_dim];
         let all = Partials {
             out: DeviceTensor::contiguous("partials", backend.span(&partials), stacked)?,
             lse: backend.span(&partials_lse),
@@ -322,7 +326,7 @@ fn attend<B: Backend, T: HalfElement>(
             )?;
         }
     }
-    let bytes = (sizes.hosts + 1) * (out_len + lse_len) * size_of::<f32>();
+    let bytes = (sizes.ranks + 1) * (out_len + lse_len) * size_of::<f32>();
     steps.push(Step { name: "merge".into(), seconds, flops: 0, bytes, errors: Some(errors) });
     bar.inc(1);
     Ok(steps)

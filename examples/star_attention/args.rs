@@ -14,26 +14,26 @@ pub struct Args {
     /// Tokens of the haystack
     #[arg(long, default_value_t = 8192, value_name = "L", conflicts_with = "prompt")]
     pub context_len: usize,
-    /// Tokens of a block [default: context / hosts]
+    /// Tokens of a block [default: context / ranks]
     #[arg(long, value_name = "B")]
     pub block_len: Option<usize>,
     /// Tokens of the anchor, at most a block [default: a block]
     #[arg(long, value_name = "A")]
     pub anchor_len: Option<usize>,
-    /// Hosts over which the context is spread [default: 4 threads, or all processes]
-    #[arg(long, value_name = "N")]
-    pub hosts: Option<usize>,
-    /// What carries messages between hosts
+    /// Ranks over which the context is spread [default: 4 threads, or all processes]
+    #[arg(long, alias = "hosts", value_name = "N")]
+    pub ranks: Option<usize>,
+    /// What carries messages between ranks
     #[arg(long, value_enum, default_value_t = Engine::Threads)]
     pub engine: Engine,
     /// Seconds that a process waits for another: longer than dense attention takes, if that is run as well
     #[arg(long, default_value_t = 600.0, value_name = "S")]
     pub timeout: f64,
-    /// How hosts come by the anchor's keys and values
+    /// How ranks come by the anchor's keys and values
     #[arg(long, value_enum, default_value_t = Anchor::Encoded)]
     pub anchor: Anchor,
     /// Where keys and values of query and generated tokens are kept
-    #[arg(long, value_enum, default_value_t = Generated::QueryHost)]
+    #[arg(long, value_enum, default_value_t = Generated::QueryRank)]
     pub generated: Generated,
     /// Facts in the haystack
     #[arg(long, default_value_t = 8, value_name = "N", conflicts_with = "prompt")]
@@ -86,9 +86,9 @@ pub enum Modes {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Anchor {
-    /// Every host encodes the anchor's tokens
+    /// Every rank encodes the anchor's tokens
     Encoded,
-    /// Host 0 sends them, layer by layer
+    /// Rank 0 sends them, layer by layer
     Received,
     /// What is faster by the cost model
     Cheapest,
@@ -96,9 +96,10 @@ pub enum Anchor {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Generated {
-    /// All on the last host
-    QueryHost,
-    /// Dealt to the hosts in turn
+    /// All on the last rank
+    #[value(alias = "query-host")]
+    QueryRank,
+    /// Dealt to the ranks in turn
     RoundRobin,
 }
 

@@ -1,18 +1,18 @@
-//! What carries messages between hosts.
+//! What carries messages between ranks.
 
 use super::llama::error::Result;
 use star_attention::comm::{Collective, GroupConfig};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Engine {
-    /// Hosts are threads of this process
+    /// Ranks are threads of this process
     Threads,
-    /// Hosts are processes, started by mpirun
+    /// Ranks are processes, started by mpirun
     Mpi,
 }
 
 impl Engine {
-    /// The group that this process is a rank of; none if hosts are threads.
+    /// The group that this process is a rank of; none if ranks are threads.
     pub fn group(self, config: &GroupConfig) -> Result<Option<Box<dyn Collective>>> {
         match self {
             Self::Threads => Ok(None),

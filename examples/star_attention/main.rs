@@ -1,7 +1,7 @@
 //! Answers from a long context with Star Attention, and with dense attention beside it.
 //!
-//! Loads a Hugging Face Llama checkpoint (or one of its shape), encodes a context over several hosts (threads of this process, or processes that `mpirun` started), and asks
-//! about it: a text, ids, or facts in a haystack. Without options: the retrieval Llama of this repository, 8,192 tokens, 4 hosts.
+//! Loads a Hugging Face Llama checkpoint (or one of its shape), encodes a context over several ranks (threads of this process, or processes that `mpirun` started), and asks
+//! about it: a text, ids, or facts in a haystack. Without options: the retrieval Llama of this repository, 8,192 tokens, 4 ranks.
 
 mod advice;
 mod args;
@@ -17,8 +17,8 @@ use candle_core::{DType, Tensor};
 use engine::Engine;
 use indicatif::{ProgressBar, ProgressStyle};
 use llama::error::{Error, Result};
-use llama::host::fold;
 use llama::model::Llama;
+use llama::rank::fold;
 use llama::run::{Job, Mode, Run, Scheme, run, ticks};
 use llama::tokenizer::Tokenizer;
 use report::{Total, answers, costs, headline, reading, texts};
@@ -30,9 +30,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 use task::{Task, tasks};
 
-/// Each host is a thread, with threads of its own.
-const MOST_HOSTS: usize = 1024;
-/// The query host's shards have room for all generated tokens from the start.
+/// Each rank is a thread, with threads of its own.
+const MOST_RANKS: usize = 1024;
+/// The query rank's shards have room for all generated tokens from the start.
 const MOST_GENERATED: usize = 1 << 20;
 /// Every haystack is in memory from the start.
 const MOST_QUERIES: usize = 1 << 16;
@@ -47,8 +47,8 @@ fn answer(args: &Args) -> Result<()> {
     let timeout = Duration::try_from_secs_f64(args.timeout).map_err(|error| {
         Error::input("--timeout", format!("expected seconds, got {}: {error}", args.timeout))
     })?;
-    if let Some(hosts) = args.hosts {
-        within("--hosts", hosts, MOST_HOSTS)?;
+    if let Some(ranks) = args.ranks {
+        within("--ranks", ranks, MOST_RANKS)?;
     }
     if let Some(queries) = args.queries {
         within("--queries", queries, MOST_QUERIES)?;
@@ -93,7 +93,7 @@ fn answer(args: &Args) -> Result<()> {
     }
     let results = modes
         .iter()
-        // Dense attention is the work of one host.
+        // Dense attention is the work of one rank.
         .filter(|&&(_, mode)| speaks || mode != Mode::Dense)
         .map(|&(name, mode)| Ok((name, total(args, &model, group, name, mode, &tasks)?)))
         .collect::<Result<Vec<_>>>()?;
@@ -103,7 +103,7 @@ fn answer(args: &Args) -> Result<()> {
             tokenizer => answers(tokenizer.as_ref(), &tasks, &results)?,
         };
         print!("\n{answers}\n{}", costs(&model, &tasks, &results));
-        println!("\n{}", reading(scheme.layout.hosts(), args.engine));
+        println!("\n{}", reading(scheme.layout.ranks(), args.engine));
     }
     if let Some(path) = &args.save_logits {
         save_logits(path, &results)?;
@@ -113,12 +113,21 @@ fn answer(args: &Args) -> Result<()> {
 
 /// Star Attention as the options ask for it.
 fn scheme(args: &Args, model: &Llama, group: Option<&dyn Collective>, context: &[u32]) -> Result<Scheme> {
-    let hosts = group.map_or(args.hosts.unwrap_or(4), |group| group.size());
-    if args.hosts.is_some_and(|asked| asked != hosts) {
-        return Err(Error::input("--hosts", format!("there are {hosts} processes")));
+    let ranks = group.map_or(args.ranks.unwrap_or(4), |group| group.size());
+    if args.ranks.is_some_and(|asked| asked != ranks) {
+        return Err(Error::input("--ranks", format!("there are {ranks} processes")));
     }
-    let block_len = args.block_len.unwrap_or_else(|| context.len().div_ceil(hosts).max(1));
-    let layout = StarLayout::new(context.len(), block_len, args.anchor_len.unwrap_or(block_len), hosts)?;
+    let mut layout = StarLayout::builder(context.len()).ranks(ranks).generated(match args.generated {
+        Generated::QueryRank => GeneratedKv::QueryRank,
+        Generated::RoundRobin => GeneratedKv::RoundRobin,
+    });
+    if let Some(block_len) = args.block_len {
+        layout = layout.block_len(block_len);
+    }
+    if let Some(anchor_len) = args.anchor_len {
+        layout = layout.anchor_len(anchor_len);
+    }
+    let layout = layout.build()?;
     let anchor = match args.anchor {
         Anchor::Encoded => AnchorKv::Encoded,
         Anchor::Received => AnchorKv::Received,
@@ -128,14 +137,10 @@ fn scheme(args: &Args, model: &Llama, group: Option<&dyn Collective>, context: &
             cheapest_anchor(model, group, &layout, &link, context)?
         }
     };
-    let generated = match args.generated {
-        Generated::QueryHost => GeneratedKv::QueryHost,
-        Generated::RoundRobin => GeneratedKv::RoundRobin,
-    };
-    Ok(Scheme { anchor, generated, ..layout.into() })
+    Ok(Scheme { anchor, ..layout.into() })
 }
 
-/// What host 0 finds cheaper: all must do the same.
+/// What rank 0 finds cheaper: all must do the same.
 fn cheapest_anchor(
     model: &Llama,
     group: Option<&dyn Collective>,

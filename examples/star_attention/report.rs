@@ -5,7 +5,7 @@ use super::llama::error::Result;
 use super::llama::model::Llama;
 use super::llama::run::{Answer, Scheme};
 use super::llama::table::{bytes, table, time};
-use super::llama::threads::threads_per_host;
+use super::llama::threads::threads_per_rank;
 use super::llama::tokenizer::Tokenizer;
 use super::task::Task;
 use star_attention::GeneratedKv;
@@ -20,7 +20,7 @@ pub struct Total {
     pub query_time: Duration,
     pub kv_bytes: Vec<usize>,
     pub traffic: Traffic,
-    /// Of the bits of all merged outputs: the same on every host.
+    /// Of the bits of all merged outputs: the same on every rank.
     pub checksum: u64,
 }
 
@@ -28,7 +28,7 @@ pub struct Total {
 pub fn headline(model: &Llama, tasks: &[Task], scheme: &Scheme) -> String {
     let (config, layout) = (&model.config, scheme.layout);
     format!(
-        "Llama of {} layers, {}/{} heads of {}, {:?} | {} context of {} tokens | star: {} hosts, blocks of {}, anchor of {}, {}; new KV {}",
+        "Llama of {} layers, {}/{} heads of {}, {:?} | {} context of {} tokens | star: {} ranks, blocks of {}, anchor of {}, {}; new KV {}",
         config.layers,
         config.heads,
         config.kv_heads,
@@ -36,16 +36,16 @@ pub fn headline(model: &Llama, tasks: &[Task], scheme: &Scheme) -> String {
         model.dtype,
         tasks.len(),
         layout.context_len(),
-        layout.hosts(),
+        layout.ranks(),
         layout.block_len(),
         layout.anchor_len(),
         match scheme.anchor {
             AnchorKv::Encoded => "encoded by each",
-            AnchorKv::Received => "received from host 0",
+            AnchorKv::Received => "received from rank 0",
         },
-        match scheme.generated {
-            GeneratedKv::QueryHost => "on the query host",
-            GeneratedKv::RoundRobin => "dealt to all",
+        match scheme.layout.generated() {
+            GeneratedKv::QueryRank => "on the query rank",
+            _ => "dealt to all",
         },
     )
 }
@@ -117,10 +117,10 @@ pub fn costs(model: &Llama, tasks: &[Task], results: &[(&'static str, Total)]) -
         "phase 1: context encoding",
         "  speed-up over dense",
         "phase 2: per token",
-        "KV of the context, per host",
+        "KV of the context, per rank",
         "sent per layer and token",
         "messages per layer and token",
-        "merged outputs, on all hosts",
+        "merged outputs, on all ranks",
     ];
     let mut rows = headings.map(|heading| vec![heading.to_owned()]);
     let dense = results.iter().find(|(name, _)| *name == "dense").map(|(_, dense)| dense.encode_time);
@@ -156,15 +156,15 @@ pub fn costs(model: &Llama, tasks: &[Task], results: &[(&'static str, Total)]) -
 }
 
 /// How the times are to be read.
-pub fn reading(hosts: usize, engine: Engine) -> String {
-    let (cores, each) = (threads_per_host(1), threads_per_host(hosts));
+pub fn reading(ranks: usize, engine: Engine) -> String {
+    let (cores, each) = (threads_per_rank(1), threads_per_rank(ranks));
     match engine {
         Engine::Threads => format!(
-            "Wall time on this machine, whose {cores} cores dense has for itself and star's {hosts} hosts share, {each} for each: the\n\
-             speed-up is that on equal hardware. Hosts on machines of their own would have more of it."
+            "Wall time on this machine, whose {cores} cores dense has for itself and star's {ranks} ranks share, {each} for each: the\n\
+             speed-up is that on equal hardware. Ranks on machines of their own would have more of it."
         ),
         Engine::Mpi => format!(
-            "Wall time of {hosts} processes, and of one of them for dense. The last line tells the bits that all have: any other engine must give\n\
+            "Wall time of {ranks} processes, and of one of them for dense. The last line tells the bits that all have: any other engine must give\n\
              the same."
         ),
     }

@@ -67,7 +67,7 @@ def matmul(side=8192):
 
 
 def star_mask(case):
-    """The blocks of host 0: the first one's length is the others'."""
+    """The blocks of rank 0: the first one's length is the others'."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     anchor, block, offset = case["anchor_len"], case["block_len"], case["key_len"] - case["query_len"]

@@ -109,7 +109,7 @@ fi
 # What differs in a rehearsal.
 if [ -n "$rehearse" ]; then
     device=simt cases=1
-    kernel_tests=(edges::host::every_kernel) sanitized_tests=(edges::host::every_kernel)
+    kernel_tests=(edges::emulated::every_kernel) sanitized_tests=(edges::emulated::every_kernel)
     phases=(--context-len 128) shards=(16 32) merged=(--shards "32,16,0")
     encode="causal, 1 x 32 x 32, d 128" query="query, 1 x 1 x 256, d 128"
     flex="star a 32 b 32, 1 x 128" merge="merge of 8"
@@ -132,7 +132,7 @@ measure() {
     local kind
     step 100 "kernels against the oracle" "$here/kernels" "${kernel_tests[@]}"
     if faulted "kernels against the oracle"; then
-        for kind in edges oracle phases nonfinite batches paged offsets merge append hosts errors; do
+        for kind in edges oracle phases nonfinite batches paged offsets merge append ranks errors; do
             step 10 "kernels against the oracle: $kind" "$here/kernels" --ignored "$kind::"
         done
     fi

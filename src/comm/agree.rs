@@ -1,39 +1,37 @@
 //! The handshake: do all ranks run the same thing?
 
 use super::{AnchorKv, Collective, Link};
-use crate::{AttentionShape, DType, Error, GeneratedKv, Result, StarLayout};
+use crate::{AttentionShape, DType, Error, Result, StarLayout};
 
 /// What all ranks must have in common before they exchange partials.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Agreement {
     /// The partition of the context.
     pub layout: StarLayout,
-    /// Heads and dims of a layer. Lengths are not compared: hosts have shares of their own.
+    /// Heads and dims of a layer. Lengths are not compared: ranks have shares of their own.
     pub shape: AttentionShape,
     /// Layers of the model.
     pub layers: usize,
     /// Element type of queries, keys and values.
     pub dtype: DType,
-    /// How hosts come by the anchor.
+    /// How ranks come by the anchor.
     pub anchor: AnchorKv,
-    /// Where the KV of query and generated tokens goes.
-    pub generated: GeneratedKv,
     /// Anything else that must be the same: a hash of the weights, say.
     pub model: u64,
 }
 
 /// Names and values, in the order of the message.
-type Fields = [(&'static str, u64); 18];
+type Fields = [(&'static str, u64); 19];
 
 impl Agreement {
-    fn fields(&self, hosts: usize, link: Link) -> Fields {
+    fn fields(&self, ranks: usize, link: Link) -> Fields {
         let number = |text: &str| text.parse().unwrap_or(u64::MAX);
         [
             // "star" in ASCII, as a little-endian number: a peer that says something else speaks another language or byte order.
             ("protocol", 0x7261_7473),
             ("major version", number(env!("CARGO_PKG_VERSION_MAJOR"))),
             ("minor version", number(env!("CARGO_PKG_VERSION_MINOR"))),
-            ("hosts", hosts as u64),
+            ("ranks", ranks as u64),
             ("context_len", self.layout.context_len() as u64),
             ("block_len", self.layout.block_len() as u64),
             ("anchor_len", self.layout.anchor_len() as u64),
@@ -44,7 +42,8 @@ impl Agreement {
             ("layers", self.layers as u64),
             ("dtype", self.dtype as u64),
             ("anchor", self.anchor as u64),
-            ("generated", self.generated as u64),
+            ("query_rank", self.layout.query_rank() as u64),
+            ("generated", self.layout.generated() as u64),
             ("model", self.model),
             ("latency", link.latency.to_bits()),
             ("bandwidth", link.bandwidth.to_bits()),
@@ -55,11 +54,11 @@ impl Agreement {
 /// Tells the other ranks what this one runs, and compares: to be called before anything else.
 ///
 /// # Errors
-/// [`Error::Value`] if the layout is for another number of hosts (nothing was sent); [`Error::Peer`] on every rank if any two differ, naming what differs;
+/// [`Error::Value`] if the layout is for another number of ranks (nothing was sent); [`Error::Peer`] on every rank if any two differ, naming what differs;
 /// and the collective's errors.
 pub fn agree(group: &(impl Collective + ?Sized), agreement: &Agreement) -> Result<()> {
-    if agreement.layout.hosts() != group.size() {
-        return Err(Error::value("layout", format!("of {} hosts", group.size()), agreement.layout.hosts()));
+    if agreement.layout.ranks() != group.size() {
+        return Err(Error::value("layout", format!("of {} ranks", group.size()), agreement.layout.ranks()));
     }
     let fields = agreement.fields(group.size(), group.link());
     let mine = fields.map(|(_, value)| value.to_le_bytes()).concat();
@@ -86,7 +85,7 @@ fn show(argument: &str, value: u64) -> String {
     match argument {
         "dtype" => one_of(&["f32", "f16", "bf16"]),
         "anchor" => one_of(&["encoded", "received"]),
-        "generated" => one_of(&["on the query host", "round robin"]),
+        "generated" => one_of(&["on the query rank", "round robin"]),
         "latency" | "bandwidth" => f64::from_bits(value).to_string(),
         _ => value.to_string(),
     }

@@ -1,4 +1,4 @@
-//! Keys and values of the anchor, from host 0 to all.
+//! Keys and values of the anchor, from rank 0 to all.
 
 use super::Collective;
 use crate::config::check_rows;
@@ -9,11 +9,11 @@ pub fn anchor_scratch_len(shape: [usize; 4]) -> usize {
     2 * shape.iter().product::<usize>()
 }
 
-/// Copies host 0's keys and values of the anchor, one layer's, over every other host's: one message of both.
+/// Copies rank 0's keys and values of the anchor, one layer's, over every other rank's: one message of both.
 ///
-/// Both are `[batch, anchor_len, kv_heads, head_dim]`, already rotated to their positions. A host that received them encodes its own
-/// tokens only: queries of its rows [`kept`](crate::HostLayout::kept), against keys and values of all local rows, under the same
-/// [`mask`](crate::HostLayout::mask), which counts positions from the end. What the scratch holds does not matter.
+/// Both are `[batch, anchor_len, kv_heads, head_dim]`, already rotated to their positions. A rank that received them encodes its own
+/// tokens only: queries of its rows [`kept`](crate::RankLayout::kept), against keys and values of all local rows, under the same
+/// [`mask`](crate::RankLayout::mask), which counts positions from the end. What the scratch holds does not matter.
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Workspace`] for a scratch shorter than

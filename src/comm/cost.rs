@@ -1,6 +1,6 @@
 //! What a collective takes, and which way of working is the cheaper one.
 //!
-//! With latency `α`, bandwidth `β` of one host, `H` hosts and messages of `n` bytes a host:
+//! With latency `α`, bandwidth `β` of one rank, `H` ranks and messages of `n` bytes a rank:
 //!
 //! ```text
 //! all-gather        α + (H-1) n / β
@@ -10,14 +10,14 @@
 
 use crate::{Error, Result};
 
-/// What sending between the hosts of a group takes.
+/// What sending between the ranks of a group takes.
 ///
 /// Ways are chosen by it, so it must be the same on every rank: [`agree`](super::agree) compares it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link {
     /// Seconds that a collective takes whatever its length.
     pub latency: f64,
-    /// Bytes that a host sends in a second, while it receives as many.
+    /// Bytes that a rank sends in a second, while it receives as many.
     pub bandwidth: f64,
 }
 
@@ -36,20 +36,20 @@ impl Link {
         Ok(Self { latency, bandwidth })
     }
 
-    /// Seconds for every host to have `bytes` of every host.
-    pub fn all_gather(&self, hosts: usize, bytes: usize) -> f64 {
-        self.seconds(1.0, others(hosts) * bytes as f64)
+    /// Seconds for every rank to have `bytes` of every rank.
+    pub fn all_gather(&self, ranks: usize, bytes: usize) -> f64 {
+        self.seconds(1.0, others(ranks) * bytes as f64)
     }
 
-    /// Seconds for every host to have its share of `bytes` of every host.
-    pub fn all_to_all(&self, hosts: usize, bytes: usize) -> f64 {
-        self.seconds(1.0, others(hosts) / hosts.max(1) as f64 * bytes as f64)
+    /// Seconds for every rank to have its share of `bytes` of every rank.
+    pub fn all_to_all(&self, ranks: usize, bytes: usize) -> f64 {
+        self.seconds(1.0, others(ranks) / ranks.max(1) as f64 * bytes as f64)
     }
 
-    /// Seconds for every host to have `bytes` of one.
-    pub fn broadcast(&self, hosts: usize, bytes: usize) -> f64 {
-        let to_each = self.seconds(1.0, others(hosts) * bytes as f64);
-        let in_parts = self.seconds(2.0, 2.0 * others(hosts) / hosts.max(1) as f64 * bytes as f64);
+    /// Seconds for every rank to have `bytes` of one.
+    pub fn broadcast(&self, ranks: usize, bytes: usize) -> f64 {
+        let to_each = self.seconds(1.0, others(ranks) * bytes as f64);
+        let in_parts = self.seconds(2.0, 2.0 * others(ranks) / ranks.max(1) as f64 * bytes as f64);
         to_each.min(in_parts)
     }
 
@@ -58,57 +58,57 @@ impl Link {
     }
 }
 
-fn others(hosts: usize) -> f64 {
-    hosts.saturating_sub(1) as f64
+fn others(ranks: usize) -> f64 {
+    ranks.saturating_sub(1) as f64
 }
 
-/// How the partials of all hosts become one on each.
+/// How the partials of all ranks become one on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MergeWay {
-    /// One all-gather of every partial; every host merges all rows. The fewest steps: for few query tokens.
+    /// One all-gather of every partial; every rank merges all rows. The fewest steps: for few query tokens.
     AllGather,
-    /// An all-to-all that gives each host its share of every partial's rows (by heads, where there is one query token and the hosts divide the
+    /// An all-to-all that gives each rank its share of every partial's rows (by heads, where there is one query token and the ranks divide the
     /// heads); it merges them, and an all-gather of what is merged. The fewest bytes: for many query tokens.
     ByRows,
 }
 
 impl MergeWay {
-    /// The way that takes less time on `link`, for partials of `bytes` a host.
+    /// The way that takes less time on `link`, for partials of `bytes` a rank.
     ///
-    /// By rows from `bytes > α β / ((H-1) (1 - 2/H))` on; with two hosts never.
-    pub fn cheapest(link: &Link, hosts: usize, bytes: usize) -> Self {
+    /// By rows from `bytes > α β / ((H-1) (1 - 2/H))` on; with two ranks never.
+    pub fn cheapest(link: &Link, ranks: usize, bytes: usize) -> Self {
         let [all_gather, by_rows] =
-            [Self::AllGather, Self::ByRows].map(|way| way.seconds(link, hosts, bytes));
+            [Self::AllGather, Self::ByRows].map(|way| way.seconds(link, ranks, bytes));
         if by_rows < all_gather { Self::ByRows } else { Self::AllGather }
     }
 
-    /// Seconds that messages take this way, for partials of `bytes` a host.
-    pub fn seconds(self, link: &Link, hosts: usize, bytes: usize) -> f64 {
+    /// Seconds that messages take this way, for partials of `bytes` a rank.
+    pub fn seconds(self, link: &Link, ranks: usize, bytes: usize) -> f64 {
         match self {
-            Self::AllGather => link.all_gather(hosts, bytes),
+            Self::AllGather => link.all_gather(ranks, bytes),
             Self::ByRows => {
-                link.all_to_all(hosts, bytes) + link.all_gather(hosts, bytes.div_ceil(hosts.max(1)))
+                link.all_to_all(ranks, bytes) + link.all_gather(ranks, bytes.div_ceil(ranks.max(1)))
             }
         }
     }
 }
 
-/// How hosts come by the keys and values of the anchor in context encoding.
+/// How ranks come by the keys and values of the anchor in context encoding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AnchorKv {
-    /// Every host encodes the anchor's tokens before its own: no message.
+    /// Every rank encodes the anchor's tokens before its own: no message.
     #[default]
     Encoded,
-    /// Host 0, whose block they head, sends them to all, layer by layer.
+    /// Rank 0, whose block they head, sends them to all, layer by layer.
     Received,
 }
 
 impl AnchorKv {
-    /// The cheaper one for a layer whose anchor has `bytes` of keys and values, and takes a host `encode_seconds` to encode.
+    /// The cheaper one for a layer whose anchor has `bytes` of keys and values, and takes a rank `encode_seconds` to encode.
     ///
-    /// Hosts reach a layer at the same time either way, as host 0 never has more rows than the others.
-    pub fn cheapest(link: &Link, hosts: usize, bytes: usize, encode_seconds: f64) -> Self {
-        if hosts > 1 && link.broadcast(hosts, bytes) < encode_seconds {
+    /// Ranks reach a layer at the same time either way, as rank 0 never has more rows than the others.
+    pub fn cheapest(link: &Link, ranks: usize, bytes: usize, encode_seconds: f64) -> Self {
+        if ranks > 1 && link.broadcast(ranks, bytes) < encode_seconds {
             Self::Received
         } else {
             Self::Encoded

@@ -1,8 +1,8 @@
-//! The merge of every host's partial, on every host.
+//! The merge of every rank's partial, on every rank.
 //!
 //! ```text
-//! all-gather   every partial to every host ─▶ merge of all rows
-//! by rows      a share of every partial's rows to each host ─▶ merge of the share ─▶ the merged share to every host
+//! all-gather   every partial to every rank ─▶ merge of all rows
+//! by rows      a share of every partial's rows to each rank ─▶ merge of the share ─▶ the merged share to every rank
 //! ```
 //!
 //! With `R = batch · seq · heads` rows of `dim` elements, `e` bytes each, in partials and `o` in the output, a rank sends to each of `H - 1` others
@@ -22,27 +22,27 @@ use crate::{Element, Error, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
 use std::marker::PhantomData;
 
-/// A merge over hosts of partials of given extents: made once, it serves every layer.
+/// A merge over ranks of partials of given extents: made once, it serves every layer.
 #[derive(Clone, Copy, Debug)]
 pub struct MergePlan<T, O> {
     /// `[batch, seq, heads, dim]`.
     shape: [usize; 4],
-    hosts: usize,
+    ranks: usize,
     way: MergeWay,
     types: PhantomData<(T, O)>,
 }
 
 impl<T: Element, O: Element> MergePlan<T, O> {
-    /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `hosts`, merged into outputs of `O`, by the way that is cheapest on `link`.
+    /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `ranks`, merged into outputs of `O`, by the way that is cheapest on `link`.
     ///
     /// f32 partials round once, 16-bit ones are half the bytes. Every rank must make the plan with the same arguments.
     ///
     /// # Errors
-    /// [`Error::Value`] for no host, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
-    pub fn new(shape: [usize; 4], hosts: usize, link: &Link) -> Result<Self> {
-        check_extents(shape, hosts)?;
-        let mut plan = Self { shape, hosts, way: MergeWay::AllGather, types: PhantomData };
-        plan.way = MergeWay::cheapest(link, hosts, plan.part::<T>(plan.rows()).bytes());
+    /// [`Error::Value`] for no rank, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
+    pub fn new(shape: [usize; 4], ranks: usize, link: &Link) -> Result<Self> {
+        check_extents(shape, ranks)?;
+        let mut plan = Self { shape, ranks, way: MergeWay::AllGather, types: PhantomData };
+        plan.way = MergeWay::cheapest(link, ranks, plan.part::<T>(plan.rows()).bytes());
         Ok(plan)
     }
 
@@ -61,17 +61,17 @@ impl<T: Element, O: Element> MergePlan<T, O> {
     pub fn scratch_len(&self) -> usize {
         let share = self.share();
         match self.way {
-            MergeWay::AllGather => (self.hosts + 1) * self.part::<T>(self.rows()).words(),
+            MergeWay::AllGather => (self.ranks + 1) * self.part::<T>(self.rows()).words(),
             MergeWay::ByRows => {
-                2 * self.hosts * self.part::<T>(share).words()
-                    + (self.hosts + 1) * self.part::<O>(share).words()
+                2 * self.ranks * self.part::<T>(share).words()
+                    + (self.ranks + 1) * self.part::<O>(share).words()
             }
         }
     }
 
     /// What a rank sends in one merge.
     pub fn traffic(&self) -> Traffic {
-        let step = |bytes: usize| Traffic::of(self.hosts - 1, bytes);
+        let step = |bytes: usize| Traffic::of(self.ranks - 1, bytes);
         match self.way {
             MergeWay::AllGather => step(self.part::<T>(self.rows()).bytes()),
             MergeWay::ByRows => {
@@ -80,7 +80,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         }
     }
 
-    /// Merges every host's `partial` into `out` and `lse`, on every host.
+    /// Merges every rank's `partial` into `out` and `lse`, on every rank.
     ///
     /// `out` is `[batch, seq, heads, dim]` with any strides but a contiguous last axis, `lse` `[batch, heads, seq]`. What the scratch
     /// holds does not matter.
@@ -100,8 +100,8 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         partial.check(self.shape)?;
         check_rows("out", self.shape, out.shape(), out.strides())?;
         check_lse("lse", self.shape, lse)?;
-        if group.size() != self.hosts {
-            return Err(Error::value("group", format!("of {} hosts", self.hosts), group.size()));
+        if group.size() != self.ranks {
+            return Err(Error::value("group", format!("of {} ranks", self.ranks), group.size()));
         }
         let needed = self.scratch_len();
         if scratch.len() < needed {
@@ -149,15 +149,15 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         let [_, seq, heads, dim] = self.shape;
         let (rows, share) = (self.rows(), self.share());
         let (part, merged_part) = (self.part::<T>(share), self.part::<O>(share));
-        let (send, scratch) = scratch.split_at_mut(self.hosts * part.words());
-        let (receive, scratch) = scratch.split_at_mut(self.hosts * part.words());
+        let (send, scratch) = scratch.split_at_mut(self.ranks * part.words());
+        let (receive, scratch) = scratch.split_at_mut(self.ranks * part.words());
         let (merged, all) = scratch.split_at_mut(merged_part.words());
 
         // Rows are numbered as outputs lie in memory: tokens before heads. The last shares may have fewer, or none.
-        for (host, words) in send.chunks_exact_mut(part.words().max(1)).enumerate() {
+        for (rank, words) in send.chunks_exact_mut(part.words().max(1)).enumerate() {
             let (outs, lses) = part.split_mut::<T>(words);
             for (i, (to, to_lse)) in outs.chunks_exact_mut(dim).zip(lses).enumerate() {
-                let row = host * share + i;
+                let row = rank * share + i;
                 if row < rows {
                     let (batch, token, head) = (row / heads / seq, row / heads % seq, row % heads);
                     to.copy_from_slice(partial.row(batch, token, head));
@@ -195,9 +195,9 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         self.shape[..3].iter().product()
     }
 
-    /// Rows that a host merges by rows.
+    /// Rows that a rank merges by rows.
     fn share(&self) -> usize {
-        self.rows().div_ceil(self.hosts)
+        self.rows().div_ceil(self.ranks)
     }
 
     fn part<E: Element>(&self, rows: usize) -> Part {
@@ -209,13 +209,13 @@ impl<T: Element, O: Element> MergePlan<T, O> {
     }
 }
 
-/// Refuses merges over no host, of no elements, or whose scratch could not be addressed.
-pub(crate) fn check_extents(shape: [usize; 4], hosts: usize) -> Result<()> {
-    if hosts == 0 {
-        return Err(Error::value("hosts", "at least 1", hosts));
+/// Refuses merges over no rank, of no elements, or whose scratch could not be addressed.
+pub(crate) fn check_extents(shape: [usize; 4], ranks: usize) -> Result<()> {
+    if ranks == 0 {
+        return Err(Error::value("ranks", "at least 1", ranks));
     }
-    // A row is at most dim + 1 words of 4 bytes; a scratch has less than 3 hosts + 3 times all rows, each share rounded up.
-    let extents = [shape[0], shape[1], shape[2], shape[3].saturating_add(1), hosts, 16];
+    // A row is at most dim + 1 words of 4 bytes; a scratch has less than 3 ranks + 3 times all rows, each share rounded up.
+    let extents = [shape[0], shape[1], shape[2], shape[3].saturating_add(1), ranks, 16];
     let words = extents.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
     if shape[3] == 0 || words.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
         let expected = "dim of at least 1, and extents that can be addressed";
@@ -252,7 +252,7 @@ impl Part {
     }
 }
 
-/// Merges every host's `partial` into `out` `[batch, seq, heads, dim]` and `lse` `[batch, heads, seq]`, on every host and with the same bits.
+/// Merges every rank's `partial` into `out` `[batch, seq, heads, dim]` and `lse` `[batch, heads, seq]`, on every rank and with the same bits.
 ///
 /// The way is the cheapest on the group's link. Where calls repeat, make a [`MergePlan`] once and keep its scratch.
 ///

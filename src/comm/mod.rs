@@ -1,12 +1,12 @@
-//! Many hosts: collectives between them, and what Star Attention does with these.
+//! Many ranks: collectives between them, and what Star Attention does with these.
 //!
 //! The library opens no connections of its own. An engine brings the transport behind [`Collective`]: [`ThreadGroup`] for threads of one process, `Mpi` (feature
 //! `mpi`) for processes and machines, `Nccl` (feature `nccl`) for GPUs.
 //!
 //! ```text
 //! at the start   agree          all ranks have the same layout, extents, types and version
-//! phase 1        share_anchor   the anchor's keys and values from host 0 to all, a layer at a time; or no message at all
-//! phase 2        MergePlan      partial (out, lse) on each host ─▶ out, lse on every host, with the same bits
+//! phase 1        share_anchor   the anchor's keys and values from rank 0 to all, a layer at a time; or no message at all
+//! phase 2        MergePlan      partial (out, lse) on each rank ─▶ out, lse on every rank, with the same bits
 //! ```
 //!
 //! Which way a merge goes, and whether the anchor is sent, follows from the costs of a [`Link`].
@@ -40,14 +40,14 @@ use crate::{Error, Result};
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
-/// What a group of hosts can do together. Every rank makes the same calls in the same order with the same lengths.
+/// What a group of ranks can do together. Every rank makes the same calls in the same order with the same lengths.
 ///
 /// After an error a rank has left the group: its later calls fail, and so do its peers'.
 pub trait Collective: Send {
-    /// This host's number, below [`size`](Self::size).
+    /// This rank's number, below [`size`](Self::size).
     fn rank(&self) -> usize;
 
-    /// Hosts of the group.
+    /// Ranks of the group.
     fn size(&self) -> usize;
 
     /// What sending takes. The same on every rank.

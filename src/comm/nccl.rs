@@ -12,7 +12,7 @@
 //!     for (gpu, rank) in ThreadGroup::ranks(Driver::count()?)?.into_iter().enumerate() {
 //!         scope.spawn(move || -> star_attention::Result<()> {
 //!             let group = Nccl::over(&rank, &Driver::open(gpu)?, &GroupConfig::default())?;
-//!             // prepared.run(&group, ...) of a HostsMerge and, in place of stream.synchronize(), group.wait(&stream)?
+//!             // prepared.run(&group, ...) of a RanksMerge and, in place of stream.synchronize(), group.wait(&stream)?
 //!             Ok(())
 //!         });
 //!     }

@@ -22,7 +22,7 @@ pub struct ShardMut<'a, D: Device, T> {
 /// Stores `key` and `value` `[batch, seq, kv_heads, head_dim]` in `shard`, each row at its place.
 ///
 /// `places` is `[batch, seq]` in device memory: `page · page_len + row`. It is read by the kernel: a row whose place is outside of the shard, or
-/// whose position is outside of the rotation's table, is left out, which serves rows that another host keeps. No two rows may
+/// whose position is outside of the rotation's table, is left out, which serves rows that another rank keeps. No two rows may
 /// have one place.
 ///
 /// # Errors

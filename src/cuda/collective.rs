@@ -1,4 +1,4 @@
-//! Collectives between hosts whose messages lie in device memory.
+//! Collectives between ranks whose messages lie in device memory.
 
 use super::device::{Device, Span, SpanMut, check_not_capturing};
 use crate::comm::{Collective, Link, Traffic};
@@ -7,12 +7,12 @@ use crate::{Error, Result};
 /// Bytes in device memory that are sent, and those that are received in return.
 pub type Exchange<'a, D> = (Span<'a, D, u8>, SpanMut<'a, D, u8>);
 
-/// What a group of hosts can do together with device memory, in the order of a stream. As [`Collective`], but for that.
+/// What a group of ranks can do together with device memory, in the order of a stream. As [`Collective`], but for that.
 pub trait DeviceCollective<D: Device> {
-    /// This host's number, below [`size`](Self::size).
+    /// This rank's number, below [`size`](Self::size).
     fn rank(&self) -> usize;
 
-    /// Hosts of the group.
+    /// Ranks of the group.
     fn size(&self) -> usize;
 
     /// What sending takes. The same on every rank.
@@ -40,7 +40,7 @@ pub trait DeviceCollective<D: Device> {
     fn traffic(&self) -> Traffic;
 }
 
-/// Any collective, through the host's memory: for GPUs on machines without NCCL, and for tests. Every call waits for the stream, so
+/// Any collective, through CPU memory: for GPUs on machines without NCCL, and for tests. Every call waits for the stream, so
 /// none can be captured in a graph.
 #[derive(Clone, Copy, Debug)]
 pub struct Staged<'a, D, C: ?Sized> {
@@ -103,7 +103,7 @@ impl<D: Device, C: Collective + ?Sized> Staged<'_, D, C> {
     }
 }
 
-/// Refuses memory of another stream, or lengths that do not fit a message that is cut into `pieces`, over `size` hosts.
+/// Refuses memory of another stream, or lengths that do not fit a message that is cut into `pieces`, over `size` ranks.
 pub(crate) fn check_exchange<D: Device>(
     (send, receive): &Exchange<'_, D>,
     pieces: usize,

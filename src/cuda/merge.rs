@@ -16,7 +16,7 @@ pub const MOST_PARTIALS: usize = 32;
 // The kernel has room for as many.
 const _: fn(&StarMergeParams) -> &[StarPartial; MOST_PARTIALS] = |params| &params.each;
 
-/// Partials one after another in device memory: of the splits of one call, or of hosts after an all-gather.
+/// Partials one after another in device memory: of the splits of one call, or of ranks after an all-gather.
 #[derive(Debug)]
 pub struct Partials<'a, D: Device, T> {
     /// `[n · batch, seq, heads, dim]`, the last axis contiguous: the first partial's batch, then the next one's.

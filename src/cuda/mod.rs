@@ -1,11 +1,11 @@
-//! The GPU backend: hand-written kernels for compute capability 8.0 and up, under plans made on the host.
+//! The GPU backend: hand-written kernels for compute capability 8.0 and up, under plans made on the CPU.
 //!
 //! - [`flash`]: context encoding and query attention, under every mask of the crate;
-//! - [`merge()`]: n partials to one, of the splits of one call or of many hosts; [`HostsMerge`]: with the messages between these;
+//! - [`merge()`]: n partials to one, of the splits of one call or of many ranks; [`RanksMerge`]: with the messages between these;
 //! - [`append()`]: new keys and values to a shard, contiguous or in pages;
 //! - [`Staging`]: tables that change from step to step, copied without waiting.
 //!
-//! Kernels run on a [`Device`]: a GPU (`driver`, feature `cuda`), or the host, slowly and with every access checked (`simt`, feature `simt`).
+//! Kernels run on a [`Device`]: a GPU (`driver`, feature `cuda`), or the SIMT emulator, slowly and with every access checked (`simt`, feature `simt`).
 //! Memory comes as a [`Span`], for work on one stream: of the device's own buffers safely, of other frameworks' by
 //! [`Span::from_raw`].
 
@@ -18,8 +18,8 @@ pub mod driver;
 pub mod flash;
 #[cfg(any(test, feature = "cuda"))]
 mod functions;
-mod hosts;
 mod merge;
+mod ranks;
 #[allow(missing_docs, clippy::all)]
 #[rustfmt::skip] // bindgen's output
 mod params;
@@ -36,8 +36,8 @@ pub use collective::{DeviceCollective, Exchange, Staged};
 #[cfg(feature = "nccl")]
 pub(crate) use device::check_not_capturing;
 pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
-pub use hosts::{HostsMerge, PreparedMerge};
 pub use merge::{DevicePartial, MOST_PARTIALS, Partials, merge, merge_separate};
 pub use policy::HEAD_DIMS;
 use policy::{APPEND_THREADS, MERGE_THREADS};
+pub use ranks::{PreparedMerge, RanksMerge};
 pub use staging::Staging;

@@ -5,9 +5,9 @@ use crate::threads::all_ranks;
 use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic, agree};
 use star_attention::{AttentionShape, DType, Error, GeneratedKv, StarLayout};
 
-fn agreement(hosts: usize) -> Agreement {
+fn agreement(ranks: usize) -> Agreement {
     Agreement {
-        layout: StarLayout::new(1000, 100, 50, hosts).unwrap(),
+        layout: StarLayout::builder(1000).block_len(100).anchor_len(50).ranks(ranks).build().unwrap(),
         shape: AttentionShape {
             batch: 1,
             query_len: 5,
@@ -19,7 +19,6 @@ fn agreement(hosts: usize) -> Agreement {
         layers: 4,
         dtype: DType::BF16,
         anchor: AnchorKv::Encoded,
-        generated: GeneratedKv::QueryHost,
         model: 0,
     }
 }
@@ -29,7 +28,7 @@ fn ranks_that_run_the_same_agree() {
     for size in 1..=8 {
         all_ranks(size, |group| {
             let mut mine = agreement(size);
-            // Hosts have shares of different lengths.
+            // Ranks have shares of different lengths.
             mine.shape.key_len = group.rank();
             agree(&group, &mine).unwrap();
             assert_eq!(group.traffic().collectives, 1);
@@ -40,12 +39,16 @@ fn ranks_that_run_the_same_agree() {
 #[test]
 fn whatever_differs_is_named_on_every_rank() {
     let base = agreement(3);
-    let layout = |context, block, anchor| StarLayout::new(context, block, anchor, 3).unwrap();
+    let layout = |context, block, anchor| {
+        StarLayout::builder(context).block_len(block).anchor_len(anchor).ranks(3).build().unwrap()
+    };
+    let same = base.layout.to_builder();
     let shape = base.shape;
     let cases = [
         ("context_len", Agreement { layout: layout(999, 100, 50), ..base }, "1000", "999"),
         ("block_len", Agreement { layout: layout(1000, 90, 50), ..base }, "100", "90"),
         ("anchor_len", Agreement { layout: layout(1000, 100, 0), ..base }, "50", "0"),
+        ("query_rank", Agreement { layout: same.query_rank(0).build().unwrap(), ..base }, "2", "0"),
         ("batch", Agreement { shape: AttentionShape { batch: 2, ..shape }, ..base }, "1", "2"),
         ("query_heads", Agreement { shape: AttentionShape { query_heads: 16, ..shape }, ..base }, "8", "16"),
         ("kv_heads", Agreement { shape: AttentionShape { kv_heads: 8, ..shape }, ..base }, "2", "8"),
@@ -55,8 +58,8 @@ fn whatever_differs_is_named_on_every_rank() {
         ("anchor", Agreement { anchor: AnchorKv::Received, ..base }, "encoded", "received"),
         (
             "generated",
-            Agreement { generated: GeneratedKv::RoundRobin, ..base },
-            "on the query host",
+            Agreement { layout: same.generated(GeneratedKv::RoundRobin).build().unwrap(), ..base },
+            "on the query rank",
             "round robin",
         ),
         ("model", Agreement { model: 1 << 63, ..base }, "0", "9223372036854775808"),

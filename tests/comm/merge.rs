@@ -1,4 +1,4 @@
-//! What the merge over hosts refuses, and when it goes by rows.
+//! What the merge over ranks refuses, and when it goes by rows.
 
 use crate::common::named;
 use crate::threads::all_ranks;
@@ -57,8 +57,8 @@ fn a_group_of_another_size_is_refused() {
 
 #[test]
 fn extents_that_no_message_could_have_are_refused() {
-    let plan = |shape, hosts| MergePlan::<f32, f32>::new(shape, hosts, &LINK).map(|_| ()).unwrap_err();
-    assert_eq!(named(plan([1, 1, 1, 1], 0)), ("value", "hosts"));
+    let plan = |shape, ranks| MergePlan::<f32, f32>::new(shape, ranks, &LINK).map(|_| ()).unwrap_err();
+    assert_eq!(named(plan([1, 1, 1, 1], 0)), ("value", "ranks"));
     assert_eq!(named(plan([1, 1, 1, 0], 1)), ("shape", "partial"));
     for shape in
         [[usize::MAX, 1, 1, 1], [1, 1 << 40, 1 << 20, 1], [1, 0, 1, usize::MAX], [0, 1 << 62, 1 << 62, 1]]
@@ -69,7 +69,7 @@ fn extents_that_no_message_could_have_are_refused() {
 
 #[test]
 fn few_query_tokens_go_by_all_gather_and_many_by_rows() {
-    // Field figures: 10 us and 200 GB/s, 8 hosts, 32 heads of 128 in bf16: the ways take the same time at 46 tokens.
+    // Field figures: 10 us and 200 GB/s, 8 ranks, 32 heads of 128 in bf16: the ways take the same time at 46 tokens.
     let link = Link::new(10e-6, 200e9).unwrap();
     let way =
         |tokens| MergePlan::<half::bf16, half::bf16>::new([1, tokens, 32, 128], 8, &link).unwrap().way();
@@ -78,5 +78,5 @@ fn few_query_tokens_go_by_all_gather_and_many_by_rows() {
     assert_eq!(way(47), MergeWay::ByRows);
     assert_eq!(way(4096), MergeWay::ByRows);
     let two = MergePlan::<f32, f32>::new([1, 1 << 20, 32, 128], 2, &link).unwrap();
-    assert_eq!(two.way(), MergeWay::AllGather, "over two hosts the second step saves no byte");
+    assert_eq!(two.way(), MergeWay::AllGather, "over two ranks the second step saves no byte");
 }

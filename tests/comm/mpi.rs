@@ -268,7 +268,13 @@ fn phases(group: &dyn Collective, go_on: impl Fn(&str) -> bool) -> Result<()> {
 
 fn agreement(group: &dyn Collective, block_len: usize) -> Agreement {
     Agreement {
-        layout: StarLayout::new(1000, block_len, 50, group.size()).unwrap(),
+        layout: StarLayout::builder(1000)
+            .block_len(block_len)
+            .anchor_len(50)
+            .ranks(group.size())
+            .generated(GeneratedKv::RoundRobin)
+            .build()
+            .unwrap(),
         shape: AttentionShape {
             batch: 1,
             query_len: 1,
@@ -280,7 +286,6 @@ fn agreement(group: &dyn Collective, block_len: usize) -> Agreement {
         layers: 1,
         dtype: DType::F32,
         anchor: AnchorKv::Received,
-        generated: GeneratedKv::RoundRobin,
         model: 0,
     }
 }

@@ -6,19 +6,19 @@ use star_attention::{Error, Result};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Runs `host` on a thread for each rank.
+/// Runs `program` on a thread for each rank.
 fn on_ranks<T: Send>(
     ranks: Vec<ThreadGroup>,
-    host: impl Fn(ThreadGroup) -> T + Sync,
+    program: impl Fn(ThreadGroup) -> T + Sync,
 ) -> Vec<thread::Result<T>> {
     thread::scope(|scope| {
-        let threads: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(|| host(rank))).collect();
+        let threads: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(|| program(rank))).collect();
         threads.into_iter().map(|thread| thread.join()).collect()
     })
 }
 
-pub fn all_ranks<T: Send>(size: usize, host: impl Fn(ThreadGroup) -> T + Sync) -> Vec<T> {
-    on_ranks(ThreadGroup::ranks(size).unwrap(), host).into_iter().map(|result| result.unwrap()).collect()
+pub fn all_ranks<T: Send>(size: usize, program: impl Fn(ThreadGroup) -> T + Sync) -> Vec<T> {
+    on_ranks(ThreadGroup::ranks(size).unwrap(), program).into_iter().map(|result| result.unwrap()).collect()
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn a_rank_that_drops_or_panics_is_an_error_on_all_others() {
                         group.all_gather(&[1], &mut vec![0; size]).unwrap();
                     }
                     if panics {
-                        std::panic::resume_unwind(Box::new("a host's panic"));
+                        std::panic::resume_unwind(Box::new("a rank's panic"));
                     }
                     None
                 });

@@ -1,4 +1,4 @@
-//! Devices that kernels are tested on: the host, and a GPU where there is one.
+//! Devices that kernels are tested on: the rank, and a GPU where there is one.
 
 use half::vec::HalfBitsVecExt;
 use star_attention::cuda::simt::{self, Simt};

@@ -13,7 +13,7 @@ use star_attention::cpu::{Cpu, InstructionSet};
 use star_attention::merge::{Partial, merge, merge_into};
 use star_attention::{AttentionConfig, AttentionShape, Element, KvShard, bf16, f16};
 
-/// Plans, shards and both merges of host memory, on given instructions.
+/// Plans, shards and both merges of rank memory, on given instructions.
 #[derive(Debug)]
 struct Flash(pub InstructionSet);
 

@@ -1,4 +1,4 @@
-//! Calls of the kernels on tensors of the host.
+//! Calls of the kernels on tensors in CPU memory.
 
 use crate::backend::{Backend, Plain};
 use crate::common::{Tensor, aligned};
@@ -11,10 +11,10 @@ use star_attention::cuda::{
 };
 use star_attention::{AttentionConfig, AttentionShape, Element, Result};
 
-/// Makes of each test one on the host and one on a GPU; `B` is where it runs.
+/// Makes of each test one on the emulator and one on a GPU; `B` is where it runs.
 macro_rules! on_each_device {
     ($($(#[$doc:meta])* fn $name:ident($($arg:ident in $strategy:expr),* $(,)?) $body:block)+) => {
-        mod host {
+        mod emulated {
             use super::*;
             type B = star_attention::cuda::simt::Simt;
             $(crate::call::on_each_device! { @one [$(#[$doc])*] $name ($($arg in $strategy),*) $body })+

@@ -16,10 +16,15 @@ const VOCAB: u32 = 50;
 /// The anchor of every block after the first, as the crate's example makes it.
 fn rows(anchor_block: AnchorBlock, context: &[u32], block_len: usize, anchor_len: usize) -> Vec<Anchor> {
     let blocks = context.len().div_ceil(block_len);
-    let layout = StarLayout::new(context.len(), block_len, anchor_len, blocks).unwrap();
-    let host = |rank| layout.host(rank).unwrap();
-    assert_eq!(anchor_block.rows(&layout, &host(0), context, VOCAB as usize), Anchor::default());
-    (1..blocks).map(|rank| anchor_block.rows(&layout, &host(rank), context, VOCAB as usize)).collect()
+    let layout = StarLayout::builder(context.len())
+        .block_len(block_len)
+        .anchor_len(anchor_len)
+        .ranks(blocks)
+        .build()
+        .unwrap();
+    let of = |rank| anchor_block.rows(&layout, &layout.rank(rank).unwrap(), context, VOCAB as usize);
+    assert_eq!(of(0), Anchor::default());
+    (1..blocks).map(of).collect()
 }
 
 /// The same for what needs no random numbers, by the definition.
@@ -61,17 +66,22 @@ fn every_anchor_block_equals_the_literal_encoding() {
     let model = Llama::load(directory.path(), None).unwrap();
     let literal = Literal::new(&config, &tensors);
     let queries = [ids(1, VOCAB, 1), ids(4, VOCAB, 3)];
-    // A block for each host, a host without one, a short last block, a short anchor; several blocks on a host.
-    for (context_len, block_len, anchor_len, hosts) in
+    // A block for each rank, a rank without one, a short last block, a short anchor; several blocks on a rank.
+    for (context_len, block_len, anchor_len, ranks) in
         [(64, 16, 16, 4), (61, 16, 16, 6), (61, 16, 5, 4), (20, 20, 20, 1), (61, 16, 5, 2)]
     {
         let context = ids(context_len, VOCAB, 8);
-        let layout = StarLayout::new(context_len, block_len, anchor_len, hosts).unwrap();
+        let layout = StarLayout::builder(context_len)
+            .block_len(block_len)
+            .anchor_len(anchor_len)
+            .ranks(ranks)
+            .build()
+            .unwrap();
         for (anchor_block, anchors) in settings(&context, block_len, anchor_len) {
             let mode = Mode::Star(Scheme { anchor_block, ..layout.into() });
             let star = answers(&model, mode, &context, &queries, 2);
             let shared = matches!(anchor_block, AnchorBlock::First | AnchorBlock::None);
-            if !shared && layout.blocks() > hosts {
+            if !shared && layout.blocks() > ranks {
                 let error = star.err().expect("an error");
                 assert!(matches!(&error, Error::Input { argument, .. } if argument == "anchor block"));
                 continue;
@@ -125,12 +135,12 @@ fn anchor_blocks_that_cannot_be_are_refused() {
     let config = config();
     let directory = write(&config, &tensors(&config, DType::F32));
     let model = Llama::load(directory.path(), None).unwrap();
-    let star = |hosts, anchor, anchor_block| {
-        let layout = StarLayout::new(64, 16, 16, hosts).unwrap();
+    let star = |ranks, anchor, anchor_block| {
+        let layout = StarLayout::builder(64).block_len(16).anchor_len(16).ranks(ranks).build().unwrap();
         Scheme { anchor, anchor_block, ..layout.into() }.checked(&model)
     };
     let (encoded, received) = (AnchorKv::Encoded, AnchorKv::Received);
-    for (hosts, anchor, anchor_block) in [
+    for (ranks, anchor, anchor_block) in [
         (4, received, AnchorBlock::None),
         (4, received, AnchorBlock::Previous),
         (4, encoded, AnchorBlock::Constant(VOCAB)),
@@ -142,15 +152,15 @@ fn anchor_blocks_that_cannot_be_are_refused() {
         (3, encoded, AnchorBlock::Random { seed: 0, from: 0 }),
         (3, encoded, AnchorBlock::Shuffled { seed: 0 }),
     ] {
-        let error = star(hosts, anchor, anchor_block).unwrap_err();
+        let error = star(ranks, anchor, anchor_block).unwrap_err();
         assert!(matches!(&error, Error::Input { argument, .. } if argument == "anchor block"), "{error}");
     }
-    for (hosts, anchor, anchor_block) in [
+    for (ranks, anchor, anchor_block) in [
         (3, received, AnchorBlock::First),
         (3, encoded, AnchorBlock::None),
         (4, encoded, AnchorBlock::Shuffled { seed: 0 }),
         (5, encoded, AnchorBlock::Previous),
     ] {
-        star(hosts, anchor, anchor_block).unwrap();
+        star(ranks, anchor, anchor_block).unwrap();
     }
 }

@@ -1,6 +1,6 @@
 //! Star Attention to the letter: a Llama in f64 with naive loops, run on one (anchor, block) pair after another.
 //!
-//! It knows nothing of hosts, masks, shards or merges, and shares no code with the crate or the example.
+//! It knows nothing of ranks, masks, shards or merges, and shares no code with the crate or the example.
 
 use candle_core::{DType, Tensor};
 use serde_json::Value;

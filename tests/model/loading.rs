@@ -31,7 +31,7 @@ fn assert_equals_literal(
     let queries = std::slice::from_ref(&query);
     let dense = answers(&model, Mode::Dense, &context, queries, 1).unwrap();
     assert_logits(&dense[0], &query, tolerance, |inputs| literal.dense(&context, inputs));
-    let layout = StarLayout::new(70, 16, 8, 3).unwrap();
+    let layout = StarLayout::builder(70).block_len(16).anchor_len(8).ranks(3).build().unwrap();
     let star = answers(&model, Mode::Star(layout.into()), &context, queries, 1).unwrap();
     assert_logits(&star[0], &query, tolerance, |inputs| literal.star(&context, 16, 8, inputs));
 }

@@ -97,8 +97,13 @@ fn star_equals_the_literal_per_block_encoding() {
         (0, 4, 2),
     ] {
         let context = ids(context_len, 50, context_len as u64);
-        for hosts in [1, 2, 3, 4, 9] {
-            let layout = StarLayout::new(context_len, block_len, anchor_len, hosts).unwrap();
+        for ranks in [1, 2, 3, 4, 9] {
+            let layout = StarLayout::builder(context_len)
+                .block_len(block_len)
+                .anchor_len(anchor_len)
+                .ranks(ranks)
+                .build()
+                .unwrap();
             let answers = answers(&model, Mode::Star(layout.into()), &context, &queries, 3).unwrap();
             for (answer, query) in answers.iter().zip(&queries) {
                 assert_eq!(answer.tokens.len(), 3);
@@ -110,7 +115,7 @@ fn star_equals_the_literal_per_block_encoding() {
     }
 }
 
-/// The anchor encoded or received, and new keys on one host or dealt: with fewer blocks than hosts, without an anchor, without a context.
+/// The anchor encoded or received, and new keys on one rank or dealt: with fewer blocks than ranks, without an anchor, without a context.
 #[test]
 fn every_scheme_equals_the_literal_per_block_encoding() {
     let config = config();
@@ -119,14 +124,20 @@ fn every_scheme_equals_the_literal_per_block_encoding() {
     let model = Llama::load(directory.path(), None).unwrap();
     let literal = Literal::new(&config, &tensors);
     let queries = [ids(1, 50, 1), ids(7, 50, 3)];
-    for (context_len, block_len, anchor_len, hosts) in
+    for (context_len, block_len, anchor_len, ranks) in
         [(61, 16, 16, 3), (61, 16, 5, 4), (40, 8, 0, 2), (20, 64, 8, 3), (5, 1, 1, 9), (0, 4, 2, 2)]
     {
         let context = ids(context_len, 50, context_len as u64);
-        let layout = StarLayout::new(context_len, block_len, anchor_len, hosts).unwrap();
+        let layout =
+            StarLayout::builder(context_len).block_len(block_len).anchor_len(anchor_len).ranks(ranks);
         for anchor in [AnchorKv::Encoded, AnchorKv::Received] {
-            for generated in [GeneratedKv::QueryHost, GeneratedKv::RoundRobin] {
-                let scheme = Scheme { anchor, generated, ..layout.into() };
+            for (query_rank, generated) in [
+                (ranks - 1, GeneratedKv::QueryRank),
+                (0, GeneratedKv::QueryRank),
+                (1, GeneratedKv::RoundRobin),
+            ] {
+                let layout = layout.query_rank(query_rank).generated(generated).build().unwrap();
+                let scheme = Scheme { anchor, ..layout.into() };
                 let answers = answers(&model, Mode::Star(scheme), &context, &queries, 5).unwrap();
                 for (answer, query) in answers.iter().zip(&queries) {
                     assert_logits(answer, query, 1e-4, |inputs| {
@@ -166,8 +177,13 @@ fn the_retrieval_llama_equals_the_literal_one() {
     let literal = Literal::new(&config, &tensors);
     let haystack = haystack::Haystack::new(300, 3, 5).unwrap();
     let queries: Vec<Vec<u32>> = haystack.needles.iter().map(|needle| needle.query()).collect();
-    for (block_len, anchor_len, hosts) in [(75, 75, 4), (64, 20, 3)] {
-        let layout = StarLayout::new(300, block_len, anchor_len, hosts).unwrap();
+    for (block_len, anchor_len, ranks) in [(75, 75, 4), (64, 20, 3)] {
+        let layout = StarLayout::builder(300)
+            .block_len(block_len)
+            .anchor_len(anchor_len)
+            .ranks(ranks)
+            .build()
+            .unwrap();
         let star = answers(&model, Mode::Star(layout.into()), &haystack.context, &queries, 2).unwrap();
         for (answer, query) in star.iter().zip(&queries) {
             assert_logits(answer, query, 1e-4, |inputs| {
@@ -191,7 +207,7 @@ fn long_sequences_equal_the_literal_model() {
     let model = Llama::load(directory.path(), None).unwrap();
     let literal = Literal::new(&config, &tensors);
     let (context, query) = (ids(1300, 50, 4), ids(600, 50, 5));
-    let layout = StarLayout::new(1300, 700, 600, 2).unwrap();
+    let layout = StarLayout::builder(1300).block_len(700).anchor_len(600).ranks(2).build().unwrap();
     let star = answers(&model, Mode::Star(layout.into()), &context, std::slice::from_ref(&query), 1).unwrap();
     assert_logits(&star[0], &query, 1e-4, |inputs| literal.star(&context, 700, 600, inputs));
 }
@@ -202,7 +218,7 @@ fn every_run_gives_the_same_bits() {
     let directory = write(&config, &tensors(&config, DType::F32));
     let model = Llama::load(directory.path(), None).unwrap();
     let (context, queries) = (ids(90, 50, 3), [ids(4, 50, 1)]);
-    let layout = StarLayout::new(90, 16, 8, 4).unwrap();
+    let layout = StarLayout::builder(90).block_len(16).anchor_len(8).ranks(4).build().unwrap();
     let run = || {
         let answers = answers(&model, Mode::Star(layout.into()), &context, &queries, 4).unwrap();
         (answers[0].tokens.clone(), answers[0].logits.as_ref().unwrap().to_vec2::<f32>().unwrap())
@@ -220,7 +236,7 @@ fn a_shard_holds_the_host_s_own_tokens_only() {
     let model = Llama::load(directory.path(), None).unwrap();
     let context = ids(61, 50, 3);
     let job = Job { context: &context, queries: &[ids(2, 50, 1)], generate: 2, stop: &[], all_logits: false };
-    let layout = StarLayout::new(61, 16, 16, 3).unwrap();
+    let layout = StarLayout::builder(61).block_len(16).anchor_len(16).ranks(3).build().unwrap();
     let run = run(&model, None, Mode::Star(layout.into()), &job, &ProgressBar::hidden()).unwrap();
     // Keys and values of 2 layers, 2 heads of 8 elements, 4 bytes each.
     let token = 2 * 2 * 2 * 8 * 4;
@@ -233,7 +249,7 @@ fn bad_jobs_are_refused() {
     let config = config();
     let directory = write(&config, &tensors(&config, DType::F32));
     let model = Llama::load(directory.path(), None).unwrap();
-    let layout = StarLayout::new(8, 4, 4, 2).unwrap();
+    let layout = StarLayout::builder(8).block_len(4).anchor_len(4).ranks(2).build().unwrap();
     let good = ids(8, 50, 1);
     for (context, query, named) in [
         (vec![1, 2, 3, 4, 5, 6, 7, 50], vec![1], "context"),

@@ -120,7 +120,8 @@ fn an_answer_ends_with_the_first_token_that_stops_it() {
     let directory = write(&config, &tensors(&config, DType::F32));
     let model = Llama::load(directory.path(), None).unwrap();
     let (context, queries) = (ids(40, 50, 1), [ids(3, 50, 2), ids(2, 50, 3)]);
-    let mode = Mode::Star(StarLayout::new(40, 16, 8, 3).unwrap().into());
+    let mode =
+        Mode::Star(StarLayout::builder(40).block_len(16).anchor_len(8).ranks(3).build().unwrap().into());
     let answers = |stop: &[u32], all_logits| {
         let job = Job { context: &context, queries: &queries, generate: 12, stop, all_logits };
         run(&model, None, mode, &job, &ProgressBar::hidden()).unwrap().answers

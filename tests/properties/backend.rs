@@ -1,4 +1,4 @@
-//! Attention, appends and merges by any backend, on tensors of the host.
+//! Attention, appends and merges by any backend, on tensors in CPU memory.
 
 use super::Attend;
 use super::cases::{Inputs, RUBBISH};

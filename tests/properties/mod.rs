@@ -1,4 +1,4 @@
-//! What must hold for attention, whoever computes it: the CPU, the kernels on the host, or a GPU.
+//! What must hold for attention, whoever computes it: the CPU, the emulated kernels, or a GPU.
 
 #![allow(dead_code)] // every test binary takes what it needs
 

@@ -46,7 +46,7 @@ pub struct Split {
     /// Context keys of each shard.
     shards: Vec<usize>,
     /// Which of them holds the KV of the query tokens.
-    query_host: prop::sample::Index,
+    query_rank: prop::sample::Index,
     query_len: usize,
     batch: usize,
     kv_heads: usize,
@@ -77,7 +77,7 @@ pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
     )
         .prop_map(
             |(
-                (shards, query_host),
+                (shards, query_rank),
                 query_len,
                 (batch, kv_heads, group, head_dim),
                 softcap,
@@ -90,7 +90,7 @@ pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
                     if head_dim * query_len > 1000 { (1, group.min(2)) } else { (batch, group) };
                 Split {
                     shards,
-                    query_host,
+                    query_rank,
                     query_len,
                     batch,
                     kv_heads,
@@ -111,7 +111,7 @@ pub fn merged_shards_equal_dense<T: Element>(
     split: &Split,
 ) -> Result<(), TestCaseError> {
     let Split { query_len, batch, kv_heads, group, head_dim, factor, ref layout, .. } = *split;
-    let query_host = split.query_host.index(split.shards.len());
+    let query_rank = split.query_rank.index(split.shards.len());
     let context_len: usize = split.shards.iter().sum();
     let mut rng = Rng::new(split.seed);
     let query_shape = [batch, query_len, kv_heads * group, head_dim];
@@ -125,7 +125,7 @@ pub fn merged_shards_equal_dense<T: Element>(
     let mut start = 0;
     let mut partials = Vec::new();
     for (rank, &len) in split.shards.iter().enumerate() {
-        let holds_query = rank == query_host;
+        let holds_query = rank == query_rank;
         let mut tokens: Vec<usize> = (start..start + len).collect();
         if holds_query {
             tokens.extend(context_len..context_len + query_len);
@@ -154,23 +154,23 @@ pub fn both_phases<T: Element>(
     let next_shape = [batch, len, kv_heads, head_dim];
     let mut next = Tensor::<T>::contiguous("next", next_shape, |_| f32::NAN);
     let mut shards = Vec::new();
-    for host in context.hosts() {
-        let [query, key, value] = [&query, &key, &value].map(|x| x.gather(host.tokens()));
+    for local in context.ranks() {
+        let [query, key, value] = [&query, &key, &value].map(|x| x.gather(local.tokens()));
         let inputs = Inputs { query, key, value };
-        let config = AttentionConfig::new(host.mask());
+        let config = AttentionConfig::new(local.mask());
         let mut out = Tensor::<T>::contiguous("out", inputs.query.shape(), |_| f32::NAN);
         by.attend(&config, None, &inputs, &mut out, None);
         let Inputs { query, key, value } = &inputs;
         Expected::of(&config, query, key, value, false).check_out(out.values())?;
 
-        let tokens: Vec<usize> = host.tokens().collect();
-        let kept = host.kept();
+        let tokens: Vec<usize> = local.tokens().collect();
+        let kept = local.kept();
         for [b, row, head, d] in indices([batch, kept.len(), kv_heads, head_dim]) {
             let row = kept.start + row;
             next.set([b, tokens[row], head, d], out.get([b, row, head, d]));
         }
         let mut rows = vec![[value.gather(kept.clone()), next.gather(tokens[kept].iter().copied())]];
-        if host.rank() == layout.query_host() {
+        if local.rank() == layout.query_rank() {
             rows.push([asked.key.clone(), asked.value.clone()]);
         }
         shards.push(by.shard(&rows));
@@ -192,7 +192,7 @@ pub fn both_phases<T: Element>(
         .enumerate()
         .map(|(rank, [key, value])| {
             let inputs = Inputs { query: asked.query.clone(), key, value };
-            partial(by, &config, &inputs, rank == layout.query_host(), &Layout::CONTIGUOUS)
+            partial(by, &config, &inputs, rank == layout.query_rank(), &Layout::CONTIGUOUS)
         })
         .collect();
     check_merged(by, &partials, &expected)

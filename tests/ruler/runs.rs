@@ -35,7 +35,7 @@ fn random_checkpoint() -> Directory {
 }
 
 fn star(anchor: Extent) -> Setting {
-    Setting::Star(Star { block: Extent::Part(4), anchor, hosts: 4, anchor_block: AnchorBlock::First })
+    Setting::Star(Star { block: Extent::Part(4), anchor, ranks: 4, anchor_block: AnchorBlock::First })
 }
 
 fn log(directory: &Directory) -> PathBuf {
@@ -160,10 +160,10 @@ fn bad_input_is_refused() {
     };
     assert!(run(&[64], Setting::Dense).contains("cwe has no sample of 64 tokens"));
     let star =
-        |block, anchor, hosts| Setting::Star(Star { block, anchor, hosts, anchor_block: AnchorBlock::First });
+        |block, anchor, ranks| Setting::Star(Star { block, anchor, ranks, anchor_block: AnchorBlock::First });
     assert!(run(&[256], star(Extent::Tokens(0), Extent::Part(1), 2)).starts_with("--block"));
     assert!(run(&[256], star(Extent::Tokens(8), Extent::Tokens(9), 2)).starts_with("--anchor"));
-    assert!(run(&[256], star(Extent::Tokens(8), Extent::Tokens(8), 0)).starts_with("--hosts"));
+    assert!(run(&[256], star(Extent::Tokens(8), Extent::Tokens(8), 0)).starts_with("--ranks"));
     let file = checkpoint.path().join("bad.jsonl");
     for text in ["{}\n", "not json\n", "\u{0}\n"] {
         std::fs::write(&file, text).unwrap();
@@ -185,11 +185,11 @@ fn masses_of_all_keys_are_one() {
     let subject = Subject::load(checkpoint.path(), DType::F32).unwrap();
     let context: Vec<u32> = (0..64).map(|index| index * 5 % 300).collect();
     // Blocks of 16 behind 15 tokens: only the last row of a block sees all of them, and itself beside.
-    let layout = StarLayout::new(64, 16, 15, 4).unwrap();
+    let layout = StarLayout::builder(64).block_len(16).anchor_len(15).ranks(4).build().unwrap();
     for mass in mass::masses(&subject.model, &layout, &context, 15).unwrap() {
         assert!(mass.anchor > 0.0 && mass.block > 0.0 && mass.anchor + mass.block < 1.0, "{mass:?}");
     }
-    let without = StarLayout::new(64, 16, 0, 4).unwrap();
+    let without = StarLayout::builder(64).block_len(16).anchor_len(0).ranks(4).build().unwrap();
     for mass in mass::masses(&subject.model, &without, &context, 4).unwrap() {
         assert!(mass.anchor == 0.0 && mass.block > 0.0 && mass.block < 1.0, "{mass:?}");
     }

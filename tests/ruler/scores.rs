@@ -135,7 +135,7 @@ fn a_chart_has_all_points() {
 #[test]
 fn accuracy_is_drawn_over_what_differs() {
     let star =
-        |block, anchor| Setting::Star(Star { block, anchor, hosts: 2, anchor_block: AnchorBlock::First });
+        |block, anchor| Setting::Star(Star { block, anchor, ranks: 2, anchor_block: AnchorBlock::First });
     let quarter = Extent::Part(4);
     let drawn = |settings: &[Setting], lens: &[usize]| {
         let at = |len: usize| {

@@ -13,18 +13,20 @@ const DIM: usize = 8;
 
 pub fn generate(group: &dyn Collective) {
     let mut rng = Rng::new(7 + group.size() as u64);
-    // Queries of one and many tokens, more or fewer than hosts; contexts with fewer blocks than hosts, and without any.
+    // Queries of one and many tokens, more or fewer than ranks; contexts with fewer blocks than ranks, and without any.
     for (context_len, steps) in
         [(70, vec![1, 1, 1]), (3, vec![5, 1, 2, 9, 1, 1]), (0, vec![13, 1, 1]), (41, vec![300, 1, 40])]
     {
-        let layout = StarLayout::new(context_len, 7, 3, group.size()).unwrap();
-        for generated in [GeneratedKv::QueryHost, GeneratedKv::RoundRobin] {
-            run(group, &layout, generated, &steps, rng.next());
+        let layout = StarLayout::builder(context_len).block_len(7).anchor_len(3).ranks(group.size());
+        for generated in [GeneratedKv::QueryRank, GeneratedKv::RoundRobin] {
+            let query_rank = rng.next() as usize % group.size();
+            let layout = layout.query_rank(query_rank).generated(generated).build().unwrap();
+            run(group, &layout, &steps, rng.next());
         }
     }
 }
 
-fn run(group: &dyn Collective, layout: &StarLayout, generated: GeneratedKv, steps: &[usize], seed: u64) {
+fn run(group: &dyn Collective, layout: &StarLayout, steps: &[usize], seed: u64) {
     let mut rng = Rng::new(seed);
     let (context_len, tokens) = (layout.context_len(), steps.iter().sum::<usize>());
     let mut tensor = |name, heads| {
@@ -32,32 +34,33 @@ fn run(group: &dyn Collective, layout: &StarLayout, generated: GeneratedKv, step
     };
     let (query, key, value) = (tensor("query", HEADS), tensor("key", KV_HEADS), tensor("value", KV_HEADS));
 
-    let own = layout.host(group.rank()).unwrap().own_tokens();
+    let local = layout.rank(group.rank()).unwrap();
+    let own = local.own_tokens();
     let longest = steps.iter().copied().max().unwrap_or(0);
-    let room = layout.generated_room(generated, group.rank(), tokens, longest);
-    let mut shard = KvShard::new(1, KV_HEADS, DIM, own.len() + room).unwrap();
+    let mut shard = KvShard::new(1, KV_HEADS, DIM, local.room(tokens, longest)).unwrap();
     shard.append(key.gather(own.clone()).view(), value.gather(own.clone()).view()).unwrap();
 
     let mut first = 0;
-    for &step in steps {
-        let rows = context_len + first..context_len + first + step;
+    for &len in steps {
+        let step = local.step(first..first + len);
+        let rows = step.positions();
         let (q, k, v) = (query.gather(rows.clone()), key.gather(rows.clone()), value.gather(rows.clone()));
-        let leads = layout.leader(generated, first) == group.rank();
         let held = shard.len();
-        if leads {
-            shard.append(k.view(), v.view()).unwrap();
-        }
-        let config = AttentionConfig::new(if leads { Mask::Causal } else { Mask::Full });
+        let new = step.appended().len();
+        shard.append(k.view().narrow(1, 0, new).unwrap(), v.view().narrow(1, 0, new).unwrap()).unwrap();
+        let config = AttentionConfig::new(step.mask());
         let mut out = Tensor::<f32>::contiguous("out", q.shape(), |_| f32::NAN);
-        let mut lse = vec![f32::NAN; step * HEADS];
+        let mut lse = vec![f32::NAN; len * HEADS];
         flash::attention(&config, q.view(), shard.keys(), shard.values(), out.view_mut(), Some(&mut lse))
             .unwrap();
-        shard.truncate(held);
-        let (kept, apart) = layout.kept_generated(generated, group.rank(), first);
-        shard
-            .append(k.view().every(1, kept, apart).unwrap(), v.view().every(1, kept, apart).unwrap())
-            .unwrap();
-        first += step;
+        if !step.keeps_appended() {
+            shard.truncate(held);
+            for row in step.kept() {
+                let [k, v] = [&k, &v].map(|new| new.view().narrow(1, row, 1).unwrap());
+                shard.append(k, v).unwrap();
+            }
+        }
+        first += len;
 
         let mut merged = Tensor::<f32>::contiguous("merged", q.shape(), |_| f32::NAN);
         let mut merged_lse = vec![f32::NAN; lse.len()];
@@ -73,11 +76,9 @@ fn run(group: &dyn Collective, layout: &StarLayout, generated: GeneratedKv, step
     }
 
     let kept = shard.len() - own.len();
-    match generated {
-        GeneratedKv::QueryHost => assert_eq!(kept, if group.rank() == group.size() - 1 { tokens } else { 0 }),
-        GeneratedKv::RoundRobin => {
-            // Token i on host i mod hosts.
-            assert_eq!(kept, (0..tokens).filter(|token| token % group.size() == group.rank()).count());
-        }
-    }
+    let keeper = |token: usize| match layout.generated() {
+        GeneratedKv::QueryRank => layout.query_rank(),
+        _ => (layout.query_rank() + token) % group.size(),
+    };
+    assert_eq!(kept, (0..tokens).filter(|&token| keeper(token) == group.rank()).count());
 }

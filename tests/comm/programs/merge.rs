@@ -1,4 +1,4 @@
-//! The merge over hosts is dense attention over all keys, with the same bits on every rank and by both ways, and sends what it says.
+//! The merge over ranks is dense attention over all keys, with the same bits on every rank and by both ways, and sends what it says.
 
 use super::{assert_near, assert_same_everywhere, cuts, traffic};
 use crate::common::{Rng, Tensor};

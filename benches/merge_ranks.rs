@@ -1,7 +1,7 @@
-//! The merge over hosts, by ranks and query tokens: both ways, beside the scheme of the paper's own code (an all-gather of outputs, one of
+//! The merge over ranks, by ranks and query tokens: both ways, beside the scheme of the paper's own code (an all-gather of outputs, one of
 //! log-sum-exps, and a barrier), on threads, and with the feature `mpi` on processes. Partials of 32 heads of 128 in f32.
 //!
-//!     cargo bench --bench merge_hosts [--features mpi] -- [--max-tokens T] [--max-ranks N]
+//!     cargo bench --bench merge_ranks [--features mpi] -- [--max-tokens T] [--max-ranks N]
 //!
 //! Every rank merges at the same time as all others, so ranks beyond the machine's cores share them.
 

@@ -1,8 +1,8 @@
-//! The merge over hosts of partials in device memory: [`crate::comm`]'s two ways, without a copy to the host where the engine needs none.
+//! The merge over ranks of partials in device memory: [`crate::comm`]'s two ways, without a copy to CPU memory where the engine needs none.
 //!
 //! ```text
-//! all-gather   out, lse of every host ─▶ merge of all rows
-//! by rows      a share of every host's rows ─▶ merge ─▶ the merged share to every host ─▶ to its place
+//! all-gather   out, lse of every rank ─▶ merge of all rows
+//! by rows      a share of every rank's rows ─▶ merge ─▶ the merged share to every rank ─▶ to its place
 //! ```
 //!
 //! Outputs and log-sum-exps travel side by side in one collective, from where attention left them and to where the merge kernel reads them.
@@ -14,36 +14,36 @@ use crate::comm::{Link, MergeWay, Traffic, check_extents};
 use crate::{Element, Error, Result};
 use std::marker::PhantomData;
 
-/// A merge over hosts of partials of given extents: made once, it serves every layer.
+/// A merge over ranks of partials of given extents: made once, it serves every layer.
 #[derive(Clone, Copy, Debug)]
-pub struct HostsMerge<T, O> {
+pub struct RanksMerge<T, O> {
     /// `[batch, seq, heads, dim]`.
     shape: [usize; 4],
-    hosts: usize,
+    ranks: usize,
     way: MergeWay,
     types: PhantomData<(T, O)>,
 }
 
-impl<T: Element, O: Element> HostsMerge<T, O> {
-    /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `hosts`, merged into outputs of `O`: f32 partials into any type, others into their own or
-    /// f32. By rows where that is cheaper on `link`, and the hosts divide `batch · seq · heads`.
+impl<T: Element, O: Element> RanksMerge<T, O> {
+    /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `ranks`, merged into outputs of `O`: f32 partials into any type, others into their own or
+    /// f32. By rows where that is cheaper on `link`, and the ranks divide `batch · seq · heads`.
     ///
     /// # Errors
-    /// [`Error::Value`] for no host, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
-    pub fn new(shape: [usize; 4], hosts: usize, link: &Link) -> Result<Self> {
-        check_extents(shape, hosts)?;
-        let plan = Self { shape, hosts, way: MergeWay::AllGather, types: PhantomData };
-        let way = MergeWay::cheapest(link, hosts, plan.rows() * (shape[3] * size_of::<T>() + 4));
+    /// [`Error::Value`] for no rank, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
+    pub fn new(shape: [usize; 4], ranks: usize, link: &Link) -> Result<Self> {
+        check_extents(shape, ranks)?;
+        let plan = Self { shape, ranks, way: MergeWay::AllGather, types: PhantomData };
+        let way = MergeWay::cheapest(link, ranks, plan.rows() * (shape[3] * size_of::<T>() + 4));
         Ok(if plan.divides() { Self { way, ..plan } } else { plan })
     }
 
     /// The same merge, by another way.
     ///
     /// # Errors
-    /// [`Error::Value`] for rows that the hosts do not divide.
+    /// [`Error::Value`] for rows that the ranks do not divide.
     pub fn with_way(self, way: MergeWay) -> Result<Self> {
         if way == MergeWay::ByRows && !self.divides() {
-            let expected = format!("rows (batch, tokens, heads) a multiple of {} hosts", self.hosts);
+            let expected = format!("rows (batch, tokens, heads) a multiple of {} ranks", self.ranks);
             return Err(Error::value("way", expected, format!("{:?}", self.shape)));
         }
         Ok(Self { way, ..self })
@@ -57,11 +57,11 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
     /// What a rank sends in one merge.
     pub fn traffic(&self) -> Traffic {
         let row = |size: usize| self.shape[3] * size + 4;
-        let step = |bytes| Traffic::of(self.hosts - 1, bytes);
+        let step = |bytes| Traffic::of(self.ranks - 1, bytes);
         match self.way {
             MergeWay::AllGather => step(self.rows() * row(size_of::<T>())),
             MergeWay::ByRows => {
-                let share = self.rows() / self.hosts;
+                let share = self.rows() / self.ranks;
                 step(share * row(size_of::<T>())) + step(share * row(size_of::<O>()))
             }
         }
@@ -96,7 +96,7 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
     }
 
     fn divides(&self) -> bool {
-        self.rows().is_multiple_of(self.hosts)
+        self.rows().is_multiple_of(self.ranks)
     }
 
     /// Bytes of what is received, what is merged, and what is received of that: outputs and log-sum-exps of each.
@@ -105,10 +105,10 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
         let of = |rows: usize, size: usize| (rows * size).next_multiple_of(ALIGNMENT);
         match self.way {
             MergeWay::AllGather => {
-                [of(self.hosts * rows, dim * size_of::<T>()), of(self.hosts * rows, 4), 0, 0, 0, 0]
+                [of(self.ranks * rows, dim * size_of::<T>()), of(self.ranks * rows, 4), 0, 0, 0, 0]
             }
             MergeWay::ByRows => {
-                let (share, merged) = (rows / self.hosts, dim * size_of::<O>());
+                let (share, merged) = (rows / self.ranks, dim * size_of::<O>());
                 [
                     of(rows, dim * size_of::<T>()),
                     of(rows, 4),
@@ -122,17 +122,17 @@ impl<T: Element, O: Element> HostsMerge<T, O> {
     }
 }
 
-/// A [`HostsMerge`] on a device. Calls are ordered by its stream, and wait only where the collective does.
+/// A [`RanksMerge`] on a device. Calls are ordered by its stream, and wait only where the collective does.
 #[derive(Debug)]
 pub struct PreparedMerge<'a, D: Device, T, O> {
-    plan: HostsMerge<T, O>,
+    plan: RanksMerge<T, O>,
     device: &'a D,
     stream: &'a D::Stream,
     scratch: SpanMut<'a, D, u8>,
 }
 
 impl<D: Device, T: Element, O: Element> PreparedMerge<'_, D, T, O> {
-    /// Merges every host's partial into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`, on every host and with the same bits.
+    /// Merges every rank's partial into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`, on every rank and with the same bits.
     ///
     /// The partial's output is `[batch, heads, seq, dim]` without gaps: what attention writes into
     /// `DeviceTensorMut::contiguous(..)` of that shape with [`swap_seq_heads`](DeviceTensorMut::swap_seq_heads). Its log-sum-exp is `[batch, heads, seq]`.
@@ -148,7 +148,7 @@ impl<D: Device, T: Element, O: Element> PreparedMerge<'_, D, T, O> {
         lse: Option<&mut SpanMut<'_, D, f32>>,
     ) -> Result<()> {
         let (plan, device, stream) = (&self.plan, self.device, self.stream);
-        let HostsMerge { shape: [batch, seq, heads, dim], hosts, .. } = *plan;
+        let RanksMerge { shape: [batch, seq, heads, dim], ranks, .. } = *plan;
         let (rows, elements) = (plan.rows(), plan.rows() * dim);
         check_len("partial", elements, partial.0.len())?;
         check_len("partial", rows, partial.1.len())?;
@@ -158,8 +158,8 @@ impl<D: Device, T: Element, O: Element> PreparedMerge<'_, D, T, O> {
         if let Some(lse) = &lse {
             check_len("lse", rows, lse.len())?;
         }
-        if group.size() != hosts {
-            return Err(Error::value("group", format!("of {hosts} hosts"), group.size()));
+        if group.size() != ranks {
+            return Err(Error::value("group", format!("of {ranks} ranks"), group.size()));
         }
         partial.0.check_stream("partial", stream)?;
         partial.1.check_stream("partial", stream)?;
@@ -175,7 +175,7 @@ impl<D: Device, T: Element, O: Element> PreparedMerge<'_, D, T, O> {
             sent(partial.1.address(), rows * size_of::<f32>()),
         ];
         let received = match plan.way {
-            MergeWay::AllGather => hosts,
+            MergeWay::AllGather => ranks,
             MergeWay::ByRows => 1,
         };
         let received = [outs.first(received * sent[0].bytes), lses.first(received * sent[1].bytes)];
@@ -185,16 +185,16 @@ impl<D: Device, T: Element, O: Element> PreparedMerge<'_, D, T, O> {
                 merge(
                     device,
                     stream,
-                    &partials::<D, T>(outs, lses, [hosts * batch, seq, heads, dim], rows)?,
+                    &partials::<D, T>(outs, lses, [ranks * batch, seq, heads, dim], rows)?,
                     out,
                     lse,
                 )
             }
             MergeWay::ByRows => {
                 // To a share it is the same which token and head a row is of.
-                let share = rows / hosts;
+                let share = rows / ranks;
                 group.all_to_all(stream, &exchanges(sent, received))?;
-                let of_share = partials::<D, T>(outs, lses, [hosts, 1, share, dim], share)?;
+                let of_share = partials::<D, T>(outs, lses, [ranks, 1, share, dim], share)?;
                 let own = own.first(share * dim * size_of::<O>());
                 let own_lse = own_lse.first(share * size_of::<f32>());
                 let mut merged = DeviceTensorMut::contiguous("out", own.write::<D, O>(), [1, 1, share, dim])?;

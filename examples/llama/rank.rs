@@ -1,4 +1,4 @@
-//! One host: it encodes its share of the context, then attends queries to what it kept.
+//! One rank: it encodes its share of the context, then attends queries to what it kept.
 
 use super::error::Result;
 use super::model::Llama;
@@ -8,15 +8,15 @@ use star_attention::comm::{AnchorKv, Collective, MergePlan, anchor_scratch_len, 
 use star_attention::cpu::flash::Plan;
 use star_attention::merge::Partial;
 use star_attention::{
-    AttentionConfig, AttentionShape, Element, HostLayout, Inputs, KvShard, Mask, TensorView, TensorViewMut,
+    AttentionConfig, AttentionShape, Element, Inputs, KvShard, Mask, RankLayout, TensorView, TensorViewMut,
     candle::Borrowed,
 };
 
 /// One rank of a group, its KV shards in `T`.
-pub struct Host<'a, T, C: ?Sized> {
+pub struct Rank<'a, T, C: ?Sized> {
     model: &'a Llama,
     scheme: Scheme,
-    layout: HostLayout,
+    layout: RankLayout,
     group: &'a C,
     /// One for each layer: the context tokens kept, and behind them query and generated tokens.
     shards: Vec<KvShard<T>>,
@@ -24,16 +24,15 @@ pub struct Host<'a, T, C: ?Sized> {
     checksum: u64,
 }
 
-impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
-    /// A host with room for its context tokens and its share of `tokens` of query and generation, in steps of at most `step`.
+impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
+    /// A rank with room for its context tokens and its share of `tokens` of query and generation, in steps of at most `step`.
     /// The scheme is one that was [`checked`](Scheme::checked).
     ///
     /// # Errors
     /// Those of a rank that the layout has not.
     pub fn new(model: &'a Llama, scheme: Scheme, tokens: usize, step: usize, group: &'a C) -> Result<Self> {
-        let layout = scheme.layout.host(group.rank())?;
-        let room = scheme.layout.generated_room(scheme.generated, group.rank(), tokens, step);
-        let capacity = layout.kept().len() + room;
+        let layout = scheme.layout.rank(group.rank())?;
+        let capacity = layout.room(tokens, step);
         let config = &model.config;
         let shards = (0..config.layers)
             .map(|_| KvShard::new(1, config.kv_heads, config.head_dim, capacity))
@@ -49,7 +48,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
         })
     }
 
-    /// Phase 1: runs the local sequence under `mask` once and keeps the KV of the host's own tokens. Calls `tick` after each layer.
+    /// Phase 1: runs the local sequence under `mask` once and keeps the KV of the rank's own tokens. Calls `tick` after each layer.
     pub fn encode(&mut self, context: &[u32], mask: Mask, tick: impl Fn()) -> Result<()> {
         let mut anchor = Anchor::new(self.model, &self.scheme, &self.layout)?;
         let Self { model, scheme, layout, group, shards, workspace, .. } = self;
@@ -82,7 +81,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
             layers += 1;
             Ok(Tensor::from_vec(out, q.shape().as_slice(), &Device::Cpu)?)
         })?;
-        // A host without tokens runs no layer, and takes part in their messages all the same.
+        // A rank without tokens runs no layer, and takes part in their messages all the same.
         for _ in layers..model.config.layers {
             if scheme.anchor == AnchorKv::Received {
                 anchor.pass(*group)?;
@@ -92,41 +91,39 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
         Ok(())
     }
 
-    /// Phase 2 for `tokens` that come behind `before` others of query and generation: attention over the shards of all hosts. Returns the logits of the
-    /// last `logit_rows` tokens on the query host, and no rows on the others.
+    /// Phase 2 for `tokens` that come behind `before` others of query and generation: attention over the shards of all ranks. Returns the logits of the
+    /// last `logit_rows` tokens on the query rank, and no rows on the others.
     pub fn attend(&mut self, tokens: &[u32], before: usize, logit_rows: usize) -> Result<Tensor> {
-        let is_query_host = self.is_query_host();
-        let Self { model, scheme, group, shards, workspace, checksum, .. } = self;
-        let Scheme { layout, generated, .. } = *scheme;
-        let position = layout.query_position() + before;
-        let positions: Vec<usize> = (position..position + tokens.len()).collect();
-        // Only the leader's shard holds keys later than a query token; they are its last rows.
-        let leads = layout.leader(generated, before) == group.rank();
-        let (mask, new_keys) = if leads { (Mask::Causal, tokens.len()) } else { (Mask::Full, 0) };
-        let (first, apart) = layout.kept_generated(generated, group.rank(), before);
-        let shape = shape(model, tokens.len(), shards[0].len() + new_keys);
-        let plan = Plan::new(&AttentionConfig::new(mask), &shape)?;
+        let is_query_rank = self.is_query_rank();
+        let Self { model, layout, group, shards, workspace, checksum, .. } = self;
+        let step = layout.step(before..before + tokens.len());
+        let positions: Vec<usize> = step.positions().collect();
+        let new = step.appended();
+        let shape = shape(model, tokens.len(), shards[0].len() + new.len());
+        let plan = Plan::new(&AttentionConfig::new(step.mask()), &shape)?;
         let extents = shape.query_shape();
         let merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
         workspace.reserve(plan.workspace_bytes());
         let mut scratch = vec![0.0; merge.scratch_len()];
         let mut partial = vec![0f32; extents.iter().product()];
         let (mut lse, mut merged_lse) = (vec![0f32; shape.lse_len()], vec![0f32; shape.lse_len()]);
-        let logit_rows = if is_query_host { logit_rows } else { 0 };
+        let logit_rows = if is_query_rank { logit_rows } else { 0 };
         model.forward(tokens, &positions, logit_rows, &mut |layer, [q, k, v]| {
             let (q, k, v) =
                 (Borrowed::new("query", &q)?, Borrowed::new("key", &k)?, Borrowed::new("value", &v)?);
             let (q, k, v) = (q.view::<T>()?, k.view()?, v.view()?);
             let shard = &mut shards[layer];
             let held = shard.len();
-            if leads {
-                shard.append(k, v)?;
-            }
+            shard.append(k.narrow(1, 0, new.len())?, v.narrow(1, 0, new.len())?)?;
             let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
             let inputs = Inputs::new(q, shard.keys(), shard.values());
             plan.run(inputs, view, Some(&mut lse), &mut *workspace)?;
-            shard.truncate(held);
-            shard.append(k.every(1, first, apart)?, v.every(1, first, apart)?)?;
+            if !step.keeps_appended() {
+                shard.truncate(held);
+                for row in step.kept() {
+                    shard.append(k.narrow(1, row, 1)?, v.narrow(1, row, 1)?)?;
+                }
+            }
             let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
             let mut out = vec![0f32; extents.iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, extents)?;
@@ -136,14 +133,14 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
         })
     }
 
-    /// The most likely token of the last row of `logits`: chosen on the query host, and sent to all.
+    /// The most likely token of the last row of `logits`: chosen on the query rank, and sent to all.
     pub fn choose(&self, logits: &Tensor) -> Result<u32> {
         let mut token = [0; 4];
-        if self.is_query_host() {
+        if self.is_query_rank() {
             let last = logits.get(logits.dim(0)? - 1)?;
             token = last.argmax(0)?.to_scalar::<u32>()?.to_le_bytes();
         }
-        self.group.broadcast(self.scheme.layout.query_host(), &mut token)?;
+        self.group.broadcast(self.scheme.layout.query_rank(), &mut token)?;
         Ok(u32::from_le_bytes(token))
     }
 
@@ -153,7 +150,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
         self.shards.iter_mut().for_each(|shard| shard.truncate(kept));
     }
 
-    /// Returns when every host of the group has come here.
+    /// Returns when every rank of the group has come here.
     pub fn wait_for_all(&self) -> Result<()> {
         Ok(self.group.all_gather(&[], &mut [])?)
     }
@@ -163,23 +160,23 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Host<'a, T, C> {
         self.shards.iter().map(KvShard::bytes).sum()
     }
 
-    /// Whether this host computes the logits.
-    pub fn is_query_host(&self) -> bool {
-        self.layout.rank() == self.scheme.layout.query_host()
+    /// Whether this rank computes the logits.
+    pub fn is_query_rank(&self) -> bool {
+        self.layout.rank() == self.scheme.layout.query_rank()
     }
 
-    /// Of the bits of all merged outputs so far: the same on every host.
+    /// Of the bits of all merged outputs so far: the same on every rank.
     pub fn checksum(&self) -> u64 {
         self.checksum
     }
 
-    /// The group this host is a rank of.
+    /// The group this rank is a rank of.
     pub fn group(&self) -> &C {
         self.group
     }
 }
 
-/// The anchor's keys and values of one layer, and behind them the host's own.
+/// The anchor's keys and values of one layer, and behind them the rank's own.
 struct Anchor<T> {
     shape: [usize; 4],
     key: Vec<T>,
@@ -189,7 +186,7 @@ struct Anchor<T> {
 }
 
 impl<T: Element> Anchor<T> {
-    fn new(model: &Llama, scheme: &Scheme, layout: &HostLayout) -> Result<Self> {
+    fn new(model: &Llama, scheme: &Scheme, layout: &RankLayout) -> Result<Self> {
         let config = &model.config;
         let (tokens, local) = match scheme.anchor {
             AnchorKv::Encoded => (0, 0),
@@ -208,7 +205,7 @@ impl<T: Element> Anchor<T> {
         })
     }
 
-    /// Sends the head of host 0's keys and values, or receives them; returns those of this host's local sequence.
+    /// Sends the head of rank 0's keys and values, or receives them; returns those of this rank's local sequence.
     fn share<'a>(
         &'a mut self,
         group: &(impl Collective + ?Sized),

@@ -1,10 +1,10 @@
-//! The merge over hosts whose partials are in device memory, against the merge of all of them in one place.
+//! The merge over ranks whose partials are in device memory, against the merge of all of them in one place.
 
 use crate::backend::Backend;
 use crate::call::on_each_device;
 use crate::common::{Rng, Tensor, named};
 use star_attention::comm::{Collective, Link, MergeWay, ThreadGroup, Traffic};
-use star_attention::cuda::{DeviceCollective, DeviceTensorMut, HostsMerge, Staged};
+use star_attention::cuda::{DeviceCollective, DeviceTensorMut, RanksMerge, Staged};
 use star_attention::merge::{self, Partial};
 use star_attention::{Element, Error, bf16, f16};
 
@@ -34,7 +34,7 @@ fn merged<B: Backend, T: Element, O: Element>(
 ) -> Vec<u32> {
     let backend = B::open(group.rank() as u64);
     let staged = Staged { device: backend.device(), group };
-    let plan = HostsMerge::<T, O>::new(shape, group.size(), &LINK).unwrap().with_way(way).unwrap();
+    let plan = RanksMerge::<T, O>::new(shape, group.size(), &LINK).unwrap().with_way(way).unwrap();
     let (out, lse) = partial::<T>(group.rank(), shape);
     let elements = shape.iter().product();
     let (partial_out, partial_lse) = (backend.memory(&heads_first(&out)), backend.memory(&lse));
@@ -111,19 +111,19 @@ on_each_device! {
     }
 
     fn refuses_what_does_not_fit() {
-        let plan = |shape, hosts| HostsMerge::<f32, f32>::new(shape, hosts, &LINK);
-        assert_eq!(named(plan([1; 4], 0).unwrap_err()), ("value", "hosts"));
+        let plan = |shape, ranks| RanksMerge::<f32, f32>::new(shape, ranks, &LINK);
+        assert_eq!(named(plan([1; 4], 0).unwrap_err()), ("value", "ranks"));
         assert_eq!(named(plan([1, 1, 1, 0], 1).unwrap_err()), ("shape", "partial"));
         assert_eq!(named(plan([1, usize::MAX, 1, 1], 1).unwrap_err()), ("shape", "partial"));
-        let by_rows = |shape, hosts| plan(shape, hosts).unwrap().with_way(MergeWay::ByRows).unwrap_err();
+        let by_rows = |shape, ranks| plan(shape, ranks).unwrap().with_way(MergeWay::ByRows).unwrap_err();
         assert_eq!(named(by_rows([1, 5, 3, 8], 2)), ("value", "way"));
         assert_eq!(plan([1, (1 << 20) + 1, 3, 8], 4).unwrap().way(), MergeWay::AllGather);
         assert_eq!(plan([1, 1 << 20, 3, 8], 4).unwrap().way(), MergeWay::ByRows);
 
         let group = ThreadGroup::ranks(1).unwrap().remove(0);
         let backend = B::open(0);
-        let attempt = |hosts: usize, [out_len, lse_len, to_seq, to_lse, less]: [usize; 5]| {
-            let plan = plan([1, 2, 2, 8], hosts).unwrap();
+        let attempt = |ranks: usize, [out_len, lse_len, to_seq, to_lse, less]: [usize; 5]| {
+            let plan = plan([1, 2, 2, 8], ranks).unwrap();
             let (from, from_lse) = (backend.memory(&vec![0f32; out_len]), backend.memory(&vec![0f32; lse_len]));
             let (mut to, mut lse) = (backend.memory(&vec![0f32; 16 * to_seq]), backend.memory(&vec![0f32; to_lse]));
             let mut scratch = backend.memory(&vec![0u8; plan.scratch_len() - less]);
