@@ -65,15 +65,23 @@ pub enum Error {
         /// Bytes given.
         got: usize,
     },
-    /// An append would go past the fixed capacity of a shard. The shard is as it was.
-    #[error("shard: capacity of {capacity} tokens exceeded: holds {len}, asked to append {requested}")]
+    /// A sequence would grow beyond the rows that it has. The store is as it was.
+    #[error("sequence: capacity of {capacity} tokens exceeded: holds {len}, asked for {requested} more")]
     Capacity {
-        /// Tokens the shard can hold.
+        /// Tokens the sequence can hold.
         capacity: usize,
         /// Tokens it holds.
         len: usize,
-        /// Tokens that were to be appended.
+        /// Tokens by which it was to grow.
         requested: usize,
+    },
+    /// A store has too few free pages. The store is as it was.
+    #[error("store: {needed} more pages needed, {free} free")]
+    Pages {
+        /// Pages asked for.
+        needed: usize,
+        /// Pages that no sequence has.
+        free: usize,
     },
     /// Every slot of a ring of staging memory is still being copied from. Try again after the
     /// stream has moved on.

@@ -1,118 +1,223 @@
-//! The KV rows a rank keeps for one layer: preallocated, append only.
+//! The keys and values that an engine keeps, in the memory of any backend.
+//!
+//! A [`KvStore`] holds sequences of tokens, each with a key and a value in every layer. Layers share
+//! one page table: a token's row is at the same place in all of them. Room is in pages of equal
+//! length, which sequences take as they grow, or in rows: one page for each sequence, as long as the
+//! longest may become. Dense calls such as [`cpu::flash::attention`](crate::cpu::flash::attention)
+//! take the rows of a sequence as they are.
+//!
+//! A step of an engine:
+//!
+//! 1. [`extend`](KvStore::extend) each sequence by its new tokens;
+//! 2. [`update`](Backend::update) the plan with a batch of [`keys`](KvStore::keys), and write the
+//!    [`places`](KvStore::places) of all new rows to one buffer;
+//! 3. in each layer, [`append`](KvStore::append) the new rows to these places, and attend to
+//!    [`key`](KvStore::key) and [`value`](KvStore::value).
+//!
+//! ```
+//! use star_attention::{Append, Backend, Batch, Capacity, Inputs, KvConfig, KvStore, Mask, PlanConfig, Sequence};
+//!
+//! /// Encodes 40 tokens in two layers; any backend.
+//! fn encode<B: Backend>(backend: &B) -> star_attention::Result<Vec<f32>> {
+//!     let (query_shape, new_shape) = ([1, 40, 4, 64], [1, 40, 2, 64]);
+//!     let config = KvConfig::new(2, 64).with_layers(2).in_pages(8, 16);
+//!     let mut store = KvStore::<B, f32>::new(backend, config)?;
+//!     let capacity = Capacity::new(query_shape, store.shape(), 1, 40).with_pages(8);
+//!     let mut plan = backend.plan(&PlanConfig::new(), &capacity)?;
+//!     let mut workspace = backend.buffer(backend.workspace_bytes(&plan))?;
+//!     let rows = backend.buffer_of(&[0.25f32; 40 * 4 * 64])?;
+//!     let mut out = backend.buffer::<f32>(40 * 4 * 64)?;
+//!
+//!     let sequence = store.open()?;
+//!     store.extend(backend, sequence, 40)?;
+//!     let mut batch = Batch::new(query_shape, store.shape())?;
+//!     batch.push(Sequence::new(0, 0..40, store.keys(sequence)?, Mask::Causal))?;
+//!     backend.update(&mut plan, &batch)?;
+//!     let places: Vec<u32> = store.places(sequence, 0..40)?.collect();
+//!     let places = backend.buffer_of(&places)?;
+//!     for layer in 0..2 {
+//!         let new = backend.whole("key", &rows, new_shape)?;
+//!         let new = Append::new(new, backend.whole("value", &rows, new_shape)?, backend.slice(&places, ..));
+//!         store.append(backend, layer, new)?;
+//!         let query = backend.whole("query", &rows, query_shape)?;
+//!         let inputs = Inputs::new(query, store.key(backend, layer)?, store.value(backend, layer)?);
+//!         let to = backend.whole_mut("out", &mut out, query_shape)?;
+//!         backend.attend(&mut plan, inputs, to, None, backend.slice_mut(&mut workspace, ..))?;
+//!     }
+//!     backend.read(&out)
+//! }
+//!
+//! let out = encode(&star_attention::cpu::Cpu::new())?;
+//! assert!(out.iter().all(|&x| (x - 0.25).abs() < 1e-6));
+//! # star_attention::Result::Ok(())
+//! ```
+//!
+//! # What sequences share
+//!
+//! [`KvStore::share`] opens a sequence that begins as another one does. Their common pages are
+//! counted, not copied. A page that both use in part is copied, in every layer, when one of them
+//! grows into it.
+//!
+//! A prefix that all sequences of a call have in common, or an anchor that came from another rank,
+//! can also lie in a store of its own, in rows. Its tensors are the call's prefix tensors, and each
+//! sequence names its rows of them:
+//!
+//! ```
+//! use star_attention::{Backend, Batch, Inputs, Keys, KvConfig, KvStore, Mask, PlanConfig, Sequence, cpu::Cpu};
+//!
+//! # fn main() -> star_attention::Result<()> {
+//! let cpu = Cpu::new();
+//! let heads = KvConfig::new(2, 64);
+//! let mut prefixes = KvStore::<_, f32>::new(&cpu, heads.in_rows(1, 100))?;
+//! let mut store = KvStore::<_, f32>::new(&cpu, heads.in_pages(8, 16))?;
+//! let (prefix, sequence) = (prefixes.open()?, store.open()?);
+//! prefixes.extend(&cpu, prefix, 70)?;
+//! store.extend(&cpu, sequence, 3)?;
+//!
+//! let [prefix_batch, prefix_seq, ..] = prefixes.shape();
+//! let mut batch = Batch::new([1, 1, 4, 64], store.shape())?.with_prefix(prefix_batch, prefix_seq)?;
+//! let mut decode = Sequence::new(0, 0..1, store.keys(sequence)?, Mask::Causal);
+//! if let Keys::Rows { batch, rows, .. } = prefixes.keys(prefix)? {
+//!     decode = decode.with_prefix(batch, rows);
+//! }
+//! assert_eq!(decode.key_len(), 73);
+//! batch.push(decode)?;
+//!
+//! let mut plan = cpu.plan_for(&PlanConfig::new(), &batch)?;
+//! let (query, mut out) = ([0.5f32; 256], vec![0f32; 256]);
+//! let inputs = Inputs::new(
+//!     Cpu::view("query", &query, [1, 1, 4, 64], [256, 256, 64, 1])?,
+//!     store.key(&cpu, 0)?,
+//!     store.value(&cpu, 0)?,
+//! );
+//! let inputs = inputs.with_prefix(prefixes.key(&cpu, 0)?, prefixes.value(&cpu, 0)?);
+//! let mut workspace = vec![0; cpu.workspace_bytes(&plan)];
+//! cpu.attend(&mut plan, inputs, cpu.whole_mut("out", &mut out, [1, 1, 4, 64])?, None, &mut workspace)?;
+//! # Ok(())
+//! # }
+//! ```
 
-use crate::config::check_rows;
-use crate::{Element, Error, Result, TensorView};
+mod pages;
+mod planes;
+mod shard;
+mod step;
+mod store;
 
-/// Keys and values of one layer on one rank, of a fixed capacity.
+pub use pages::SequenceId;
+pub use shard::KvShard;
+pub use step::StepRows;
+pub use store::KvStore;
+
+#[cfg(doc)]
+use crate::Backend;
+use crate::config::check_addressable;
+use crate::{Error, Result};
+
+/// What a [`KvStore`] has room for.
 ///
-/// Rows are stored `[batch, kv_heads, capacity, head_dim]`, so that a head's keys stream from contiguous memory; the views
-/// are `[batch, len, kv_heads, head_dim]`, as everywhere. The anchor's rows are dropped by never appending them:
-/// append `narrow(1, kept.start, kept.len())` of the layer's keys and values.
-#[derive(Clone, Debug)]
-pub struct KvShard<T> {
-    keys: Vec<T>,
-    values: Vec<T>,
-    batch: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    capacity: usize,
-    len: usize,
+/// ```
+/// use star_attention::KvConfig;
+///
+/// // 8 KV heads of 128 in each of 32 layers, in 1000 pages of 16 tokens.
+/// let pages = KvConfig::new(8, 128).with_layers(32).in_pages(1000, 16);
+/// // The same for 4 sequences of up to 4096 tokens each.
+/// let rows = KvConfig::new(8, 128).with_layers(32).in_rows(4, 4096);
+/// # assert_ne!(pages, rows);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KvConfig {
+    /// Layers; at least 1.
+    pub layers: usize,
+    /// Heads of keys and values; at least 1.
+    pub kv_heads: usize,
+    /// Elements of a head; at least 1.
+    pub head_dim: usize,
+    /// How many tokens there is room for.
+    pub room: KvRoom,
 }
 
-impl<T: Element> KvShard<T> {
-    /// An empty shard with room for `capacity` tokens of each of `batch` sequences.
-    ///
+/// How many tokens a [`KvStore`] has room for, and how they are divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KvRoom {
+    /// Sequences take pages as they grow.
+    Pages {
+        /// Pages of all sequences.
+        pages: usize,
+        /// Tokens of a page; at least 1.
+        page_len: usize,
+    },
+    /// Each sequence has consecutive rows of its own: a page of `capacity` tokens.
+    Rows {
+        /// Sequences.
+        sequences: usize,
+        /// Tokens of each at most.
+        capacity: usize,
+    },
+}
+
+impl KvConfig {
+    /// One layer of `kv_heads` heads of `head_dim` elements. Its room is for the caller to say, by
+    /// [`in_pages`](Self::in_pages) or [`in_rows`](Self::in_rows).
+    pub fn new(kv_heads: usize, head_dim: usize) -> Self {
+        Self { layers: 1, kv_heads, head_dim, room: KvRoom::Pages { pages: 0, page_len: 0 } }
+    }
+
+    /// The same for so many layers.
+    #[must_use]
+    pub fn with_layers(self, layers: usize) -> Self {
+        Self { layers, ..self }
+    }
+
+    /// The same with `pages` pages of `page_len` tokens.
+    #[must_use]
+    pub fn in_pages(self, pages: usize, page_len: usize) -> Self {
+        Self { room: KvRoom::Pages { pages, page_len }, ..self }
+    }
+
+    /// The same with rows for `sequences` sequences, of up to `capacity` tokens each.
+    #[must_use]
+    pub fn in_rows(self, sequences: usize, capacity: usize) -> Self {
+        Self { room: KvRoom::Rows { sequences, capacity }, ..self }
+    }
+
+    /// The shape of a layer's keys, and of its values, `[pages, page_len, kv_heads, head_dim]`; in
+    /// rows `[sequences, capacity, kv_heads, head_dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        let (pages, page_len) = match self.room {
+            KvRoom::Pages { pages, page_len } => (pages, page_len),
+            KvRoom::Rows { sequences, capacity } => (sequences, capacity),
+        };
+        [pages, page_len, self.kv_heads, self.head_dim]
+    }
+
+    /// Whether room is in rows.
+    fn in_rows_mode(&self) -> bool {
+        matches!(self.room, KvRoom::Rows { .. })
+    }
+
     /// # Errors
-    /// [`Error::Value`] if an extent but the capacity is 0, or memory has no room for so many tokens.
-    pub fn new(batch: usize, kv_heads: usize, head_dim: usize, capacity: usize) -> Result<Self> {
-        for (argument, extent) in [("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim)] {
-            if extent == 0 {
-                return Err(Error::value(argument, "at least 1", extent));
+    /// [`Error::Value`] for an extent of 0 that must not be, or 2³² tokens and more, whose places
+    /// would not be numbers of 32 bits; [`Error::Shape`] for what could not be addressed.
+    pub fn validate(&self) -> Result<()> {
+        let shape @ [pages, page_len, ..] = self.shape();
+        let page_len_at_least = if self.in_rows_mode() { 0 } else { 1 };
+        for (argument, least, got) in [
+            ("layers", 1, self.layers),
+            ("kv_heads", 1, self.kv_heads),
+            ("head_dim", 1, self.head_dim),
+            ("page_len", page_len_at_least, page_len),
+        ] {
+            if got < least {
+                return Err(Error::value(argument, format!("at least {least}"), got));
             }
         }
-        let elements = [batch, kv_heads, head_dim]
-            .iter()
-            .try_fold(capacity, |n, &extent| n.checked_mul(extent))
-            .ok_or_else(|| Error::value("capacity", "a size that can be addressed", capacity))?;
-        let buffer = || {
-            let mut buffer = Vec::new();
-            buffer.try_reserve_exact(elements).map(|()| {
-                buffer.resize(elements, T::default());
-                buffer
-            })
-        };
-        let (Ok(keys), Ok(values)) = (buffer(), buffer()) else {
-            return Err(Error::value("capacity", "a size that memory has room for", capacity));
-        };
-        Ok(Self { keys, values, batch, kv_heads, head_dim, capacity, len: 0 })
-    }
-
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Tokens it can hold.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Bytes of the keys and values held.
-    pub fn bytes(&self) -> usize {
-        2 * self.batch * self.kv_heads * self.len * self.head_dim * T::DTYPE.size()
-    }
-
-    /// Forgets all tokens past the first `len`; keeps the memory.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-    }
-
-    /// Appends `n` tokens, `key` and `value` both `[batch, n, kv_heads, head_dim]`.
-    ///
-    /// # Errors
-    /// [`Error::Shape`], [`Error::Stride`] (the last axis must be contiguous) or [`Error::Capacity`]; the shard is then as it was.
-    pub fn append(&mut self, key: TensorView<'_, T>, value: TensorView<'_, T>) -> Result<()> {
-        let tokens = key.shape()[1];
-        let expected = [self.batch, tokens, self.kv_heads, self.head_dim];
-        check_rows("key", expected, key.shape(), key.strides())?;
-        check_rows("value", expected, value.shape(), value.strides())?;
-        if tokens > self.capacity - self.len {
-            return Err(Error::Capacity { capacity: self.capacity, len: self.len, requested: tokens });
+        if pages.checked_mul(page_len).is_none_or(|rows| u32::try_from(rows).is_err()) {
+            let argument = if self.in_rows_mode() { "sequences" } else { "pages" };
+            let got = format!("{pages} of {page_len}");
+            return Err(Error::value(argument, "fewer than 2³² tokens in all", got));
         }
-        for (to, from) in [(&mut self.keys, key), (&mut self.values, value)] {
-            let [batch_stride, seq_stride, head_stride, _] = from.strides();
-            for (plane, rows) in to.chunks_exact_mut(self.capacity.max(1) * self.head_dim).enumerate() {
-                let (batch, head) = (plane / self.kv_heads, plane % self.kv_heads);
-                let rows = &mut rows[self.len * self.head_dim..][..tokens * self.head_dim];
-                for (token, row) in rows.chunks_exact_mut(self.head_dim).enumerate() {
-                    let start = batch * batch_stride + token * seq_stride + head * head_stride;
-                    row.copy_from_slice(&from.data()[start..start + self.head_dim]);
-                }
-            }
-        }
-        self.len += tokens;
-        Ok(())
-    }
-
-    /// The keys held, `[batch, len, kv_heads, head_dim]`.
-    pub fn keys(&self) -> TensorView<'_, T> {
-        self.view(&self.keys)
-    }
-
-    /// The values held, `[batch, len, kv_heads, head_dim]`.
-    pub fn values(&self) -> TensorView<'_, T> {
-        self.view(&self.values)
-    }
-
-    fn view<'a>(&self, data: &'a [T]) -> TensorView<'a, T> {
-        let shape = [self.batch, self.kv_heads, self.capacity, self.head_dim];
-        TensorView::contiguous("shard", data, shape)
-            .and_then(|view| view.swap_seq_heads().narrow(1, 0, self.len))
-            .expect("the shard's buffers have its shape, and len is at most capacity")
+        check_addressable("key", shape)
     }
 }

@@ -1,0 +1,430 @@
+//! Which sequence has which pages: a free list, and a count of users for each page.
+
+use crate::{Error, Keys, Result};
+use std::ops::Range;
+
+/// A sequence of a [`KvStore`](super::KvStore). One that was closed is refused ever after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SequenceId {
+    slot: usize,
+    /// The count of sequences that were opened before this one.
+    serial: u64,
+}
+
+/// The page table of a store. It holds no rows.
+#[derive(Clone, Debug)]
+pub(super) struct PageTable {
+    page_len: usize,
+    /// Whether a sequence has one page, whatever its length.
+    in_rows: bool,
+    /// Of each page: sequences that have it.
+    users: Vec<u32>,
+    /// Pages without users. The last is taken first.
+    free: Vec<u32>,
+    slots: Vec<Option<Held>>,
+    vacant: Vec<usize>,
+    opened: u64,
+}
+
+/// What an open sequence holds.
+#[derive(Clone, Debug)]
+struct Held {
+    serial: u64,
+    len: usize,
+    /// As many as `len` needs, no more.
+    pages: Vec<u32>,
+}
+
+/// What a sequence takes when it grows.
+#[derive(Clone, Debug)]
+pub(super) struct Extension {
+    slot: usize,
+    len: usize,
+    /// Pages from the end of the free list: the copy's first, if there is one.
+    fresh: Vec<u32>,
+    pub(super) copy: Option<PageCopy>,
+}
+
+/// A page that has other users, and that the sequence takes a copy of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PageCopy {
+    pub(super) from: u32,
+    pub(super) to: u32,
+    /// The sequence's rows of the page.
+    pub(super) rows: usize,
+    /// Which of the sequence's pages it is.
+    index: usize,
+}
+
+impl PageTable {
+    /// `pages` pages of `page_len` rows, fewer than 2³² rows in all.
+    pub(super) fn new(pages: usize, page_len: usize, in_rows: bool) -> Self {
+        let mut table = Self {
+            page_len,
+            in_rows,
+            users: Vec::new(),
+            free: Vec::new(),
+            slots: Vec::new(),
+            vacant: Vec::new(),
+            opened: 0,
+        };
+        table.grow(pages, page_len);
+        table
+    }
+
+    /// More pages, or longer ones where each sequence has one.
+    pub(super) fn grow(&mut self, pages: usize, page_len: usize) {
+        let before = self.users.len();
+        self.page_len = page_len;
+        self.users.resize(pages, 0);
+        // Those that were there are taken before these, and these in their order.
+        self.free.splice(0..0, (before..pages).rev().map(|page| page as u32));
+    }
+
+    pub(super) fn free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    pub(super) fn len(&self, id: SequenceId) -> Result<usize> {
+        Ok(self.held(id)?.len)
+    }
+
+    /// Pages of a sequence of `len` rows.
+    fn pages_for(&self, len: usize) -> usize {
+        if self.in_rows { 1 } else { len.div_ceil(self.page_len) }
+    }
+
+    fn held(&self, id: SequenceId) -> Result<&Held> {
+        let held = self.slots.get(id.slot).and_then(Option::as_ref);
+        held.filter(|held| held.serial == id.serial).ok_or_else(|| unknown(id))
+    }
+
+    fn held_mut(&mut self, id: SequenceId) -> Result<&mut Held> {
+        let held = self.slots.get_mut(id.slot).and_then(Option::as_mut);
+        held.filter(|held| held.serial == id.serial).ok_or_else(|| unknown(id))
+    }
+
+    /// The sequence if it has so many rows.
+    fn held_with(&self, id: SequenceId, len: usize) -> Result<&Held> {
+        let held = self.held(id)?;
+        if len > held.len {
+            return Err(Error::value("len", format!("at most the sequence's {}", held.len), len));
+        }
+        Ok(held)
+    }
+
+    /// The last `count` pages of the free list, in the order in which they are taken.
+    fn fresh(&self, count: usize) -> Result<Vec<u32>> {
+        let free = self.free.len();
+        let rest = free.checked_sub(count).ok_or(Error::Pages { needed: count, free })?;
+        Ok(self.free[rest..].iter().rev().copied().collect())
+    }
+
+    fn take(&mut self, fresh: &[u32]) {
+        self.free.truncate(self.free.len() - fresh.len());
+        fresh.iter().for_each(|&page| self.users[page as usize] = 1);
+    }
+
+    fn release(&mut self, pages: &[u32]) {
+        for &page in pages.iter().rev() {
+            let users = &mut self.users[page as usize];
+            *users -= 1;
+            if *users == 0 {
+                self.free.push(page);
+            }
+        }
+    }
+
+    fn insert(&mut self, len: usize, pages: Vec<u32>) -> SequenceId {
+        let serial = self.opened;
+        self.opened += 1;
+        let slot = self.vacant.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[slot] = Some(Held { serial, len, pages });
+        SequenceId { slot, serial }
+    }
+
+    pub(super) fn open(&mut self) -> Result<SequenceId> {
+        let fresh = self.fresh(self.pages_for(0))?;
+        self.take(&fresh);
+        Ok(self.insert(0, fresh))
+    }
+
+    pub(super) fn close(&mut self, id: SequenceId) -> Result<()> {
+        self.held(id)?;
+        if let Some(held) = self.slots[id.slot].take() {
+            self.release(&held.pages);
+            self.vacant.push(id.slot);
+        }
+        Ok(())
+    }
+
+    /// What the sequence takes to grow by `rows`: for [`extend`](Self::extend), with no change to
+    /// the table between.
+    pub(super) fn extension(&self, id: SequenceId, rows: usize) -> Result<Extension> {
+        let held = self.held(id)?;
+        let capacity = if self.in_rows { self.page_len } else { usize::MAX };
+        let len = held.len.checked_add(rows).filter(|&len| len <= capacity);
+        let len = len.ok_or(Error::Capacity { capacity, len: held.len, requested: rows })?;
+        // The page of the first new row, if the sequence has it.
+        let index = held.len / self.page_len.max(1);
+        let first = held.pages.get(index).filter(|_| rows > 0);
+        let shared = first.filter(|&&page| self.users[page as usize] > 1);
+        let more = self.pages_for(len) - held.pages.len();
+        let fresh = self.fresh(more + usize::from(shared.is_some()))?;
+        let copy = shared.map(|&from| PageCopy {
+            from,
+            to: fresh[0],
+            rows: held.len - index * self.page_len,
+            index,
+        });
+        Ok(Extension { slot: id.slot, len, fresh, copy })
+    }
+
+    pub(super) fn extend(&mut self, Extension { slot, len, fresh, copy }: Extension) {
+        self.take(&fresh);
+        let Some(held) = &mut self.slots[slot] else { return };
+        held.len = len;
+        held.pages.extend(&fresh[usize::from(copy.is_some())..]);
+        if let Some(PageCopy { from, to, index, .. }) = copy {
+            held.pages[index] = to;
+            self.release(&[from]);
+        }
+    }
+
+    pub(super) fn truncate(&mut self, id: SequenceId, len: usize) -> Result<()> {
+        self.held_with(id, len)?;
+        let kept = self.pages_for(len);
+        let held = self.held_mut(id)?;
+        held.len = len;
+        let pages = held.pages.split_off(kept);
+        self.release(&pages);
+        Ok(())
+    }
+
+    pub(super) fn share(&mut self, id: SequenceId, len: usize) -> Result<SequenceId> {
+        let pages = self.held_with(id, len)?.pages[..self.pages_for(len)].to_vec();
+        pages.iter().for_each(|&page| self.users[page as usize] += 1);
+        Ok(self.insert(len, pages))
+    }
+
+    pub(super) fn keys(&self, id: SequenceId, len: usize) -> Result<Keys> {
+        let pages = &self.held_with(id, len)?.pages;
+        Ok(match self.in_rows {
+            true => Keys::rows(pages[0] as usize, 0..len),
+            false => Keys::pages(len, &pages[..self.pages_for(len)]),
+        })
+    }
+
+    pub(super) fn places(
+        &self,
+        id: SequenceId,
+        rows: Range<usize>,
+    ) -> Result<impl ExactSizeIterator<Item = u32> + use<'_>> {
+        let held = self.held(id)?;
+        if rows.start > rows.end || rows.end > held.len {
+            let expected = format!("a range within the sequence's {}", held.len);
+            return Err(Error::value("rows", expected, format!("{rows:?}")));
+        }
+        let page_len = self.page_len;
+        Ok(rows.map(move |row| held.pages[row / page_len] * page_len as u32 + (row % page_len) as u32))
+    }
+
+    /// Of each page: the rows that sequences use, from the first on.
+    pub(super) fn used_rows(&self) -> Vec<usize> {
+        let mut used = vec![0; self.users.len()];
+        for held in self.slots.iter().flatten() {
+            for (index, &page) in held.pages.iter().enumerate() {
+                let rows = (held.len - index * self.page_len).min(self.page_len);
+                let used = &mut used[page as usize];
+                *used = rows.max(*used);
+            }
+        }
+        used
+    }
+}
+
+fn unknown(id: SequenceId) -> Error {
+    Error::value("sequence", "one that is open", format!("{id:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+    use std::collections::HashMap;
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Open,
+        Close(Index),
+        Extend(Index, usize),
+        Truncate(Index, Index),
+        Share(Index, Index),
+        Grow(usize),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let any = any::<Index>;
+        let event = prop_oneof![
+            2 => Just(Event::Open),
+            1 => any().prop_map(Event::Close),
+            6 => (any(), 0..9usize).prop_map(|(of, rows)| Event::Extend(of, rows)),
+            2 => (any(), any()).prop_map(|(of, len)| Event::Truncate(of, len)),
+            2 => (any(), any()).prop_map(|(of, len)| Event::Share(of, len)),
+            1 => (0..3usize).prop_map(Event::Grow),
+        ];
+        prop::collection::vec(event, 0..40)
+    }
+
+    /// Each page is free, or counted once for each sequence that has it.
+    fn no_page_is_lost(table: &PageTable) {
+        let mut users = vec![0; table.users.len()];
+        for held in table.slots.iter().flatten() {
+            assert_eq!(held.pages.len(), table.pages_for(held.len));
+            held.pages.iter().for_each(|&page| users[page as usize] += 1);
+        }
+        assert_eq!(users, table.users);
+        let mut free = table.free.clone();
+        free.sort_unstable();
+        let unused: Vec<u32> =
+            (0..).zip(&users).filter(|(_, users)| **users == 0).map(|(page, _)| page).collect();
+        assert_eq!(free, unused);
+    }
+
+    /// What `call` does to the table, which it leaves alone where it fails.
+    fn tried<R>(table: &mut PageTable, call: impl FnOnce(&mut PageTable) -> Result<R>) -> Result<R> {
+        let before = format!("{table:?}");
+        let result = call(table);
+        if result.is_err() {
+            assert_eq!(before, format!("{table:?}"));
+        }
+        result
+    }
+
+    proptest! {
+        /// In memory that holds a number at each place, every sequence reads what it wrote.
+        #[test]
+        fn sequences_keep_what_is_theirs(
+            events in events(), in_rows: bool, pages in 0..6usize, page_len in 1..5usize,
+        ) {
+            let mut table = PageTable::new(pages, page_len, in_rows);
+            let mut open: Vec<(SequenceId, Vec<usize>)> = Vec::new();
+            let mut closed = Vec::new();
+            let mut memory = HashMap::new();
+            let mut written = 0;
+            for event in events {
+                let of = match &event {
+                    Event::Close(of) | Event::Extend(of, _) | Event::Truncate(of, _) | Event::Share(of, _)
+                        if !open.is_empty() => of.index(open.len()),
+                    Event::Open | Event::Grow(_) => 0,
+                    _ => continue,
+                };
+                let free = table.free_pages();
+                match event {
+                    Event::Open => match tried(&mut table, PageTable::open) {
+                        Ok(id) => open.push((id, Vec::new())),
+                        Err(error) => prop_assert!(
+                            in_rows && matches!(error, Error::Pages { needed: 1, free: 0 }), "{error}"
+                        ),
+                    },
+                    Event::Close(_) => {
+                        let (id, _) = open.swap_remove(of);
+                        table.close(id).unwrap();
+                        closed.push(id);
+                    }
+                    Event::Extend(_, rows) => {
+                        let (id, content) = &mut open[of];
+                        match tried(&mut table, |table| {
+                            let extension = table.extension(*id, rows)?;
+                            let copy = extension.copy;
+                            table.extend(extension);
+                            Ok(copy)
+                        }) {
+                            Ok(copy) => {
+                                if let Some(PageCopy { from, to, rows, .. }) = copy {
+                                    let at = |page: u32, row| page as usize * table.page_len + row;
+                                    for row in 0..rows {
+                                        memory.insert(at(to, row), memory[&at(from, row)]);
+                                    }
+                                }
+                                let held = content.len();
+                                content.extend(written..written + rows);
+                                written += rows;
+                                let places = table.places(*id, held..held + rows).unwrap();
+                                for (place, &number) in places.zip(&content[held..]) {
+                                    memory.insert(place as usize, number);
+                                }
+                            }
+                            Err(Error::Capacity { capacity, len, requested }) => {
+                                prop_assert!(in_rows && len + requested > capacity);
+                                prop_assert_eq!((capacity, len, requested), (table.page_len, content.len(), rows));
+                            }
+                            Err(Error::Pages { needed, free: left }) => {
+                                prop_assert!(needed > left && left == free);
+                                // A copy takes one page more than the rows do.
+                                let more = (content.len() + rows).div_ceil(table.page_len);
+                                let more = more - content.len().div_ceil(table.page_len);
+                                prop_assert!(needed == more || needed == more + 1);
+                            }
+                            Err(error) => panic!("{error}"),
+                        }
+                    }
+                    Event::Truncate(_, len) => {
+                        let (id, content) = &mut open[of];
+                        let len = len.index(content.len() + 1);
+                        content.truncate(len);
+                        table.truncate(*id, len).unwrap();
+                    }
+                    Event::Share(_, len) => {
+                        let (id, content) = &open[of];
+                        let len = len.index(content.len() + 1);
+                        let shared = (table.share(*id, len).unwrap(), content[..len].to_vec());
+                        open.push(shared);
+                        prop_assert_eq!(table.free_pages(), free);
+                    }
+                    Event::Grow(more) => {
+                        let page_len = table.page_len + if in_rows { more } else { 0 };
+                        let moved: HashMap<usize, usize> = memory
+                            .drain()
+                            .map(|(place, number)| {
+                                (place / table.page_len * page_len + place % table.page_len, number)
+                            })
+                            .collect();
+                        memory = moved;
+                        table.grow(table.users.len() + more, page_len);
+                        prop_assert_eq!(table.free_pages(), free + more);
+                    }
+                }
+
+                no_page_is_lost(&table);
+                let used = table.used_rows();
+                for (id, content) in &open {
+                    prop_assert_eq!(table.len(*id).unwrap(), content.len());
+                    let places: Vec<usize> =
+                        table.places(*id, 0..content.len()).unwrap().map(|place| place as usize).collect();
+                    prop_assert!(places.iter().all(|place| place % table.page_len < used[place / table.page_len]));
+                    let read: Vec<usize> = places.iter().map(|place| memory[place]).collect();
+                    prop_assert_eq!(&read, content);
+                    let keys = table.keys(*id, content.len()).unwrap();
+                    let same: Vec<usize> = (0..keys.len())
+                        .map(|key| keys.place(key, table.page_len))
+                        .map(|(page, row)| page * table.page_len + row)
+                        .collect();
+                    prop_assert_eq!(same, places);
+                }
+                for &id in &closed {
+                    prop_assert!(table.len(id).is_err() && table.close(id).is_err());
+                    prop_assert!(table.share(id, 0).is_err() && table.truncate(id, 0).is_err());
+                    prop_assert!(table.extension(id, 0).is_err() && table.keys(id, 0).is_err());
+                    prop_assert!(table.places(id, 0..0).is_err());
+                }
+            }
+            open.iter().for_each(|(id, _)| table.close(*id).unwrap());
+            prop_assert_eq!(table.free_pages(), table.users.len());
+        }
+    }
+}
