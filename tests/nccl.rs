@@ -7,9 +7,11 @@ mod common;
 use common::{Rng, Tensor, named};
 use cudarc::driver::CudaStream;
 use star_attention::Error;
-use star_attention::comm::{Collective, GroupConfig, Link, MergeWay, Nccl, ThreadGroup, Traffic};
+use star_attention::comm::{
+    Collective, DeviceCollective, GroupConfig, Link, MergeWay, Nccl, RanksMerge, ThreadGroup, Traffic,
+};
 use star_attention::cuda::driver::Driver;
-use star_attention::cuda::{DeviceCollective, DeviceTensorMut, RanksMerge, Span, SpanMut};
+use star_attention::cuda::{DeviceTensorMut, Span, SpanMut};
 use star_attention::merge::{self, Partial};
 use std::sync::Arc;
 use std::time::Duration;

@@ -6,9 +6,9 @@ use crate::report::{checksum, report};
 use crate::timed::Timed;
 use crate::{Args, Engine, Kind, Sizes, Start};
 use indicatif::{ProgressBar, ProgressStyle};
-use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, ThreadGroup, agree};
+use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, Staged, ThreadGroup, agree};
+use star_attention::cuda::HalfElement;
 use star_attention::cuda::simt::Simt;
-use star_attention::cuda::{HalfElement, Staged};
 use star_attention::{Element, Error, Result, StarLayout};
 
 /// Whether everything was right, on all ranks of this process.

@@ -3,12 +3,10 @@
 use crate::Sizes;
 use crate::backend::Backend;
 use crate::timed::Timed;
-use star_attention::comm::{Collective, MergePlan, Traffic};
+use star_attention::comm::{Collective, DeviceCollective, MergePlan, RanksMerge, Traffic};
 use star_attention::cpu;
 use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{
-    Device, DeviceCollective, DeviceTensor, DeviceTensorMut, HalfElement, RanksMerge,
-};
+use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, HalfElement};
 use star_attention::merge::Partial;
 use star_attention::{AttentionConfig, Element, Inputs, KvShard, Result, TensorView, TensorViewMut};
 use std::time::{Duration, Instant};

@@ -55,9 +55,9 @@ impl<C: Collective> Collective for Timed<C> {
 #[cfg(feature = "nccl")]
 mod device {
     use super::*;
-    use star_attention::comm::Nccl;
+    use star_attention::comm::{DeviceCollective, Exchange, Nccl};
     use star_attention::cuda::driver::Driver;
-    use star_attention::cuda::{Device, DeviceCollective, Exchange, SpanMut};
+    use star_attention::cuda::{Device, SpanMut};
 
     type Stream = <Driver as Device>::Stream;
 

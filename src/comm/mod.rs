@@ -15,6 +15,8 @@ mod agree;
 mod anchor;
 mod call;
 mod cost;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+mod device;
 mod merge;
 #[cfg(feature = "mpi")]
 mod mpi;
@@ -28,8 +30,10 @@ pub use agree::{Agreement, agree};
 pub use anchor::{anchor_scratch_len, share_anchor};
 pub use cost::{AnchorKv, Link, MergeWay};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-pub(crate) use merge::check_extents;
+pub use device::{DeviceCollective, Exchange, Staged};
 pub use merge::{MergePlan, merge};
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub use merge::{PreparedMerge, RanksMerge};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 #[cfg(feature = "nccl")]

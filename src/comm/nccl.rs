@@ -21,10 +21,11 @@
 //! # }
 //! ```
 
+use super::device::check_exchange;
 use super::teardown::{Communicator, Guarded};
-use super::{Collective, GroupConfig, Link, Traffic, check_root};
+use super::{Collective, DeviceCollective, Exchange, GroupConfig, Link, Traffic, check_root};
 use crate::cuda::driver::{Driver, check_library, check_stream, driver};
-use crate::cuda::{Device, DeviceCollective, Exchange, Span, SpanMut, check_exchange, check_not_capturing};
+use crate::cuda::{Device, Span, SpanMut, check_not_capturing};
 use crate::{Error, Result};
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream};

@@ -1,7 +1,7 @@
 //! The GPU backend: hand-written kernels for compute capability 8.0 and up, under plans made on the CPU.
 //!
 //! - [`flash`]: context encoding and query attention, under every mask of the crate;
-//! - [`merge()`]: n partials to one, of the splits of one call or of many ranks; [`RanksMerge`]: with the messages between these;
+//! - [`merge()`]: n partials to one, of the splits of one call or of many ranks;
 //! - [`append()`]: new keys and values to a shard, contiguous or in pages;
 //! - [`Staging`]: tables that change from step to step, copied without waiting.
 //!
@@ -11,7 +11,6 @@
 
 mod append;
 mod backend;
-mod collective;
 mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
@@ -19,7 +18,6 @@ pub mod flash;
 #[cfg(any(test, feature = "cuda"))]
 mod functions;
 mod merge;
-mod ranks;
 #[allow(missing_docs, clippy::all)]
 #[rustfmt::skip] // bindgen's output
 mod params;
@@ -30,14 +28,9 @@ mod staging;
 
 pub use append::{Rotation, ShardMut, append};
 pub use backend::{Buffer, Cuda};
-#[cfg(feature = "nccl")]
-pub(crate) use collective::check_exchange;
-pub use collective::{DeviceCollective, Exchange, Staged};
-#[cfg(feature = "nccl")]
-pub(crate) use device::check_not_capturing;
+pub(crate) use device::{ALIGNMENT, check_not_capturing};
 pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
 pub use merge::{DevicePartial, MOST_PARTIALS, Partials, merge, merge_separate};
 pub use policy::HEAD_DIMS;
 use policy::{APPEND_THREADS, MERGE_THREADS};
-pub use ranks::{PreparedMerge, RanksMerge};
 pub use staging::Staging;

@@ -3,8 +3,10 @@
 use crate::backend::Backend;
 use crate::call::on_each_device;
 use crate::common::{Rng, Tensor, named};
-use star_attention::comm::{Collective, Link, MergeWay, ThreadGroup, Traffic};
-use star_attention::cuda::{DeviceCollective, DeviceTensorMut, RanksMerge, Staged};
+use star_attention::comm::{
+    Collective, DeviceCollective, Link, MergeWay, RanksMerge, Staged, ThreadGroup, Traffic,
+};
+use star_attention::cuda::DeviceTensorMut;
 use star_attention::merge::{self, Partial};
 use star_attention::{Element, Error, bf16, f16};
 

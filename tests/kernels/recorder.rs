@@ -2,11 +2,11 @@
 //! of another stream, and extents that kernels cannot count.
 
 use crate::common::named;
-use star_attention::comm::ThreadGroup;
+use star_attention::comm::{DeviceCollective, Staged, ThreadGroup};
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
-    Cuda, Device, DeviceCollective, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, ShardMut,
-    Span, SpanMut, Staged, append, merge, merge_separate,
+    Cuda, Device, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, ShardMut, Span, SpanMut,
+    append, merge, merge_separate,
 };
 use star_attention::merge::PartialOf;
 use star_attention::{

@@ -15,7 +15,7 @@
 //! (rows of 16 bits and an odd number of elements are filled up to 4 bytes). Rows are summed in the order of ranks by either way, so the results have the same
 //! bits on every rank, in every run, and by both.
 
-use super::{Collective, Link, MergeWay, Traffic};
+use super::super::{Collective, Link, MergeWay, Traffic};
 use crate::config::check_rows;
 use crate::merge::{self, Partial, ROWS_PER_TASK, check_lse, for_each_row, merge_row};
 use crate::{Element, Error, Result, TensorView, TensorViewMut};

@@ -1,7 +1,7 @@
 //! Collectives between ranks whose messages lie in device memory.
 
-use super::device::{Device, Span, SpanMut, check_not_capturing};
-use crate::comm::{Collective, Link, Traffic};
+use super::{Collective, Link, Traffic};
+use crate::cuda::{Device, Span, SpanMut, check_not_capturing};
 use crate::{Error, Result};
 
 /// Bytes in device memory that are sent, and those that are received in return.
@@ -104,7 +104,7 @@ impl<D: Device, C: Collective + ?Sized> Staged<'_, D, C> {
 }
 
 /// Refuses memory of another stream, or lengths that do not fit a message that is cut into `pieces`, over `size` ranks.
-pub(crate) fn check_exchange<D: Device>(
+pub(super) fn check_exchange<D: Device>(
     (send, receive): &Exchange<'_, D>,
     pieces: usize,
     size: usize,

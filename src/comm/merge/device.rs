@@ -7,10 +7,9 @@
 //!
 //! Outputs and log-sum-exps travel side by side in one collective, from where attention left them and to where the merge kernel reads them.
 
-use super::collective::{DeviceCollective, Exchange};
-use super::device::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Span, SpanMut};
-use super::merge::{Partials, merge};
-use crate::comm::{Link, MergeWay, Traffic, check_extents};
+use super::check_extents;
+use crate::comm::{DeviceCollective, Exchange, Link, MergeWay, Traffic};
+use crate::cuda::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Partials, Span, SpanMut, merge};
 use crate::{Element, Error, Result};
 use std::marker::PhantomData;
 
