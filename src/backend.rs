@@ -368,7 +368,7 @@ pub trait Backend {
     }
 }
 
-fn row_major([_, seq, heads, dim]: [usize; 4]) -> [usize; 4] {
+pub(crate) fn row_major([_, seq, heads, dim]: [usize; 4]) -> [usize; 4] {
     let row = heads.saturating_mul(dim);
     [seq.saturating_mul(row), row, dim, 1]
 }

@@ -21,6 +21,11 @@ mod tensor;
 pub use append::{Append, LEFT_OUT, Rotation};
 pub use backend::{Backend, Capacity, Plain};
 pub use batch::{Batch, Inputs, Keys, Prefix, Sequence};
+/// The types of streams and device memory that [`cuda::driver`] takes, of the version that it was
+/// built with.
+#[cfg(feature = "cuda")]
+pub use cudarc;
+
 pub use config::{AttentionConfig, AttentionShape, Mask, PlanConfig, ROW_INVARIANT_SPLIT_KEYS, ScoreConfig};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};

@@ -166,7 +166,7 @@ fn bad_partials_are_refused_by_name() {
 }
 
 /// On a GPU, tensors of any strides give what the oracle gives, and partials merge.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "candle-cuda")]
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn tensors_of_a_gpu() {

@@ -1,0 +1,124 @@
+//! Partials on candle tensors to one: those of this rank, or of all.
+
+use super::memory::{self, Borrowed, Home, Number, axes, dtype, table, write_pair};
+use super::{by_dtype, on_device};
+use crate::comm::{self, Collective};
+use crate::cpu::Cpu;
+use crate::merge::{Partial, PartialOf};
+use crate::{Backend, Element, Error, Result};
+use candle_core::Tensor;
+#[cfg(feature = "candle-cuda")]
+use {
+    super::cuda::Gpu,
+    crate::cuda::driver::Driver,
+    crate::cuda::{DeviceCollective, RanksMerge, Staged},
+    candle_core::Device,
+};
+
+/// Merges partials `(out [batch, seq, heads, dim], lse [batch, heads, seq] f32)`, in the order
+/// given, into one such pair of the partials' dtype.
+///
+/// # Errors
+/// [`Error::Value`] for no partial at all, and on a GPU for more than
+/// 32; as [`Backend::merge`], and [`Error::Value`] for a
+/// tensor on another device than the first output, or of another dtype.
+pub fn merge(partials: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
+    let Some((first, _)) = partials.first() else {
+        return Err(Error::value("partials", "at least 1", 0));
+    };
+    on_device!("partial", first.device(), home => {
+        by_dtype!(dtype("partial", first)?, T => merge_in::<_, T>(&home, partials))
+    })
+}
+
+fn merge_in<H: Home, T: Element + Number>(
+    home: &H,
+    partials: &[(Tensor, Tensor)],
+) -> Result<(Tensor, Tensor)> {
+    let [shape @ [batch, seq, heads, _], _] = axes("partial", partials[0].0.layout())?;
+    let lses = partials.iter().map(|(_, lse)| table(home, "lse", lse, &[batch, heads, seq]));
+    let lses = lses.collect::<Result<Vec<_>>>()?;
+    let borrowed = partials
+        .iter()
+        .zip(&lses)
+        .map(|((out, _), lse)| Ok([Borrowed::of(home, "partial", out)?, Borrowed::of(home, "lse", lse)?]));
+    let borrowed = borrowed.collect::<Result<Vec<_>>>()?;
+    let from = borrowed.iter().map(|[out, lse]| {
+        Ok(PartialOf { out: out.view_in::<H, T>(home)?, lse: lse.elements_in::<H, f32>(home)? })
+    });
+    let from = from.collect::<Result<Vec<_>>>()?;
+    write_pair(home, shape, false, |to: memory::ViewMut<'_, H, T>, lse| {
+        home.backend().merge(from, to, Some(lse))
+    })
+}
+
+/// Merges every rank's partial `(out [batch, seq, heads, dim], lse [batch, heads, seq] f32)` into
+/// one such pair of its dtype, on every rank and with the same bits. Messages go through CPU memory;
+/// with the feature `candle-cuda`, `merge_over_gpus` has them go between GPUs.
+///
+/// # Errors
+/// [`Error::Value`], [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, are
+/// of other dtypes or on different devices (the ranks that wait for this one then return an error as
+/// well); errors of the collective.
+pub fn merge_over(
+    group: &(impl Collective + ?Sized),
+    partial: &(Tensor, Tensor),
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "candle-cuda")]
+    if let Device::Cuda(device) = partial.0.device() {
+        let gpu = Gpu::new(device)?;
+        return merge_over_gpus(&Staged { device: &**gpu.backend().device(), group }, partial);
+    }
+    by_dtype!(dtype("partial", &partial.0)?, T => merge_over_in::<T>(group, partial))
+}
+
+fn merge_over_in<T: Element + Number>(
+    group: &(impl Collective + ?Sized),
+    (out, lse): &(Tensor, Tensor),
+) -> Result<(Tensor, Tensor)> {
+    let home = &Cpu::new();
+    let [shape @ [batch, seq, heads, _], _] = axes("partial", out.layout())?;
+    let lse = table(home, "lse", lse, &[batch, heads, seq])?;
+    let [out, lse] = [Borrowed::new("partial", out)?, Borrowed::new("lse", &lse)?];
+    let partial = Partial { out: out.view::<T>()?, lse: lse.elements_in(home)? };
+    write_pair(home, shape, false, |to: memory::ViewMut<'_, Cpu, T>, lse| {
+        comm::merge(group, &partial, to, lse)
+    })
+}
+
+/// [`merge_over`] of partials on GPUs, over a collective between these.
+///
+/// # Errors
+/// As [`merge_over`], and [`Error::Value`] for tensors of the CPU.
+#[cfg(feature = "candle-cuda")]
+pub fn merge_over_gpus(
+    group: &impl DeviceCollective<Driver>,
+    partial: &(Tensor, Tensor),
+) -> Result<(Tensor, Tensor)> {
+    let Device::Cuda(device) = partial.0.device() else {
+        return Err(Error::value("partial", "a tensor on an NVIDIA GPU", "one on another device"));
+    };
+    let gpu = Gpu::new(device)?;
+    by_dtype!(dtype("partial", &partial.0)?, T => merge_over_gpus_in::<T>(&gpu, group, partial))
+}
+
+#[cfg(feature = "candle-cuda")]
+fn merge_over_gpus_in<T: Element + Number>(
+    home: &Gpu,
+    group: &impl DeviceCollective<Driver>,
+    (out, lse): &(Tensor, Tensor),
+) -> Result<(Tensor, Tensor)> {
+    let [shape @ [batch, seq, heads, dim], _] = axes("partial", out.layout())?;
+    // Heads before tokens, without gaps, is what ranks send.
+    let out = table(home, "partial", &out.transpose(1, 2)?, &[batch, heads, seq, dim])?;
+    let lse = table(home, "lse", lse, &[batch, heads, seq])?;
+    let [out, lse] = [Borrowed::of(home, "partial", &out)?, Borrowed::of(home, "lse", &lse)?];
+    let (out, lse) = (out.elements_in::<_, T>(home)?, lse.elements_in(home)?);
+    let merge = RanksMerge::<T, T>::new(shape, group.size(), &group.link())?;
+    let mut scratch = home.allocate::<u8>(merge.scratch_len(), true)?;
+    let scratch = home.owned_mut(&mut scratch, merge.scratch_len());
+    let mut merge = merge.prepare(&**home.backend().device(), home.backend().stream(), scratch)?;
+    write_pair(home, shape, false, |mut to: memory::ViewMut<'_, Gpu, T>, mut to_lse| {
+        merge.run(group, (&out, &lse), &mut to, Some(&mut to_lse))
+    })
+}
