@@ -69,10 +69,10 @@ fn batches_and_tensors_of_a_plan() {
     assert_refused!(plan.attend(Inputs::new(&query, &key, &key)), Error::Value { argument: "prefix", .. });
     let half = prefix.to_dtype(DType::F16).unwrap();
     let mixed = inputs.with_prefix(&prefix, &half);
-    assert_refused!(plan.attend(mixed), Error::DType { argument: "prefix value", .. });
+    assert_refused!(plan.attend(mixed), Error::DType { argument: "prefix", .. });
     let flat = prefix.flatten_from(2).unwrap();
     let flat = inputs.with_prefix(&flat, &prefix);
-    assert_refused!(plan.attend(flat), Error::Shape { argument: "prefix key", .. });
+    assert_refused!(plan.attend(flat), Error::Shape { argument: "prefix", .. });
     // After all this it attends to the batch that it had.
     assert_batch(&whole, inputs, &plan.attend(inputs).unwrap(), 1e-5);
 }
