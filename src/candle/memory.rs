@@ -128,7 +128,12 @@ impl Home for Cpu {
     }
 
     fn allocate<T: Number>(&self, len: usize, _written: bool) -> Result<Vec<T>> {
-        self.buffer(len)
+        // Vectors of zeros take pages from the system when they are touched, but end the process where
+        // there are none.
+        if Vec::<T>::new().try_reserve_exact(len).is_err() {
+            return Err(Error::value("len", "a size that memory has room for", len));
+        }
+        Ok(vec![T::default(); len])
     }
 
     fn minus_infinity(&self, len: usize) -> Result<Vec<f32>> {

@@ -187,7 +187,7 @@ impl<H: Home> Kept<H> {
         let home = &*home;
         let mut tensors = vec![("query", inputs.query), ("key", inputs.key), ("value", inputs.value)];
         if let Some([key, value]) = inputs.prefix {
-            tensors.extend([("prefix key", key), ("prefix value", value)]);
+            tensors.extend([("prefix", key), ("prefix", value)]);
         }
         let tensors = tensors.into_iter().map(|(argument, tensor)| {
             home.check(argument, tensor)?;
