@@ -8,10 +8,11 @@ mod random;
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use peak::Peaks;
 use random::random;
-use star_attention::cpu::flash::Plan;
+use star_attention::cpu::{Cpu, flash::Plan};
 use star_attention::merge::{Partial, merge};
 use star_attention::{
-    AttentionConfig, AttentionShape, DType, Element, Inputs, KvShard, Mask, TensorView, TensorViewMut, bf16,
+    AttentionConfig, AttentionShape, DType, Element, Inputs, KvConfig, KvStore, Mask, TensorView,
+    TensorViewMut, bf16,
 };
 use std::time::{Duration, Instant};
 
@@ -90,11 +91,14 @@ fn context<T: Element>(bench: &mut Bench<'_>, query_heads: usize, kv_heads: usiz
 fn query<T: Element>(bench: &mut Bench<'_>, query_len: usize) {
     const KEYS: usize = 32 * 1024;
     const CHUNK: usize = 1024;
-    let mut shard = KvShard::<T>::new(1, 8, 128, KEYS).unwrap();
+    let cpu = Cpu::new();
+    let mut shard = KvStore::<_, T>::new(&cpu, KvConfig::new(8, 128).in_rows(1, KEYS)).unwrap();
+    let sequence = shard.open().unwrap();
+    shard.extend(&cpu, sequence, KEYS).unwrap();
     let rows = random::<T>(CHUNK * 8 * 128, 1);
-    for _ in 0..KEYS / CHUNK {
+    for first in (0..KEYS).step_by(CHUNK) {
         let rows = TensorView::contiguous("key", &rows, [1, CHUNK, 8, 128]).unwrap();
-        shard.append(rows, rows).unwrap();
+        shard.put(&cpu, 0, sequence, first..first + CHUNK, [rows, rows]).unwrap();
     }
     let shape =
         AttentionShape { batch: 1, query_len, key_len: KEYS, query_heads: 32, kv_heads: 8, head_dim: 128 };
@@ -102,12 +106,15 @@ fn query<T: Element>(bench: &mut Bench<'_>, query_len: usize) {
     let plan = Plan::new(&AttentionConfig::default(), &shape).unwrap();
     let (mut out, mut lse) = (vec![0f32; query.len()], vec![0f32; shape.lse_len()]);
     let mut workspace = Vec::with_capacity(plan.workspace_bytes());
-    let work =
-        if query_len == 1 { Work::Bytes(shard.bytes() as u64) } else { Work::Flops(plan.flops(), T::DTYPE) };
+    let work = match query_len {
+        1 => Work::Bytes((KEYS * shard.row_bytes()) as u64),
+        _ => Work::Flops(plan.flops(), T::DTYPE),
+    };
+    let [key, value] = shard.rows(&cpu, 0, sequence).unwrap();
     bench.case(format!("query {} T = {query_len}", T::DTYPE), work, || {
         let query = TensorView::contiguous("query", &query, shape.query_shape()).unwrap();
         let out = TensorViewMut::contiguous("out", &mut out, shape.query_shape()).unwrap();
-        let inputs = Inputs::new(query, shard.keys(), shard.values());
+        let inputs = Inputs::new(query, key, value);
         plan.run(inputs, out, Some(&mut lse), &mut workspace).unwrap();
     });
 }

@@ -99,12 +99,10 @@
 
 mod pages;
 mod planes;
-mod shard;
 mod step;
 mod store;
 
 pub use pages::SequenceId;
-pub use shard::KvShard;
 pub use step::StepRows;
 pub use store::KvStore;
 

@@ -29,6 +29,6 @@ pub use cudarc;
 pub use config::{AttentionConfig, AttentionShape, Mask, PlanConfig, ROW_INVARIANT_SPLIT_KEYS, ScoreConfig};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
-pub use kv::{KvConfig, KvRoom, KvShard, KvStore, SequenceId, StepRows};
+pub use kv::{KvConfig, KvRoom, KvStore, SequenceId, StepRows};
 pub use layout::{GeneratedKv, RankLayout, StarLayout, StarLayoutBuilder, StepLayout};
 pub use tensor::{DType, Element, Output, TensorView, TensorViewMut};

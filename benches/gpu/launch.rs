@@ -5,10 +5,8 @@ use crate::cases::{Call, Order, Work};
 use crate::device::Bench;
 use crate::measure::{Effort, Failure, Figures, Times, measure};
 use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{
-    Device, DeviceTensor, DeviceTensorMut, Partials, Rotation, ShardMut, append, merge,
-};
-use star_attention::{Element, Inputs, Result, bf16};
+use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Partials, append, merge};
+use star_attention::{Append, Element, Inputs, Result, Rotation, bf16};
 
 /// Measures one row.
 pub fn figures<B: Bench>(backend: &B, effort: &Effort, work: &Work) -> std::result::Result<Figures, Failure> {
@@ -146,7 +144,7 @@ fn merging<B: Bench>(backend: &B, effort: &Effort, n: usize, shape: [usize; 4]) 
     })
 }
 
-/// To places in order, in a shard that has as many.
+/// To places in order, in a cache that has as many.
 fn appending<B: Bench>(backend: &B, effort: &Effort, shape: [usize; 4], rotated: usize) -> Result<Times> {
     let (elements, tokens) = (shape.iter().product(), shape[0] * shape[1]);
     let sources: Vec<_> = (0..sets(effort, 8 * elements) as u64)
@@ -154,33 +152,34 @@ fn appending<B: Bench>(backend: &B, effort: &Effort, shape: [usize; 4], rotated:
             Ok([random::<B, bf16>(backend, elements, 2 * set)?, random(backend, elements, 2 * set + 1)?])
         })
         .collect::<Result<_>>()?;
-    let sources: Vec<_> = sources
-        .iter()
-        .map(|[key, value]| {
-            let key = DeviceTensor::contiguous("key", backend.span(key), shape)?;
-            Ok((key, DeviceTensor::contiguous("value", backend.span(value), shape)?))
-        })
-        .collect::<Result<_>>()?;
     let mut stored = [backend.empty::<bf16>(elements)?, backend.empty(elements)?];
     let [key, value] = stored.each_mut().map(|memory| backend.span_mut(memory));
-    let mut shard = ShardMut {
-        key: DeviceTensorMut::contiguous("shard", key, shape)?,
-        value: DeviceTensorMut::contiguous("shard", value, shape)?,
-    };
+    let mut cache_key = DeviceTensorMut::contiguous("cache_key", key, shape)?;
+    let mut cache_value = DeviceTensorMut::contiguous("cache_value", value, shape)?;
     let places = backend.memory(&(0..tokens as u32).collect::<Vec<_>>());
     // Any numbers take as long as cosines and sines.
     let [cos, sin] =
         [random::<B, f32>(backend, tokens * rotated / 2, 1)?, random(backend, tokens * rotated / 2, 2)?];
-    let rotation = (rotated > 0).then(|| Rotation {
-        cos: backend.span(&cos),
-        sin: backend.span(&sin),
-        positions: backend.span(&places),
-        rotated,
-        interleaved: false,
-    });
-    let places = backend.span(&places);
+    let sources: Vec<_> = sources
+        .iter()
+        .map(|[key, value]| {
+            let key = DeviceTensor::contiguous("key", backend.span(key), shape)?;
+            let value = DeviceTensor::contiguous("value", backend.span(value), shape)?;
+            let new = Append::new(key, value, backend.span(&places));
+            Ok(match rotated {
+                0 => new,
+                _ => new.with_rotation(Rotation {
+                    cos: backend.span(&cos),
+                    sin: backend.span(&sin),
+                    positions: backend.span(&places),
+                    rotated,
+                    interleaved: false,
+                }),
+            })
+        })
+        .collect::<Result<_>>()?;
     measure(backend, effort, |launch| {
-        let (key, value) = &sources[launch % sources.len()];
-        append(backend.device(), backend.stream(), key, value, &places, rotation.as_ref(), &mut shard)
+        let new = &sources[launch % sources.len()];
+        append(backend.device(), backend.stream(), new, &mut cache_key, &mut cache_value)
     })
 }

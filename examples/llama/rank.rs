@@ -5,21 +5,25 @@ use super::model::Llama;
 use super::run::Scheme;
 use candle_core::{Device, Tensor, WithDType};
 use star_attention::comm::{AnchorKv, Collective, MergePlan, anchor_scratch_len, share_anchor};
-use star_attention::cpu::flash::Plan;
+use star_attention::cpu::{Cpu, flash::Plan};
 use star_attention::merge::Partial;
 use star_attention::{
-    AttentionConfig, AttentionShape, Element, Inputs, KvShard, Mask, RankLayout, TensorView, TensorViewMut,
-    candle::Borrowed,
+    Append, AttentionConfig, AttentionShape, Element, Inputs, KvConfig, KvStore, Mask, RankLayout,
+    SequenceId, TensorView, TensorViewMut, candle::Borrowed,
 };
 
-/// One rank of a group, its KV shards in `T`.
-pub struct Rank<'a, T, C: ?Sized> {
+/// Where attention runs, and keys and values lie.
+static CPU: Cpu = Cpu::new();
+
+/// One rank of a group, its KV shard in `T`.
+pub struct Rank<'a, T: Element, C: ?Sized> {
     model: &'a Llama,
     scheme: Scheme,
     layout: RankLayout,
     group: &'a C,
-    /// One for each layer: the context tokens kept, and behind them query and generated tokens.
-    shards: Vec<KvShard<T>>,
+    /// Of one sequence: the context tokens kept, and behind them query and generated tokens.
+    shard: KvStore<Cpu, T>,
+    sequence: SequenceId,
     workspace: Vec<u8>,
     checksum: u64,
 }
@@ -34,15 +38,17 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         let layout = scheme.layout.rank(group.rank())?;
         let capacity = layout.room(tokens, step);
         let config = &model.config;
-        let shards = (0..config.layers)
-            .map(|_| KvShard::new(1, config.kv_heads, config.head_dim, capacity))
-            .collect::<star_attention::Result<_>>()?;
+        let room =
+            KvConfig::new(config.kv_heads, config.head_dim).with_layers(config.layers).in_rows(1, capacity);
+        let mut shard = KvStore::new(&CPU, room)?;
+        let sequence = shard.open()?;
         Ok(Self {
             model,
             scheme,
             layout,
             group,
-            shards,
+            shard,
+            sequence,
             workspace: Vec::new(),
             checksum: 0xcbf2_9ce4_8422_2325,
         })
@@ -51,7 +57,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
     /// Phase 1: runs the local sequence under `mask` once and keeps the KV of the rank's own tokens. Calls `tick` after each layer.
     pub fn encode(&mut self, context: &[u32], mask: Mask, tick: impl Fn()) -> Result<()> {
         let mut anchor = Anchor::new(self.model, &self.scheme, &self.layout)?;
-        let Self { model, scheme, layout, group, shards, workspace, .. } = self;
+        let Self { model, scheme, layout, group, shard, sequence, workspace, .. } = self;
         let (mut tokens, mut positions) = match scheme.anchor {
             AnchorKv::Encoded => {
                 scheme.anchor_block.rows(&scheme.layout, layout, context, model.config.vocab_size)
@@ -64,6 +70,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         let plan = Plan::new(&AttentionConfig::new(mask), &shape)?;
         workspace.reserve(plan.workspace_bytes());
         let kept = layout.kept();
+        shard.extend(&CPU, *sequence, kept.len())?;
         let mut layers = 0;
         model.forward(&tokens, &positions, 0, &mut |layer, [q, k, v]| {
             let (q, k, v) =
@@ -75,8 +82,8 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
             let mut out = vec![T::default(); q.shape().iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, q.shape())?;
             plan.run(Inputs::new(q, k, v), view, None, &mut *workspace)?;
-            let own = (kept.start, kept.len());
-            shards[layer].append(k.narrow(1, own.0, own.1)?, v.narrow(1, own.0, own.1)?)?;
+            let own = [k.narrow(1, kept.start, kept.len())?, v.narrow(1, kept.start, kept.len())?];
+            shard.put(&CPU, layer, *sequence, 0..kept.len(), own)?;
             tick();
             layers += 1;
             Ok(Tensor::from_vec(out, q.shape().as_slice(), &Device::Cpu)?)
@@ -95,11 +102,11 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
     /// last `logit_rows` tokens on the query rank, and no rows on the others.
     pub fn attend(&mut self, tokens: &[u32], before: usize, logit_rows: usize) -> Result<Tensor> {
         let is_query_rank = self.is_query_rank();
-        let Self { model, layout, group, shards, workspace, checksum, .. } = self;
+        let Self { model, layout, group, shard, sequence, workspace, checksum, .. } = self;
         let step = layout.step(before..before + tokens.len());
         let positions: Vec<usize> = step.positions().collect();
-        let new = step.appended();
-        let shape = shape(model, tokens.len(), shards[0].len() + new.len());
+        let new = shard.begin_step(&CPU, *sequence, &step)?;
+        let shape = shape(model, tokens.len(), new.attended);
         let plan = Plan::new(&AttentionConfig::new(step.mask()), &shape)?;
         let extents = shape.query_shape();
         let merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
@@ -108,21 +115,16 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         let mut partial = vec![0f32; extents.iter().product()];
         let (mut lse, mut merged_lse) = (vec![0f32; shape.lse_len()], vec![0f32; shape.lse_len()]);
         let logit_rows = if is_query_rank { logit_rows } else { 0 };
-        model.forward(tokens, &positions, logit_rows, &mut |layer, [q, k, v]| {
+        let logits = model.forward(tokens, &positions, logit_rows, &mut |layer, [q, k, v]| {
             let (q, k, v) =
                 (Borrowed::new("query", &q)?, Borrowed::new("key", &k)?, Borrowed::new("value", &v)?);
-            let (q, k, v) = (q.view::<T>()?, k.view()?, v.view()?);
-            let shard = &mut shards[layer];
-            let held = shard.len();
-            shard.append(k.narrow(1, 0, new.len())?, v.narrow(1, 0, new.len())?)?;
+            let (q, k, v) = (q.view::<T>()?, k.view::<T>()?, v.view::<T>()?);
+            shard.append(&CPU, layer, Append::new(k, v, &new.appended_places))?;
+            let [key, value] = shard.rows_of(&CPU, layer, *sequence, new.attended)?;
             let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
-            let inputs = Inputs::new(q, shard.keys(), shard.values());
-            plan.run(inputs, view, Some(&mut lse), &mut *workspace)?;
+            plan.run(Inputs::new(q, key, value), view, Some(&mut lse), &mut *workspace)?;
             if !step.keeps_appended() {
-                shard.truncate(held);
-                for row in step.kept() {
-                    shard.append(k.narrow(1, row, 1)?, v.narrow(1, row, 1)?)?;
-                }
+                shard.append(&CPU, layer, Append::new(k, v, &new.kept_places))?;
             }
             let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
             let mut out = vec![0f32; extents.iter().product()];
@@ -130,7 +132,9 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
             merge.run(*group, &partial, view, &mut merged_lse, &mut scratch)?;
             *checksum = out.iter().fold(*checksum, |sum, x| fold(sum, u64::from(x.to_bits())));
             Ok(Tensor::from_vec(out, extents.as_slice(), &Device::Cpu)?)
-        })
+        })?;
+        shard.truncate(*sequence, new.kept)?;
+        Ok(logits)
     }
 
     /// The most likely token of the last row of `logits`: chosen on the query rank, and sent to all.
@@ -145,9 +149,8 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
     }
 
     /// Forgets query and generated tokens.
-    pub fn forget_query(&mut self) {
-        let kept = self.layout.kept().len();
-        self.shards.iter_mut().for_each(|shard| shard.truncate(kept));
+    pub fn forget_query(&mut self) -> Result<()> {
+        Ok(self.shard.truncate(self.sequence, self.layout.kept().len())?)
     }
 
     /// Returns when every rank of the group has come here.
@@ -156,8 +159,8 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
     }
 
     /// Bytes of the KV held, over all layers.
-    pub fn kv_bytes(&self) -> usize {
-        self.shards.iter().map(KvShard::bytes).sum()
+    pub fn kv_bytes(&self) -> Result<usize> {
+        Ok(self.shard.len(self.sequence)? * self.shard.row_bytes())
     }
 
     /// Whether this rank computes the logits.
@@ -177,12 +180,14 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
 }
 
 /// The anchor's keys and values of one layer, and behind them the rank's own.
-struct Anchor<T> {
+struct Anchor<T: Element> {
     shape: [usize; 4],
     key: Vec<T>,
     value: Vec<T>,
     scratch: Vec<T>,
-    local: KvShard<T>,
+    /// One sequence in rows: all of the rank's local one.
+    local: KvStore<Cpu, T>,
+    sequence: SequenceId,
 }
 
 impl<T: Element> Anchor<T> {
@@ -196,12 +201,17 @@ impl<T: Element> Anchor<T> {
         };
         let shape = [1, tokens, config.kv_heads, config.head_dim];
         let buffer = || vec![T::default(); shape.iter().product()];
+        let room = KvConfig::new(config.kv_heads, config.head_dim).in_rows(1, local);
+        let mut store = KvStore::new(&CPU, room)?;
+        let sequence = store.open()?;
+        store.extend(&CPU, sequence, local)?;
         Ok(Self {
             shape,
             key: buffer(),
             value: buffer(),
             scratch: vec![T::default(); anchor_scratch_len(shape)],
-            local: KvShard::new(1, config.kv_heads, config.head_dim, local)?,
+            local: store,
+            sequence,
         })
     }
 
@@ -222,11 +232,13 @@ impl<T: Element> Anchor<T> {
         if group.rank() == 0 {
             return Ok((key, value));
         }
-        self.local.truncate(0);
         let view = |data| TensorView::contiguous("anchor", data, self.shape);
-        self.local.append(view(&self.key)?, view(&self.value)?)?;
-        self.local.append(key, value)?;
-        Ok((self.local.keys(), self.local.values()))
+        let anchor = [view(&self.key)?, view(&self.value)?];
+        let (tokens, own) = (self.shape[1], key.shape()[1]);
+        self.local.put(&CPU, 0, self.sequence, 0..tokens, anchor)?;
+        self.local.put(&CPU, 0, self.sequence, tokens..tokens + own, [key, value])?;
+        let [key, value] = self.local.rows(&CPU, 0, self.sequence)?;
+        Ok((key, value))
     }
 
     /// Takes part in a layer's message.

@@ -189,12 +189,12 @@ fn answer<T: Element + WithDType, C: Collective + ?Sized>(
     let longest = job.queries.iter().map(Vec::len).max().unwrap_or(0);
     let mut rank = Rank::<T, _>::new(model, scheme, longest + job.generate, longest, group)?;
     rank.encode(job.context, mask, || bar.inc(1))?;
-    let (encode_time, kv_bytes) = (start.elapsed(), rank.kv_bytes());
+    let (encode_time, kv_bytes) = (start.elapsed(), rank.kv_bytes()?);
     rank.wait_for_all()?;
     let (start, before) = (Instant::now(), rank.group().traffic());
     let mut answers = Vec::new();
     for query in job.queries {
-        rank.forget_query();
+        rank.forget_query()?;
         let rows = if job.all_logits { query.len() } else { 1 };
         let mut logits = vec![rank.attend(query, 0, rows)?];
         let mut tokens = Vec::new();

@@ -8,7 +8,9 @@ use star_attention::cpu;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, HalfElement};
 use star_attention::merge::Partial;
-use star_attention::{AttentionConfig, Element, Inputs, KvShard, Result, TensorView, TensorViewMut};
+use star_attention::{
+    AttentionConfig, Element, Inputs, KvConfig, KvStore, Result, TensorView, TensorViewMut,
+};
 use std::time::{Duration, Instant};
 
 /// What came of a rank.
@@ -48,9 +50,15 @@ impl Times {
 pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &dyn Fn()) -> Result<Outcome> {
     let (query, shard) = (sizes.query::<T>(), sizes.shard::<T>(group.rank()));
     let shape = sizes.shape(shard.len);
-    let mut kv = KvShard::new(1, sizes.kv_heads, sizes.head_dim, shard.len)?;
+    let backend = cpu::Cpu::new();
+    let room = KvConfig::new(sizes.kv_heads, sizes.head_dim).in_rows(1, shard.len);
+    let mut kv = KvStore::<_, T>::new(&backend, room)?;
+    let sequence = kv.open()?;
+    kv.extend(&backend, sequence, shard.len)?;
     let view = |name, data| TensorView::contiguous(name, data, shape.key_shape());
-    kv.append(view("key", &shard.key.data)?, view("value", &shard.value.data)?)?;
+    let rows = [view("key", &shard.key.data)?, view("value", &shard.value.data)?];
+    kv.put(&backend, 0, sequence, 0..shard.len, rows)?;
+    let [key, value] = kv.rows(&backend, 0, sequence)?;
     let plan = cpu::flash::Plan::new(&AttentionConfig::default(), &shape)?;
     let extents = shape.query_shape();
     let mut merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
@@ -67,7 +75,7 @@ pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &
     for _ in 0..sizes.layers {
         let start = Instant::now();
         let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
-        let inputs = Inputs::new(query, kv.keys(), kv.values());
+        let inputs = Inputs::new(query, key, value);
         plan.run(inputs, view, Some(&mut lse), &mut workspace)?;
         let attention = start.elapsed();
         let start = Instant::now();

@@ -1,21 +1,19 @@
 //! The two phases, timed and checked.
 
 use crate::Sizes;
-use crate::backend::{Backend, Plain};
+use crate::backend::Backend;
 use crate::check::{Errors, Visible};
 use crate::table::{table, time};
 use indicatif::{ProgressBar, ProgressStyle};
 use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{
-    Device, DeviceTensor, DeviceTensorMut, HalfElement, Partials, ShardMut, append, merge,
+use star_attention::cuda::{Cuda, Device, DeviceTensor, DeviceTensorMut, HalfElement, Partials, merge};
+use star_attention::{
+    AttentionConfig, AttentionShape, KvConfig, KvStore, Mask, RankLayout, Result, SequenceId, StarLayout,
 };
-use star_attention::{AttentionConfig, AttentionShape, Mask, RankLayout, Result, StarLayout};
 use std::time::Instant;
 
 /// Rows of each rank and phase that are compared with the oracle, over all heads.
 const CHECKED_ROWS: usize = 8;
-/// A row's place for `append` if it is not kept.
-const LEFT_OUT: u32 = u32::MAX;
 
 /// Standard normal values of any token: a token's are the same on every rank.
 struct Tensor<T> {
@@ -71,12 +69,22 @@ struct Step {
     errors: Option<Errors>,
 }
 
-/// A rank's keys and values in the device's memory, `[1, capacity, kv_heads, dim]`.
-struct Shard<B: Backend, T: Plain> {
-    key: B::Memory<T>,
-    value: B::Memory<T>,
-    capacity: usize,
-    len: usize,
+/// A rank's keys and values in the device's memory: one sequence in rows.
+struct Shard<D: Device, T: HalfElement> {
+    store: KvStore<Cuda<D>, T>,
+    sequence: SequenceId,
+}
+
+impl<D: Device, T: HalfElement> Shard<D, T> {
+    /// Stores keys and values `[1, rows, kv_heads, dim]` behind those that are held.
+    fn push<'a>(&mut self, cuda: &Cuda<D>, rows: [DeviceTensor<'a, D, T>; 2]) -> Result<()>
+    where
+        D: 'a,
+    {
+        let (held, more) = (self.store.len(self.sequence)?, rows[0].shape()[1]);
+        self.store.extend(cuda, self.sequence, more)?;
+        self.store.put(cuda, 0, self.sequence, held..held + more, rows)
+    }
 }
 
 /// The shortest of `repeats` times of `work`, after one that is not counted on devices that must warm up.
@@ -155,7 +163,7 @@ fn encode<B: Backend, T: HalfElement>(
     layout: &StarLayout,
     local: &RankLayout,
     inputs: &Inputs<T>,
-) -> Result<(Shard<B, T>, Step)> {
+) -> Result<(Shard<B::Device, T>, Step)> {
     let shape = attention_shape(sizes, local.local_len(), local.local_len());
     let plan = Plan::new(&backend.device().properties(), &AttentionConfig::new(local.mask()), &shape)?;
     let [query, key, value] =
@@ -182,14 +190,11 @@ fn encode<B: Backend, T: HalfElement>(
 
     let kept = local.kept();
     let own = if local.rank() == layout.query_rank() { sizes.query_len } else { 0 };
-    let capacity = kept.len() + own;
-    let room = vec![T::default(); capacity * sizes.kv_heads * sizes.head_dim];
-    let mut shard =
-        Shard { key: backend.memory(&room), value: backend.memory(&room), capacity, len: kept.len() };
-    let places: Vec<u32> = (0..local.local_len())
-        .map(|row| if kept.contains(&row) { (row - kept.start) as u32 } else { LEFT_OUT })
-        .collect();
-    append_rows(backend, sizes, &mut shard, &k, &v, &places)?;
+    let cuda = backend.as_cuda();
+    let room = KvConfig::new(sizes.kv_heads, sizes.head_dim).in_rows(1, kept.len() + own);
+    let mut store = KvStore::new(&cuda, room)?;
+    let mut shard = Shard { sequence: store.open()?, store };
+    shard.push(&cuda, [k.narrow(1, kept.start, kept.len())?, v.narrow(1, kept.start, kept.len())?])?;
 
     let (out, lse) = (backend.read(&out), backend.read(&lse));
     let tokens: Vec<usize> = local.tokens().collect();
@@ -219,33 +224,13 @@ fn encode<B: Backend, T: HalfElement>(
     Ok((shard, step))
 }
 
-fn append_rows<B: Backend, T: HalfElement>(
-    backend: &B,
-    sizes: &Sizes,
-    shard: &mut Shard<B, T>,
-    key: &DeviceTensor<'_, B::Device, T>,
-    value: &DeviceTensor<'_, B::Device, T>,
-    places: &[u32],
-) -> Result<()> {
-    if shard.capacity == 0 {
-        return Ok(());
-    }
-    let extents = [1, shard.capacity, sizes.kv_heads, sizes.head_dim];
-    let places = backend.memory(places);
-    let mut to = ShardMut {
-        key: DeviceTensorMut::contiguous("shard", backend.span_mut(&mut shard.key), extents)?,
-        value: DeviceTensorMut::contiguous("shard", backend.span_mut(&mut shard.value), extents)?,
-    };
-    append(backend.device(), backend.stream(), key, value, &backend.span(&places), None, &mut to)
-}
-
 /// Phase 2: the query tokens' partial over every shard, and the merge of all.
 fn attend<B: Backend, T: HalfElement>(
     backend: &B,
     sizes: &Sizes,
     layout: &StarLayout,
     inputs: &Inputs<T>,
-    shards: &mut [Shard<B, T>],
+    shards: &mut [Shard<B::Device, T>],
     bar: &ProgressBar,
 ) -> Result<Vec<Step>> {
     let Sizes { query_len, heads, kv_heads, head_dim, context_len, .. } = *sizes;
@@ -258,10 +243,8 @@ fn attend<B: Backend, T: HalfElement>(
     let k = DeviceTensor::contiguous("key", backend.span(&key), own)?;
     let v = DeviceTensor::contiguous("value", backend.span(&value), own)?;
     let query_rank = layout.query_rank();
-    let shard = &mut shards[query_rank];
-    let places: Vec<u32> = (shard.len..shard.len + query_len).map(|place| place as u32).collect();
-    append_rows(backend, sizes, shard, &k, &v, &places)?;
-    shard.len += query_len;
+    let cuda = backend.as_cuda();
+    shards[query_rank].push(&cuda, [k, v])?;
 
     // Each rank's partial, one after another, as an all-gather would leave them.
     let (out_len, lse_len) = (query_len * heads * head_dim, heads * query_len);
@@ -272,11 +255,10 @@ fn attend<B: Backend, T: HalfElement>(
         bar.set_message(format!("phase 2, rank {rank}"));
         // Only the keys of the query's own tokens are hidden from earlier ones.
         let mask = if rank == query_rank { Mask::Causal } else { Mask::Full };
-        let shape = attention_shape(sizes, query_len, shard.len);
+        let shape = attention_shape(sizes, query_len, shard.store.len(shard.sequence)?);
         let plan = Plan::new(&backend.device().properties(), &AttentionConfig::new(mask), &shape)?;
         let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
-        let view = |memory| DeviceTensor::contiguous("shard", backend.span(memory), shape.key_shape());
-        let (k, v) = (view(&shard.key)?, view(&shard.value)?);
+        let [k, v] = shard.store.rows(&cuda, 0, shard.sequence)?;
         let stacked = [sizes.ranks, query_len, heads, head_dim];
         let out_span = backend.span_mut(&mut partials);
         let mut out = DeviceTensorMut::contiguous("out", out_span, stacked)?.narrow(0, rank, 1)?;

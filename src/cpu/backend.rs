@@ -16,8 +16,8 @@ pub struct Cpu {
 impl Cpu {
     /// This CPU with the best of its instructions, and as many threads as the rayon pool has in
     /// which plans are made.
-    pub fn new() -> Self {
-        Self::default()
+    pub const fn new() -> Self {
+        Self { instructions: None, threads: None }
     }
 
     /// The same with other instructions.

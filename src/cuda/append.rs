@@ -1,59 +1,26 @@
-//! New keys and values to their places in a shard on a GPU, contiguous or in pages, the keys rotated on the way where asked.
+//! New keys and values to their places in a cache on a GPU, in rows or pages, the keys rotated on
+//! the way where asked.
 
-use super::device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Span, bytes_of};
+use super::device::{Device, DeviceTensor, DeviceTensorMut, Span, bytes_of};
 use super::params::StarAppendParams;
 use super::{APPEND_THREADS, Launch};
 use crate::{Append, DType, Element, Error, Result};
 
-/// The rotation of keys by position (RoPE), with tables in device memory. `rotated` is a multiple of
-/// 16.
-pub type Rotation<'a, D> = crate::Rotation<Span<'a, D, f32>, Span<'a, D, u32>>;
-
-/// A shard to be appended to: keys and values `[pages, page_len, kv_heads, head_dim]`, or `[batch, capacity, kv_heads, head_dim]`, which is
-/// the same with a page for each sequence.
-#[derive(Debug)]
-pub struct ShardMut<'a, D: Device, T> {
-    /// Keys.
-    pub key: DeviceTensorMut<'a, D, T>,
-    /// Values.
-    pub value: DeviceTensorMut<'a, D, T>,
-}
-
-/// Stores `key` and `value` `[batch, seq, kv_heads, head_dim]` in `shard`, each row at its place.
-///
-/// `places` is `[batch, seq]` in device memory: `page · page_len + row`. It is read by the kernel: a row whose place is outside of the shard, or
-/// whose position is outside of the rotation's table, is left out, which serves rows that another rank keeps. No two rows may
-/// have one place.
-///
-/// # Errors
-/// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together; errors of the driver.
-pub fn append<D: Device, T: HalfElement>(
-    device: &D,
-    stream: &D::Stream,
-    key: &DeviceTensor<'_, D, T>,
-    value: &DeviceTensor<'_, D, T>,
-    places: &Span<'_, D, u32>,
-    rotation: Option<&Rotation<'_, D>>,
-    shard: &mut ShardMut<'_, D, T>,
-) -> Result<()> {
-    let mut new = Append::new(key.reborrow(), value.reborrow(), places.reborrow());
-    if let Some(crate::Rotation { cos, sin, positions, rotated, interleaved }) = rotation {
-        new = new.with_rotation(crate::Rotation {
-            cos: cos.reborrow(),
-            sin: sin.reborrow(),
-            positions: positions.reborrow(),
-            rotated: *rotated,
-            interleaved: *interleaved,
-        });
-    }
-    append_rows(device, stream, &new, &mut shard.key, &mut shard.value)
-}
-
 /// New rows in device memory.
 type NewRows<'v, 'f, 'u, D, T> = Append<DeviceTensor<'v, D, T>, Span<'f, D, f32>, Span<'u, D, u32>>;
 
-/// [`append`] with any element types, of which the kernel takes two of 16 bits that are the same.
-pub(super) fn append_rows<D: Device, T: Element, C: Element>(
+/// Stores new keys and values in a cache of two tensors `[pages, page_len, kv_heads, head_dim]` of
+/// f16 or bf16, as the new rows are. Head dims are multiples of 8; where keys are rotated, `rotated`
+/// is a multiple of 16.
+///
+/// Places and positions are read by the kernel: a row whose place is outside of the cache, or whose
+/// position is outside of the rotation's table, is left out, which serves rows that another rank
+/// keeps. No two rows may have one place.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together,
+/// [`Error::DType`] for other element types; errors of the driver.
+pub fn append<D: Device, T: Element, C: Element>(
     device: &D,
     stream: &D::Stream,
     new: &NewRows<'_, '_, '_, D, T>,

@@ -1,6 +1,6 @@
 //! A stream of a device as a [`Backend`].
 
-use super::append::append_rows;
+use super::append::append;
 use super::device::{Device, DeviceTensor, DeviceTensorMut, Span, SpanMut, bytes_of};
 use super::flash::DevicePlan;
 use super::merge::merge_separate;
@@ -207,7 +207,7 @@ impl<D: Device> Backend for Cuda<D> {
         mut cache_key: DeviceTensorMut<'_, D, C>,
         mut cache_value: DeviceTensorMut<'_, D, C>,
     ) -> Result<()> {
-        append_rows(&*self.device, &self.stream, &new, &mut cache_key, &mut cache_value)
+        append(&*self.device, &self.stream, &new, &mut cache_key, &mut cache_value)
     }
 
     fn merge<T: Element, O: Element>(

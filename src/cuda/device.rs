@@ -204,21 +204,6 @@ impl<'a, D: Device, T> Span<'a, D, T> {
     }
 }
 
-impl<D: Device, T> Span<'_, D, T> {
-    /// The same elements, borrowed for a shorter time.
-    pub(crate) fn reborrow(&self) -> Span<'_, D, T> {
-        let Self { address, len, stream, .. } = *self;
-        Span { address, len, stream, _guard: None, _borrow: PhantomData }
-    }
-}
-
-impl<D: Device, T> DeviceTensor<'_, D, T> {
-    /// The same elements, borrowed for a shorter time.
-    pub(crate) fn reborrow(&self) -> DeviceTensor<'_, D, T> {
-        DeviceTensor { span: self.span.reborrow(), layout: self.layout }
-    }
-}
-
 impl<'a, D: Device, T> SpanMut<'a, D, T> {
     /// `len` elements at a device address: the way in for memory of other frameworks.
     ///

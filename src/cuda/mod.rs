@@ -2,7 +2,7 @@
 //!
 //! - [`flash`]: context encoding and query attention, under every mask of the crate;
 //! - [`merge()`]: n partials to one, of the splits of one call or of many ranks;
-//! - [`append()`]: new keys and values to a shard, contiguous or in pages;
+//! - [`append()`]: new keys and values to a cache, in rows or pages;
 //! - [`Staging`]: tables that change from step to step, copied without waiting.
 //!
 //! Kernels run on a [`Device`]: a GPU (`driver`, feature `cuda`), or the SIMT emulator, slowly and with every access checked (`simt`, feature `simt`).
@@ -26,7 +26,7 @@ mod policy;
 pub mod simt;
 mod staging;
 
-pub use append::{Rotation, ShardMut, append};
+pub use append::append;
 pub use backend::{Buffer, Cuda};
 pub(crate) use device::{ALIGNMENT, check_not_capturing};
 pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};

@@ -2,7 +2,7 @@
 
 use half::vec::HalfBitsVecExt;
 use star_attention::cuda::simt::{self, Simt};
-use star_attention::cuda::{Device, Span, SpanMut};
+use star_attention::cuda::{Cuda, Device, Span, SpanMut};
 use star_attention::f16;
 use std::fmt::Debug;
 use std::ops::Range;
@@ -20,6 +20,8 @@ pub trait Backend {
     fn open(seed: u64) -> Self;
     fn device(&self) -> &Self::Device;
     fn stream(&self) -> &<Self::Device as Device>::Stream;
+    /// The device and its stream as the crate's backend, with the same memory.
+    fn as_cuda(&self) -> Cuda<Self::Device>;
     fn memory<T: Plain>(&self, data: &[T]) -> Self::Memory<T>;
     /// Memory for so many numbers, which nothing is written to; none if there is not so much.
     fn room(&self, len: usize) -> Option<Self::Memory<f16>>;
@@ -47,6 +49,9 @@ impl Backend for Simt {
     }
     fn stream(&self) -> &() {
         &()
+    }
+    fn as_cuda(&self) -> Cuda<Self> {
+        Cuda::new(self.clone(), ())
     }
     fn memory<T: Plain>(&self, data: &[T]) -> Self::Memory<T> {
         self.buffer(data)
@@ -130,6 +135,9 @@ mod gpu {
         }
         fn stream(&self) -> &Arc<CudaStream> {
             &self.stream
+        }
+        fn as_cuda(&self) -> Cuda<Driver> {
+            Cuda::new(self.driver.clone(), self.stream.clone())
         }
         fn memory<T: Plain>(&self, data: &[T]) -> Memory<T> {
             let mut memory = self.uninitialised(data.len()).expect("memory of the GPU");

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use star_attention::cpu::flash::Plan;
 use star_attention::cpu::{Cpu, InstructionSet};
 use star_attention::merge::{Partial, merge, merge_into};
-use star_attention::{AttentionConfig, AttentionShape, Element, KvShard, bf16, f16};
+use star_attention::{AttentionConfig, AttentionShape, Element, Keys, KvConfig, KvStore, bf16, f16};
 
 /// Plans, shards and both merges of rank memory, on given instructions.
 #[derive(Debug)]
@@ -41,14 +41,26 @@ impl<T: Element> Attend<T> for Flash {
         assert_eq!(out.bits(), again.bits(), "a used workspace changes the output");
     }
 
+    /// A store with rows for each sequence.
     fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2] {
+        let cpu = Cpu::new();
         let [batch, _, kv_heads, head_dim] = appended[0][0].shape();
         let len = appended.iter().map(|[key, _]| key.shape()[1]).sum();
-        let mut shard = KvShard::new(batch, kv_heads, head_dim, len).unwrap();
-        for [key, value] in appended {
-            shard.append(key.view(), value.view()).unwrap();
+        let config = KvConfig::new(kv_heads, head_dim).in_rows(batch, len);
+        let mut store = KvStore::<_, T>::new(&cpu, config).unwrap();
+        for index in 0..batch {
+            let sequence = store.open().unwrap();
+            for rows in appended {
+                let held = store.len(sequence).unwrap();
+                let end = held + rows[0].shape()[1];
+                store.extend(&cpu, sequence, end - held).unwrap();
+                let own = rows.each_ref().map(|rows| rows.view().narrow(0, index, 1).unwrap());
+                store.put(&cpu, 0, sequence, held..end, own).unwrap();
+            }
+            // Sequences lie in the order in which they were opened.
+            assert_eq!(store.keys(sequence).unwrap(), Keys::rows(index, 0..len));
         }
-        [shard.keys(), shard.values()].map(Tensor::of)
+        [store.key(&cpu, 0).unwrap(), store.value(&cpu, 0).unwrap()].map(Tensor::of)
     }
 
     /// All at once, and one after another.

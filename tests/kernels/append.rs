@@ -4,8 +4,8 @@
 use crate::backend::Backend;
 use crate::call::{Memory, on_each_device};
 use crate::common::{Rng, Tensor};
-use star_attention::cuda::{Rotation, ShardMut, append};
-use star_attention::{LEFT_OUT, bf16};
+use star_attention::cuda::append;
+use star_attention::{Append, LEFT_OUT, Rotation, bf16};
 
 on_each_device! {
     fn rows_without_a_place_or_an_angle_are_left_out() {
@@ -27,17 +27,17 @@ on_each_device! {
             interleaved: false,
         };
         let [new_key, new_value] = [&key, &value].map(|rows| Memory::of(&backend, rows));
+        let new = Append::new(
+            new_key.view(&backend, "key"),
+            new_value.view(&backend, "value"),
+            backend.span(&places),
+        );
         append(
             backend.device(),
             backend.stream(),
-            &new_key.view(&backend, "key"),
-            &new_value.view(&backend, "value"),
-            &backend.span(&places),
-            Some(&rotation),
-            &mut ShardMut {
-                key: to_key.view_mut(&backend, "cache_key"),
-                value: to_value.view_mut(&backend, "cache_value"),
-            },
+            &new.with_rotation(rotation),
+            &mut to_key.view_mut(&backend, "cache_key"),
+            &mut to_value.view_mut(&backend, "cache_value"),
         )
         .unwrap();
         for (new, stored) in [(&key, &to_key), (&value, &to_value)] {

@@ -20,27 +20,15 @@ fn dims() -> impl Strategy<Value = usize> {
     prop::sample::select(HEAD_DIMS.to_vec())
 }
 
-/// Devices on which the crate's backend is tested.
-pub trait Engine: crate::backend::Backend {
+/// The crate's backend on each device.
+pub trait Engine: crate::backend::Backend + Sized {
     /// A stream of the device as a backend. `seed` draws the order of work, where it is drawn.
-    fn cuda(seed: u64) -> Cuda<Self::Device>;
-}
-
-impl Engine for Simt {
-    fn cuda(seed: u64) -> Cuda<Self> {
-        Cuda::new(Self::new(seed), ())
-    }
-}
-
-#[cfg(feature = "cuda")]
-impl Engine for crate::backend::Gpu {
     fn cuda(seed: u64) -> Cuda<Self::Device> {
-        use crate::backend::Backend as _;
-        let gpu = Self::open(seed);
-        let driver = Self::Device::new(gpu.device().context().clone()).unwrap();
-        Cuda::new(driver, gpu.stream().clone())
+        Self::open(seed).as_cuda()
     }
 }
+
+impl<B: crate::backend::Backend> Engine for B {}
 
 fn emulator(seed: u64) -> Cuda<Simt> {
     Simt::cuda(seed)

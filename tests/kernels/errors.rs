@@ -7,11 +7,10 @@ use crate::properties::cases::RUBBISH;
 use half::{bf16, f16};
 use star_attention::cuda::flash::{PageTable, Plan};
 use star_attention::cuda::{
-    Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, Partials, Properties, Rotation, ShardMut, Span,
-    SpanMut, append, merge,
+    Device, DeviceTensor, DeviceTensorMut, HEAD_DIMS, Partials, Properties, Span, SpanMut, append, merge,
 };
 use star_attention::{
-    AttentionConfig, AttentionShape, Batch, Element, Error, Inputs, Keys, Mask, PlanConfig, Result,
+    AttentionConfig, AttentionShape, Batch, Element, Error, Inputs, Keys, Mask, PlanConfig, Result, Rotation,
     ScoreConfig, Sequence,
 };
 
@@ -357,7 +356,7 @@ fn appends<B: Backend>() {
                     DeviceTensorMut::contiguous("s", span.range(0..shape.iter().product()), shape).unwrap()
                 },
             );
-            let mut shard = ShardMut { key: spans.next().unwrap(), value: spans.next().unwrap() };
+            let (mut cache_key, mut cache_value) = (spans.next().unwrap(), spans.next().unwrap());
             let rotation = Rotation {
                 cos: backend.span(&table).range(0..a.lens[0]),
                 sin: backend.span(&table).range(0..a.lens[1]),
@@ -366,8 +365,14 @@ fn appends<B: Backend>() {
                 interleaved: false,
             };
             let places = backend.span(&numbers).range(0..a.places);
-            let (key, value) = (view(a.key), view(a.value));
-            append(backend.device(), backend.stream(), &key, &value, &places, Some(&rotation), &mut shard)
+            let new = star_attention::Append::new(view(a.key), view(a.value), places);
+            append(
+                backend.device(),
+                backend.stream(),
+                &new.with_rotation(rotation),
+                &mut cache_key,
+                &mut cache_value,
+            )
         };
         if result.is_err() {
             assert!(stored.iter().all(|rows| backend.read(rows).iter().all(|&x| x == bf16::ZERO)));

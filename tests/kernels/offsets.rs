@@ -8,8 +8,8 @@ use crate::common::{Rng, Tensor, indices};
 use crate::properties::cases::Inputs;
 use crate::properties::expected::Expected;
 use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{Device, Partials, ShardMut, append, merge};
-use star_attention::{AttentionConfig, AttentionShape, f16};
+use star_attention::cuda::{Device, Partials, append, merge};
+use star_attention::{Append, AttentionConfig, AttentionShape, f16};
 use std::sync::{Mutex, PoisonError};
 
 /// A tensor's memory.
@@ -135,14 +135,9 @@ fn append_to_pages<B: Backend>(axis: usize) -> Option<()> {
     append(
         backend.device(),
         backend.stream(),
-        &key.view(&backend, "key"),
-        &value.view(&backend, "value"),
-        &backend.span(&places),
-        None,
-        &mut ShardMut {
-            key: stored_key.view_mut(&backend, "shard"),
-            value: stored_value.view_mut(&backend, "shard"),
-        },
+        &Append::new(key.view(&backend, "key"), value.view(&backend, "value"), backend.span(&places)),
+        &mut stored_key.view_mut(&backend, "cache_key"),
+        &mut stored_value.view_mut(&backend, "cache_value"),
     )
     .unwrap();
     for (rows, stored) in tensors.iter().zip([&stored_key, &stored_value]) {

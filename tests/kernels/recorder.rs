@@ -5,13 +5,13 @@ use crate::common::named;
 use star_attention::comm::{DeviceCollective, Staged, ThreadGroup};
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
-    Cuda, Device, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, ShardMut, Span, SpanMut,
+    Cuda, Device, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, Span, SpanMut,
     append, merge, merge_separate,
 };
 use star_attention::merge::PartialOf;
 use star_attention::{
-    AttentionConfig, AttentionShape, Backend, Batch, Capacity, Element, Inputs, Keys, Mask, PlanConfig,
-    Result, Sequence, f16,
+    Append, AttentionConfig, AttentionShape, Backend, Batch, Capacity, Element, Inputs, Keys, Mask,
+    PlanConfig, Result, Sequence, f16,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -170,11 +170,11 @@ fn calls_through_the_hosts_memory_are_not_captured() {
     assert_eq!(recorder.asked_for(), [6, 0]);
 }
 
-/// Of new rows and of a shard.
+/// Of new rows and of a cache.
 fn append_rows(recorder: &Recorder, rows: [usize; 4], stored: [usize; 4]) -> Result<()> {
     let places = span(rows[0].wrapping_mul(rows[1]));
-    let mut shard = ShardMut { key: tensor_mut::<f16>(stored), value: tensor_mut(stored) };
-    append(recorder, &Stream::Plain, &tensor(rows), &tensor(rows), &places, None, &mut shard)
+    let new = Append::new(tensor::<f16>(rows), tensor(rows), places);
+    append(recorder, &Stream::Plain, &new, &mut tensor_mut::<f16>(stored), &mut tensor_mut::<f16>(stored))
 }
 
 /// Cut to 32 bits, most of them would be no work at all.

@@ -4,7 +4,9 @@ use super::Attend;
 use super::cases::{Inputs, RUBBISH};
 use crate::common::{Layout, Tensor};
 use star_attention::merge::PartialOf;
-use star_attention::{Append, AttentionConfig, AttentionShape, Backend, Batch, Element, PlanConfig, Result};
+use star_attention::{
+    Append, AttentionConfig, AttentionShape, Backend, Batch, Element, KvConfig, KvStore, PlanConfig, Result,
+};
 
 /// A tensor's buffer in a backend's memory.
 pub struct Stored<B: Backend, T: Element> {
@@ -97,19 +99,21 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
         self.run(&config.score().into(), &batch.unwrap(), inputs, out, lse);
     }
 
-    /// A cache with a page for each sequence, `[batch, capacity, kv_heads, head_dim]`.
+    /// A store with rows for each sequence, `[batch, capacity, kv_heads, head_dim]`.
     fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2] {
         let backend = &self.0;
         let [batch, _, kv_heads, head_dim] = appended[0][0].shape();
         let capacity: usize = appended.iter().map(|[key, _]| key.shape()[1]).sum();
-        let empty = Tensor::contiguous("cache", [batch, capacity, kv_heads, head_dim], |_| RUBBISH);
-        let mut cache = [Stored::of(backend, &empty), Stored::of(backend, &empty)];
-        let mut start = 0;
+        let config = KvConfig::new(kv_heads, head_dim).in_rows(batch, capacity);
+        let mut store = KvStore::new(backend, config).unwrap();
+        let sequences: Vec<_> = (0..batch).map(|_| store.open().unwrap()).collect();
         for rows in appended {
-            let end = start + rows[0].shape()[1];
-            let of_sequence = |index: usize| (start..end).map(move |row| (index * capacity + row) as u32);
-            let places: Vec<u32> = (0..batch).flat_map(of_sequence).collect();
-            start = end;
+            let mut places: Vec<u32> = Vec::new();
+            for &sequence in &sequences {
+                let (held, more) = (store.len(sequence).unwrap(), rows[0].shape()[1]);
+                store.extend(backend, sequence, more).unwrap();
+                places.extend(store.places(sequence, held..held + more).unwrap());
+            }
             let places = backend.buffer_of(&places).unwrap();
             let [key, value] = rows.each_ref().map(|rows| Stored::of(backend, rows));
             let new = Append::new(
@@ -117,16 +121,9 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
                 value.view(backend, "value"),
                 backend.slice(&places, ..),
             );
-            let [to_key, to_value] = &mut cache;
-            backend
-                .append(new, to_key.view_mut(backend, "key"), to_value.view_mut(backend, "value"))
-                .unwrap();
+            store.append(backend, 0, new).unwrap();
         }
-        cache.map(|stored| {
-            let mut tensor = empty.clone();
-            stored.read_to(backend, &mut tensor);
-            tensor
-        })
+        read_store(backend, &store, 0)
     }
 
     /// Each partial in a layout of its own, with the log-sum-exp and without.
@@ -149,6 +146,28 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
         assert!(out.bits() == without.bits(), "no log-sum-exp changes the output");
         vec![(out, lse)]
     }
+}
+
+/// Keys and values of a layer of a store, `[pages, page_len, kv_heads, head_dim]`.
+pub fn read_store<B: Backend, T: Element>(
+    backend: &B,
+    store: &KvStore<B, T>,
+    layer: usize,
+) -> [Tensor<T>; 2] {
+    let shape @ [pages, page_len, ..] = store.shape();
+    let places: Vec<u32> = (0..(pages * page_len) as u32).collect();
+    let places = backend.buffer_of(&places).unwrap();
+    let mut copies = [(); 2].map(|()| Tensor::contiguous("copy", shape, |_| RUBBISH));
+    let mut stored = copies.each_ref().map(|copy| Stored::of(backend, copy));
+    let [to_key, to_value] = &mut stored;
+    let all = Append::new(
+        store.key(backend, layer).unwrap(),
+        store.value(backend, layer).unwrap(),
+        backend.slice(&places, ..),
+    );
+    backend.append(all, to_key.view_mut(backend, "key"), to_value.view_mut(backend, "value")).unwrap();
+    copies.iter_mut().zip(&stored).for_each(|(copy, stored)| stored.read_to(backend, copy));
+    copies
 }
 
 /// Rows one after another, by heads, and with gaps: at multiples of 16 bytes, and at others.

@@ -1,13 +1,14 @@
 //! Continuous batching over a paged cache: requests arrive, are encoded in chunks under star masks
 //! beside others' decodes, grow, fork and leave. One loop serves every backend.
 
+use super::backend::{Stored, read_store};
 use super::cases::RUBBISH;
 use super::expected::Expected;
 use crate::common::{Rng, Tensor};
 use proptest::prelude::*;
 use star_attention::{
-    Append, AttentionConfig, Backend, Batch, Capacity, Element, Inputs, Keys, LEFT_OUT, Mask, PlanConfig,
-    Rotation, Sequence,
+    Append, AttentionConfig, Backend, Batch, Capacity, Element, Error, Inputs, KvConfig, KvStore, LEFT_OUT,
+    Mask, PlanConfig, Rotation, Sequence, SequenceId,
 };
 
 /// Query rows of a step, and so many of one request.
@@ -82,56 +83,29 @@ pub fn histories(steps: usize, head_dims: impl Strategy<Value = usize>) -> impl 
     )
 }
 
-/// Pages, each with the number of requests that name it.
-struct FreeList {
-    users: Vec<usize>,
-}
-
-impl FreeList {
-    fn take(&mut self) -> Option<u32> {
-        let page = self.users.iter().position(|&users| users == 0)?;
-        self.users[page] = 1;
-        Some(page as u32)
-    }
-
-    fn free(&self) -> usize {
-        self.users.iter().filter(|&&users| users == 0).count()
-    }
-
-    fn share(&mut self, pages: &[u32]) {
-        pages.iter().for_each(|&page| self.users[page as usize] += 1);
-    }
-
-    fn release(&mut self, pages: &[u32]) {
-        pages.iter().for_each(|&page| self.users[page as usize] -= 1);
-    }
-}
-
 struct Request {
     star: Mask,
     context_len: usize,
     total_len: usize,
     /// What each token's query, key and value are drawn from.
     tokens: Vec<u64>,
-    pages: Vec<u32>,
+    sequence: SequenceId,
 }
 
 impl Request {
-    fn new(rng: &mut Rng) -> Self {
+    fn new(sequence: SequenceId, rng: &mut Rng) -> Self {
         let block_len = 1 + rng.below(20);
         let star = Mask::Star { anchor_len: rng.below(block_len + 1), block_len, first_block_len: block_len };
         let context_len = 1 + rng.below(60);
         let total_len = context_len + rng.below(6);
-        Self { star, context_len, total_len, tokens: Vec::new(), pages: Vec::new() }
+        Self { star, context_len, total_len, tokens: Vec::new(), sequence }
     }
 
-    /// A request that begins as this one does, as far as whole pages go.
-    fn fork(&self, page_len: usize, free: &mut FreeList, rng: &mut Rng) -> Self {
-        let pages = rng.below(self.tokens.len() / page_len + 1);
-        free.share(&self.pages[..pages]);
-        let mut fork = Self::new(rng);
-        fork.tokens = self.tokens[..pages * page_len].to_vec();
-        fork.pages = self.pages[..pages].to_vec();
+    /// A request that begins as this one does, up to any token.
+    fn fork<B: Backend, T: Element>(&self, store: &mut KvStore<B, T>, rng: &mut Rng) -> Self {
+        let len = rng.below(self.tokens.len() + 1);
+        let mut fork = Self::new(store.share(self.sequence, len).unwrap(), rng);
+        fork.tokens = self.tokens[..len].to_vec();
         fork.total_len = fork.total_len.max(fork.tokens.len() + 1);
         fork
     }
@@ -147,6 +121,20 @@ impl Request {
 fn rows<T: Element>(which: u64, tokens: &[u64], heads: usize, dim: usize) -> Tensor<T> {
     let mut rngs: Vec<Rng> = tokens.iter().map(|&seed| Rng::new(seed.wrapping_add(which))).collect();
     Tensor::contiguous("rows", [1, tokens.len(), heads, dim], |[_, token, ..]| rngs[token].normal())
+}
+
+/// Nothing that no request wrote may be seen.
+fn fill_with_nan<B: Backend, T: Element>(backend: &B, store: &mut KvStore<B, T>) {
+    let [pages, page_len, kv_heads, head_dim] = store.shape();
+    let rows = pages * page_len;
+    let nan = Tensor::<T>::contiguous("nan", [1, rows, kv_heads, head_dim], |_| f32::NAN);
+    let nan = Stored::of(backend, &nan);
+    let sequence = store.open().unwrap();
+    store.extend(backend, sequence, rows).unwrap();
+    let views = ["key", "value"].map(|name| nan.view(backend, name));
+    store.put(backend, 0, sequence, 0..rows, views).unwrap();
+    store.close(sequence).unwrap();
+    assert!(read_store(backend, store, 0).iter().all(|all| all.values().all(f32::is_nan)));
 }
 
 /// What a step works on: the request, its first query row, and how many tokens there are.
@@ -165,9 +153,10 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
     let History { steps, page_len, kv_heads, group, head_dim, config, rope, seed } = *history;
     let heads = kv_heads * group;
     let mut rng = Rng::new(seed);
-    let mut free = FreeList { users: vec![0; CACHE_KEYS / page_len] };
     let (query_shape, new_shape) = ([1, ROWS, heads, head_dim], [1, ROWS, kv_heads, head_dim]);
-    let cache_shape = [free.users.len(), page_len, kv_heads, head_dim];
+    let room = KvConfig::new(kv_heads, head_dim).in_pages(CACHE_KEYS / page_len, page_len);
+    let mut store = KvStore::<B, T>::new(backend, room).unwrap();
+    let cache_shape = store.shape();
     let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
 
     let capacity = Capacity::new(query_shape, cache_shape, REQUESTS, CHUNK).with_pages(REQUESTS * 80);
@@ -176,7 +165,7 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
     let nan = T::from_f32(f32::NAN);
     let mut query = backend.buffer_of(&vec![nan; elements(query_shape)]).unwrap();
     let mut new = [(); 2].map(|()| backend.buffer_of(&vec![nan; elements(new_shape)]).unwrap());
-    let mut cache = [(); 2].map(|()| backend.buffer_of(&vec![nan; elements(cache_shape)]).unwrap());
+    fill_with_nan(backend, &mut store);
     let [mut places, mut positions] = [(); 2].map(|()| backend.buffer::<u32>(ROWS).unwrap());
     let angles = rope.map(|rope| [0, 1].map(|which| backend.buffer_of(&rope.table(which)).unwrap()));
     let mut requests: Vec<Request> = Vec::new();
@@ -185,8 +174,8 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
         while requests.len() < REQUESTS && rng.below(2) == 0 {
             let from = rng.below(2 * requests.len() + 2);
             let request = match requests.get(from) {
-                Some(other) => other.fork(page_len, &mut free, &mut rng),
-                None => Request::new(&mut rng),
+                Some(other) => other.fork(&mut store, &mut rng),
+                None => Request::new(store.open().unwrap(), &mut rng),
             };
             requests.push(request);
         }
@@ -200,18 +189,22 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
             let (len, mask) = request.next(&mut rng);
             let start = end + rng.below(3);
             let first = request.tokens.len();
-            let missing = (first + len).div_ceil(page_len) - request.pages.len();
-            if rng.below(8) == 0 || start + len > ROWS || missing > free.free() {
+            if rng.below(8) == 0 || start + len > ROWS {
                 continue;
             }
-            request.pages.extend((0..missing).map(|_| free.take().unwrap()));
+            match store.extend(backend, request.sequence, len) {
+                Ok(()) => {}
+                Err(Error::Pages { .. }) => continue,
+                Err(error) => panic!("{error}"),
+            }
             request.tokens.extend((0..len).map(|_| rng.next()));
-            for (row, token) in (start..start + len).zip(first..) {
-                place_of[row] = request.pages[token / page_len] * page_len as u32 + (token % page_len) as u32;
+            let places = store.places(request.sequence, first..first + len).unwrap();
+            for (row, (token, place)) in (start..start + len).zip((first..).zip(places)) {
+                place_of[row] = place;
                 position_of[row] = token as u32;
             }
             end = start + len;
-            let keys = Keys::pages(first + len, &request.pages[..]);
+            let keys = store.keys(request.sequence).unwrap();
             batch.push(Sequence::new(0, start..end, keys, mask)).unwrap();
             turns.push(Turn { request: index, start, len, mask });
         }
@@ -232,7 +225,6 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
         let mut lse = backend.buffer_of(&vec![RUBBISH; heads * ROWS]).unwrap();
 
         let [new_key, new_value] = &new;
-        let [cache_key, cache_value] = &mut cache;
         let mut rows_to_store = Append::new(
             backend.whole("key", new_key, new_shape).unwrap(),
             backend.whole("value", new_value, new_shape).unwrap(),
@@ -247,18 +239,12 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
                 interleaved,
             });
         }
-        backend
-            .append(
-                rows_to_store,
-                backend.whole_mut("cache_key", cache_key, cache_shape).unwrap(),
-                backend.whole_mut("cache_value", cache_value, cache_shape).unwrap(),
-            )
-            .unwrap();
+        store.append(backend, 0, rows_to_store).unwrap();
         backend.update(&mut plan, &batch).unwrap();
         let inputs = Inputs::new(
             backend.whole("query", &query, query_shape).unwrap(),
-            backend.whole("key", cache_key, cache_shape).unwrap(),
-            backend.whole("value", cache_value, cache_shape).unwrap(),
+            store.key(backend, 0).unwrap(),
+            store.value(backend, 0).unwrap(),
         );
         backend
             .attend(
@@ -290,7 +276,7 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
         requests.retain(|request| {
             let gone = request.tokens.len() >= request.total_len || rng.below(12) == 0;
             if gone {
-                free.release(&request.pages);
+                store.close(request.sequence).unwrap();
             }
             !gone
         });

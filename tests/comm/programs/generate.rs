@@ -3,9 +3,9 @@
 use super::{assert_near, assert_same_everywhere};
 use crate::common::{Rng, Tensor};
 use star_attention::comm::{self, Collective};
-use star_attention::cpu::{flash, reference};
+use star_attention::cpu::{Cpu, flash, reference};
 use star_attention::merge::Partial;
-use star_attention::{AttentionConfig, GeneratedKv, KvShard, Mask, StarLayout};
+use star_attention::{Append, AttentionConfig, GeneratedKv, KvConfig, KvStore, Mask, StarLayout};
 
 const KV_HEADS: usize = 2;
 const HEADS: usize = 4;
@@ -37,29 +37,30 @@ fn run(group: &dyn Collective, layout: &StarLayout, steps: &[usize], seed: u64) 
     let local = layout.rank(group.rank()).unwrap();
     let own = local.own_tokens();
     let longest = steps.iter().copied().max().unwrap_or(0);
-    let mut shard = KvShard::new(1, KV_HEADS, DIM, local.room(tokens, longest)).unwrap();
-    shard.append(key.gather(own.clone()).view(), value.gather(own.clone()).view()).unwrap();
+    let cpu = Cpu::new();
+    let room = KvConfig::new(KV_HEADS, DIM).in_rows(1, local.room(tokens, longest));
+    let mut shard = KvStore::<_, f32>::new(&cpu, room).unwrap();
+    let sequence = shard.open().unwrap();
+    shard.extend(&cpu, sequence, own.len()).unwrap();
+    let context = [&key, &value].map(|rows| rows.gather(own.clone()));
+    shard.put(&cpu, 0, sequence, 0..own.len(), context.each_ref().map(Tensor::view)).unwrap();
 
     let mut first = 0;
     for &len in steps {
         let step = local.step(first..first + len);
         let rows = step.positions();
         let (q, k, v) = (query.gather(rows.clone()), key.gather(rows.clone()), value.gather(rows.clone()));
-        let held = shard.len();
-        let new = step.appended().len();
-        shard.append(k.view().narrow(1, 0, new).unwrap(), v.view().narrow(1, 0, new).unwrap()).unwrap();
+        let new = shard.begin_step(&cpu, sequence, &step).unwrap();
+        shard.append(&cpu, 0, Append::new(k.view(), v.view(), &new.appended_places)).unwrap();
         let config = AttentionConfig::new(step.mask());
         let mut out = Tensor::<f32>::contiguous("out", q.shape(), |_| f32::NAN);
         let mut lse = vec![f32::NAN; len * HEADS];
-        flash::attention(&config, q.view(), shard.keys(), shard.values(), out.view_mut(), Some(&mut lse))
-            .unwrap();
+        let [held_key, held_value] = shard.rows_of(&cpu, 0, sequence, new.attended).unwrap();
+        flash::attention(&config, q.view(), held_key, held_value, out.view_mut(), Some(&mut lse)).unwrap();
         if !step.keeps_appended() {
-            shard.truncate(held);
-            for row in step.kept() {
-                let [k, v] = [&k, &v].map(|new| new.view().narrow(1, row, 1).unwrap());
-                shard.append(k, v).unwrap();
-            }
+            shard.append(&cpu, 0, Append::new(k.view(), v.view(), &new.kept_places)).unwrap();
         }
+        shard.truncate(sequence, new.kept).unwrap();
         first += len;
 
         let mut merged = Tensor::<f32>::contiguous("merged", q.shape(), |_| f32::NAN);
@@ -75,7 +76,7 @@ fn run(group: &dyn Collective, layout: &StarLayout, steps: &[usize], seed: u64) 
         assert_same_everywhere(group, &merged.bits());
     }
 
-    let kept = shard.len() - own.len();
+    let kept = shard.len(sequence).unwrap() - own.len();
     let keeper = |token: usize| match layout.generated() {
         GeneratedKv::QueryRank => layout.query_rank(),
         _ => (layout.query_rank() + token) % group.size(),
