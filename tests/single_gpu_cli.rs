@@ -1,4 +1,4 @@
-//! `examples/single_gpu`: both phases on the emulator within the bound, and one clear line for what cannot be.
+//! `examples/single_gpu`: both phases within the bound on the CPU and the emulator, and one clear line for what cannot be.
 
 mod common;
 
@@ -13,14 +13,19 @@ fn single_gpu(options: &[&str]) -> Output {
 }
 
 #[test]
-fn both_phases_on_the_emulator_are_within_the_bound() {
+fn both_phases_are_within_the_bound() {
     // Uneven: the last block is short, a rank has two blocks, the anchor is shorter than a block.
-    let small = ["--device", "simt", "--context-len", "210", "--block-len", "50", "--anchor-len", "20"];
-    for more in [
-        ["--ranks", "3", "--head-dim", "64", "--dtype", "f16"],
-        ["--ranks", "6", "--head-dim", "96", "--dtype", "bf16"],
+    let small = ["--context-len", "210", "--block-len", "50", "--anchor-len", "20", "--heads", "4"];
+    for (device, more) in [
+        ("simt", ["--ranks", "3", "--head-dim", "64", "--dtype", "f16"]),
+        ("simt", ["--ranks", "6", "--head-dim", "96", "--dtype", "bf16"]),
+        ("cpu", ["--ranks", "3", "--head-dim", "80", "--dtype", "f16"]),
+        // The name of the option before ranks were called ranks.
+        ("cpu", ["--hosts", "6", "--head-dim", "64", "--dtype", "bf16"]),
     ] {
-        let output = single_gpu(&[&small[..], &more].concat());
+        let options =
+            [&["--device", device, "--kv-heads", "2", "--repeats", "1"], &small[..], &more].concat();
+        let output = single_gpu(&options);
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
         assert!(text.trim_end().ends_with("errors within the bound"), "{text}");

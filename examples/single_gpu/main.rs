@@ -3,34 +3,34 @@
 //! Phase 1 encodes each rank's blocks under its star mask and appends what the rank keeps to its shard. Phase 2 lets query tokens attend to every shard
 //! and merges the partials. Rows of both are checked against the oracle in f64.
 
-#[path = "../../tests/common/backend.rs"]
-#[allow(dead_code, reason = "shared with the tests")]
-mod backend;
 mod check;
 #[path = "../llama/fail.rs"]
 mod fail;
+mod inputs;
 mod phases;
+mod report;
 #[path = "../llama/table.rs"]
 #[allow(dead_code, reason = "shared with the other example")]
 mod table;
 
 use clap::{Parser, ValueEnum};
 use fail::fail;
-use star_attention::cuda::HalfElement;
-use star_attention::cuda::simt::Simt;
-use star_attention::{bf16, f16};
+use star_attention::cpu::Cpu;
+use star_attention::cuda::{Cuda, simt::Simt};
+use star_attention::{DType, Element, bf16, f16};
 use std::process::ExitCode;
 
 /// Both phases of Star Attention on one device, checked against the oracle.
 #[derive(Clone, Debug, Parser)]
 pub struct Args {
-    /// Where kernels run: an NVIDIA GPU, or the rank (slow, with every access checked)
+    /// Where attention runs: an NVIDIA GPU, the CPU, or the kernels on the SIMT emulator (slow, with
+    /// every access checked)
     #[arg(long, value_enum, default_value_t = Kind::Cuda)]
     device: Kind,
     /// Element type of queries, keys and values
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     dtype: Dtype,
-    /// Tokens of the context [default: 131072 on a GPU, 640 on the emulator]
+    /// Tokens of the context [default: 131072 on a GPU, 8192 on the CPU, 640 on the emulator]
     #[arg(long)]
     context_len: Option<usize>,
     /// Tokens of a block [default: a quarter of the context]
@@ -45,16 +45,16 @@ pub struct Args {
     /// Query tokens
     #[arg(long, default_value_t = 16)]
     query_len: usize,
-    /// Query heads [default: 32 on a GPU, 4 on the emulator]
+    /// Query heads [default: 32, 4 on the emulator]
     #[arg(long)]
     heads: Option<usize>,
-    /// Heads of keys and values [default: 8 on a GPU, 2 on the emulator]
+    /// Heads of keys and values [default: 8, 2 on the emulator]
     #[arg(long)]
     kv_heads: Option<usize>,
-    /// Elements of a head: 64, 96, 128, 192 or 256
+    /// Elements of a head: 64, 96, 128, 192 or 256; on the CPU any
     #[arg(long, default_value_t = 128)]
     head_dim: usize,
-    /// Times each step is measured [default: 10 on a GPU, 1 on the emulator]
+    /// Times each step is measured [default: 10, 1 on the emulator]
     #[arg(long)]
     repeats: Option<usize>,
     /// Of the random numbers
@@ -65,6 +65,7 @@ pub struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
     Cuda,
+    Cpu,
     Simt,
 }
 
@@ -89,10 +90,30 @@ pub struct Sizes {
     pub seed: u64,
 }
 
+impl Sizes {
+    fn describe(&self, dtype: DType) -> String {
+        let Self { context_len, block_len, anchor_len, ranks, query_len, heads, kv_heads, head_dim, .. } =
+            self;
+        format!(
+            "{context_len} tokens, block {block_len}, anchor {anchor_len}, {ranks} ranks, {heads}/{kv_heads} heads \
+             of {head_dim}, {dtype}, {query_len} query tokens"
+        )
+    }
+
+    /// FLOPs of attention over so many pairs of a row and a key: two products of each head.
+    fn flops(&self, pairs: usize) -> u64 {
+        (4 * self.heads * self.head_dim * pairs) as u64
+    }
+}
+
 impl Args {
     fn sizes(&self) -> Sizes {
-        let of = |gpu: usize, rank: usize| if self.device == Kind::Cuda { gpu } else { rank };
-        let context_len = self.context_len.unwrap_or(of(131_072, 640));
+        let of = |fast: usize, emulated: usize| if self.device == Kind::Simt { emulated } else { fast };
+        let context_len = self.context_len.unwrap_or(match self.device {
+            Kind::Cuda => 131_072,
+            Kind::Cpu => 8192,
+            Kind::Simt => 640,
+        });
         let block_len = self.block_len.unwrap_or(context_len.div_ceil(4).max(1));
         Sizes {
             context_len,
@@ -130,24 +151,29 @@ fn main() -> ExitCode {
 }
 
 /// Whether all errors were within the bound.
-fn run<T: HalfElement>(args: &Args) -> star_attention::Result<bool> {
+fn run<T: Element>(args: &Args) -> star_attention::Result<bool> {
     let sizes = args.sizes();
     match args.device {
-        Kind::Simt => phases::run::<_, T>(&Simt::new(args.seed), "the rank (SIMT)", &sizes),
+        Kind::Cpu => phases::run::<_, T>(&Cpu::new(), "CPU", &sizes),
+        Kind::Simt => phases::run::<_, T>(&Cuda::new(Simt::new(args.seed), ()), "SIMT emulator", &sizes),
         Kind::Cuda => cuda::<T>(&sizes),
     }
 }
 
 #[cfg(feature = "cuda")]
-fn cuda<T: HalfElement>(sizes: &Sizes) -> star_attention::Result<bool> {
-    let driver = std::sync::Arc::new(star_attention::cuda::driver::Driver::open(0)?);
+fn cuda<T: Element>(sizes: &Sizes) -> star_attention::Result<bool> {
+    let driver = star_attention::cuda::driver::Driver::open(0)?;
     let name = driver.name()?;
-    phases::run::<_, T>(&backend::Gpu::new(driver)?, &name, sizes)
+    let stream = driver
+        .context()
+        .new_stream()
+        .map_err(|source| star_attention::Error::Driver { operation: "make a stream", source })?;
+    phases::run::<_, T>(&Cuda::new(driver, stream), &name, sizes)
 }
 
 #[cfg(not(feature = "cuda"))]
 #[allow(clippy::extra_unused_type_parameters, reason = "as with the feature")]
-fn cuda<T: HalfElement>(_: &Sizes) -> star_attention::Result<bool> {
-    let reason = "this build has not the feature `cuda`; try --device simt".into();
+fn cuda<T: Element>(_: &Sizes) -> star_attention::Result<bool> {
+    let reason = "this build has not the feature `cuda`; try --device cpu or simt".into();
     Err(star_attention::Error::Unavailable { what: "the GPU", reason })
 }

@@ -5,8 +5,8 @@ use crate::common::named;
 use star_attention::comm::{DeviceCollective, Staged, ThreadGroup};
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
-    Cuda, Device, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, Span, SpanMut,
-    append, merge, merge_separate,
+    Cuda, Device, DeviceTensor, DeviceTensorMut, Launch, Partials, Properties, Span, SpanMut, append, merge,
+    merge_separate,
 };
 use star_attention::merge::PartialOf;
 use star_attention::{
