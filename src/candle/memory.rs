@@ -25,6 +25,16 @@ pub enum StorageMut<'a> {
     Cuda(&'a mut candle_core::CudaStorage),
 }
 
+impl<'a> StorageMut<'a> {
+    fn of_cpu(self) -> Option<&'a mut CpuStorage> {
+        match self {
+            Self::Cpu(storage) => Some(storage),
+            #[cfg(feature = "candle-cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
+}
+
 /// A device of candle's, with the backend that works in its memory.
 pub trait Home {
     type Backend: Backend + 'static;
@@ -110,12 +120,8 @@ impl Home for Cpu {
         storage: StorageMut<'a>,
         range: Range<usize>,
     ) -> Result<&'a mut [T]> {
-        let storage = match storage {
-            StorageMut::Cpu(storage) => storage,
-            #[cfg(feature = "candle-cuda")]
-            StorageMut::Cuda(_) => {
-                return Err(Error::value(argument, "a tensor on the CPU", "one on a GPU"));
-            }
+        let Some(storage) = storage.of_cpu() else {
+            return Err(Error::value(argument, "a tensor on the CPU", "one on another device"));
         };
         let elements = match storage {
             CpuStorage::F32(elements) => same_mut(argument, elements),
