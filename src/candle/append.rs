@@ -1,6 +1,7 @@
 //! New keys and values to their places in a cache of candle tensors.
 
-use super::memory::{Borrowed, Home, Number, axes, dtype, table};
+use super::borrow::{Locked, axes, table};
+use super::memory::{Home, Number, dtype};
 use super::{by_dtype, in_place, on_device};
 use crate::{Append, Backend, Element, Result, Rotation};
 use candle_core::Tensor;
@@ -60,18 +61,17 @@ fn append_in<H: Home, T: Element + Number, C: Element + Number>(
     let starts = caches.map(|(_, cache)| cache.layout().start_offset()..usize::MAX);
 
     in_place::write_two(caches, &read, |to_key, to_value| {
-        let borrowed = read.iter().map(|(argument, tensor)| Borrowed::of(home, argument, tensor));
-        let borrowed = borrowed.collect::<Result<Vec<_>>>()?;
+        let read = Locked::new(home, &read)?;
         let mut rows = Append::new(
-            borrowed[0].view_in::<H, T>(home)?,
-            borrowed[1].view_in::<H, T>(home)?,
-            borrowed[2].elements_in::<H, u32>(home)?,
+            read.view::<H, T>(home, 0)?,
+            read.view::<H, T>(home, 1)?,
+            read.elements::<H, u32>(home, 2)?,
         );
         if let Some(Rotation { rotated, interleaved, .. }) = new.rotation {
             rows = rows.with_rotation(Rotation {
-                cos: borrowed[3].elements_in::<H, f32>(home)?,
-                sin: borrowed[4].elements_in::<H, f32>(home)?,
-                positions: borrowed[5].elements_in::<H, u32>(home)?,
+                cos: read.elements::<H, f32>(home, 3)?,
+                sin: read.elements::<H, f32>(home, 4)?,
+                positions: read.elements::<H, u32>(home, 5)?,
                 rotated,
                 interleaved,
             });

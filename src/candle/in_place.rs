@@ -1,5 +1,6 @@
 //! Writes to tensors in place: candle lends a storage to be written only to an [`InplaceOp1`].
 
+use super::borrow::storage_id;
 use super::memory::StorageMut;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
@@ -36,11 +37,6 @@ fn check_apart(
         }
         None => Ok(()),
     }
-}
-
-/// What tells a tensor's storage from all others.
-fn storage_id(tensor: &Tensor) -> usize {
-    std::ptr::from_ref(&*tensor.storage_and_layout().0).addr()
 }
 
 fn write_one(

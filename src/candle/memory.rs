@@ -2,8 +2,8 @@
 
 use crate::backend::{Backend, Plain, clamp, row_major};
 use crate::cpu::Cpu;
-use crate::{Element, Error, Result, TensorView, bf16, f16};
-use candle_core::{CpuStorage, DType, Device, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
+use crate::{Element, Error, Result, bf16, f16};
+use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor, WithDType};
 use std::ops::Range;
 
 /// A number that candle's tensors and a backend's memory both hold.
@@ -23,6 +23,16 @@ pub enum StorageMut<'a> {
     Cpu(&'a mut CpuStorage),
     #[cfg(feature = "candle-cuda")]
     Cuda(&'a mut candle_core::CudaStorage),
+}
+
+impl<'a> StorageMut<'a> {
+    fn of_cpu(self) -> Option<&'a mut CpuStorage> {
+        match self {
+            Self::Cpu(storage) => Some(storage),
+            #[cfg(feature = "candle-cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
 }
 
 /// A device of candle's, with the backend that works in its memory.
@@ -110,12 +120,8 @@ impl Home for Cpu {
         storage: StorageMut<'a>,
         range: Range<usize>,
     ) -> Result<&'a mut [T]> {
-        let storage = match storage {
-            StorageMut::Cpu(storage) => storage,
-            #[cfg(feature = "candle-cuda")]
-            StorageMut::Cuda(_) => {
-                return Err(Error::value(argument, "a tensor on the CPU", "one on a GPU"));
-            }
+        let Some(storage) = storage.of_cpu() else {
+            return Err(Error::value(argument, "a tensor on the CPU", "one on another device"));
         };
         let elements = match storage {
             CpuStorage::F32(elements) => same_mut(argument, elements),
@@ -158,7 +164,7 @@ fn same_mut<'a, T: Number, U: Number>(argument: &'static str, elements: &'a mut 
 }
 
 /// The elements of a range of a storage of the CPU, as far as there are any.
-fn cpu_elements<'a, T: WithDType>(
+pub fn cpu_elements<'a, T: WithDType>(
     argument: &'static str,
     storage: &'a Storage,
     range: Range<usize>,
@@ -169,74 +175,6 @@ fn cpu_elements<'a, T: WithDType>(
     };
     let elements = T::cpu_storage_as_slice(storage)?;
     Ok(&elements[clamp(range, elements.len())])
-}
-
-/// A candle tensor, borrowed so that views of it can be made.
-///
-/// While it lives, the tensor's storage is locked against candle's in-place writes.
-pub struct Borrowed<'a> {
-    argument: &'static str,
-    storage: StorageRef<'a>,
-    layout: &'a Layout,
-}
-
-impl<'a> Borrowed<'a> {
-    /// Borrows `tensor`, called `argument` in errors.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a tensor that is not on the CPU.
-    pub fn new(argument: &'static str, tensor: &'a Tensor) -> Result<Self> {
-        Self::of(&Cpu::new(), argument, tensor)
-    }
-
-    /// Borrows a tensor of a device.
-    pub(super) fn of(home: &impl Home, argument: &'static str, tensor: &'a Tensor) -> Result<Self> {
-        home.check(argument, tensor)?;
-        let (storage, layout) = tensor.storage_and_layout();
-        Ok(Self { argument, storage, layout })
-    }
-
-    /// The elements in place.
-    ///
-    /// # Errors
-    /// [`Error::DType`] if they are not `T`, [`Error::Shape`] if there are not four axes,
-    /// [`Error::Stride`] if elements overlap in another way than those of a broadcast tensor.
-    pub fn view<T: Element + WithDType>(&self) -> Result<TensorView<'_, T>> {
-        let [shape, strides] = axes(self.argument, self.layout)?;
-        let elements = cpu_elements(self.argument, &self.storage, self.layout.start_offset()..usize::MAX)?;
-        TensorView::new(self.argument, elements, shape, strides)
-    }
-
-    /// The elements in place, as a view of a device's backend.
-    pub(super) fn view_in<'b, H: Home, T: Number + Element>(&'b self, home: &'b H) -> Result<View<'b, H, T>> {
-        let [shape, strides] = axes(self.argument, self.layout)?;
-        let elements = home.slice(self.argument, &self.storage, self.layout.start_offset()..usize::MAX)?;
-        H::Backend::view(self.argument, elements, shape, strides)
-    }
-
-    /// The elements of a tensor without gaps, as [`table`] gives one.
-    pub(super) fn elements_in<'b, H: Home, T: Number>(&'b self, home: &'b H) -> Result<Slice<'b, H, T>> {
-        let start = self.layout.start_offset();
-        home.slice(self.argument, &self.storage, start..start + self.layout.shape().elem_count())
-    }
-}
-
-/// A tensor of these extents without gaps: the one given, or a copy if it has some.
-pub fn table(home: &impl Home, argument: &'static str, tensor: &Tensor, extents: &[usize]) -> Result<Tensor> {
-    home.check(argument, tensor)?;
-    if tensor.dims() != extents {
-        return Err(Error::shape(argument, format!("{extents:?}"), format!("{:?}", tensor.dims())));
-    }
-    Ok(tensor.contiguous()?)
-}
-
-/// Shape and strides of four axes.
-pub fn axes(argument: &'static str, layout: &Layout) -> Result<[[usize; 4]; 2]> {
-    let four = |of: &[usize]| {
-        let rank = |_| Error::shape(argument, "of 4 axes", format!("{:?}", layout.dims()));
-        <[usize; 4]>::try_from(of).map_err(rank)
-    };
-    Ok([four(layout.dims())?, four(layout.stride())?])
 }
 
 /// The element type of a tensor of queries, keys, values or outputs.

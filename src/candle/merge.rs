@@ -1,6 +1,7 @@
 //! Partials on candle tensors to one: those of this rank, or of all.
 
-use super::memory::{self, Borrowed, Home, Number, axes, dtype, table, write_pair};
+use super::borrow::{Locked, axes, table};
+use super::memory::{self, Home, Number, dtype, write_pair};
 use super::{by_dtype, on_device};
 use crate::comm::{self, Collective};
 use crate::cpu::Cpu;
@@ -38,13 +39,12 @@ fn merge_in<H: Home, T: Element + Number>(
     let [shape @ [batch, seq, heads, _], _] = axes("partial", partials[0].0.layout())?;
     let lses = partials.iter().map(|(_, lse)| table(home, "lse", lse, &[batch, heads, seq]));
     let lses = lses.collect::<Result<Vec<_>>>()?;
-    let borrowed = partials
-        .iter()
-        .zip(&lses)
-        .map(|((out, _), lse)| Ok([Borrowed::of(home, "partial", out)?, Borrowed::of(home, "lse", lse)?]));
-    let borrowed = borrowed.collect::<Result<Vec<_>>>()?;
-    let from = borrowed.iter().map(|[out, lse]| {
-        Ok(PartialOf { out: out.view_in::<H, T>(home)?, lse: lse.elements_in::<H, f32>(home)? })
+    let outs = partials.iter().map(|(out, _)| ("partial", out));
+    let tensors: Vec<_> = outs.chain(lses.iter().map(|lse| ("lse", lse))).collect();
+    let locked = Locked::new(home, &tensors)?;
+    let from = (0..partials.len()).map(|index| {
+        let lse = locked.elements::<H, f32>(home, partials.len() + index)?;
+        Ok(PartialOf { out: locked.view::<H, T>(home, index)?, lse })
     });
     let from = from.collect::<Result<Vec<_>>>()?;
     write_pair(home, shape, false, |to: memory::ViewMut<'_, H, T>, lse| {
@@ -79,8 +79,8 @@ fn merge_over_in<T: Element + Number>(
     let home = &Cpu::new();
     let [shape @ [batch, seq, heads, _], _] = axes("partial", out.layout())?;
     let lse = table(home, "lse", lse, &[batch, heads, seq])?;
-    let [out, lse] = [Borrowed::new("partial", out)?, Borrowed::new("lse", &lse)?];
-    let partial = Partial { out: out.view::<T>()?, lse: lse.elements_in(home)? };
+    let locked = Locked::new(home, &[("partial", out), ("lse", &lse)])?;
+    let partial = Partial { out: locked.view::<_, T>(home, 0)?, lse: locked.elements(home, 1)? };
     write_pair(home, shape, false, |to: memory::ViewMut<'_, Cpu, T>, lse| {
         comm::merge(group, &partial, to, lse)
     })
@@ -112,8 +112,8 @@ fn merge_over_gpus_in<T: Element + Number>(
     // Heads before tokens, without gaps, is what ranks send.
     let out = table(home, "partial", &out.transpose(1, 2)?, &[batch, heads, seq, dim])?;
     let lse = table(home, "lse", lse, &[batch, heads, seq])?;
-    let [out, lse] = [Borrowed::of(home, "partial", &out)?, Borrowed::of(home, "lse", &lse)?];
-    let (out, lse) = (out.elements_in::<_, T>(home)?, lse.elements_in(home)?);
+    let locked = Locked::new(home, &[("partial", &out), ("lse", &lse)])?;
+    let (out, lse) = (locked.elements::<_, T>(home, 0)?, locked.elements(home, 1)?);
     let merge = RanksMerge::<T, T>::new(shape, group.size(), &group.link())?;
     let mut scratch = home.allocate::<u8>(merge.scratch_len(), true)?;
     let scratch = home.owned_mut(&mut scratch, merge.scratch_len());

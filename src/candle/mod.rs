@@ -15,6 +15,7 @@
 //! own operations do.
 
 mod append;
+mod borrow;
 #[cfg(feature = "candle-cuda")]
 mod cuda;
 mod in_place;
@@ -23,15 +24,15 @@ mod merge;
 mod plan;
 
 pub use append::append;
-pub use memory::Borrowed;
+pub use borrow::Borrowed;
 #[cfg(feature = "candle-cuda")]
 pub use merge::merge_over_gpus;
 pub use merge::{merge, merge_over};
 pub use plan::Plan;
 
 use crate::{AttentionConfig, AttentionShape, Batch, Inputs, Result};
+use borrow::axes;
 use candle_core::Tensor;
-use memory::axes;
 
 /// Evaluates `$call` with `$home`, the [`Home`] of a device.
 macro_rules! on_device {

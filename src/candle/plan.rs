@@ -1,6 +1,7 @@
 //! Attention of a batch by a plan that is kept.
 
-use super::memory::{self, Borrowed, Home, Number, axes, dtype, write_pair};
+use super::borrow::{Locked, axes};
+use super::memory::{self, Home, Number, dtype, write_pair};
 use super::{by_dtype, on_device};
 use crate::cpu::Cpu;
 use crate::{Backend, Batch, Capacity, Element, Inputs, PlanConfig, Result, bf16, f16};
@@ -195,14 +196,13 @@ impl<H: Home> Kept<H> {
             Ok((argument, home.readable(tensor)?))
         });
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
-        let borrowed = tensors.iter().map(|(argument, tensor)| Borrowed::of(home, argument, tensor));
-        let borrowed = borrowed.collect::<Result<Vec<_>>>()?;
-        let key = |index: usize| borrowed[index].view_in::<H, T>(home);
-        let mut inputs = Inputs::new(borrowed[0].view_in::<H, Q>(home)?, key(1)?, key(2)?);
-        if borrowed.len() > 3 {
+        let tensors: Vec<_> = tensors.iter().map(|(argument, tensor)| (*argument, tensor)).collect();
+        let locked = Locked::new(home, &tensors)?;
+        let key = |index: usize| locked.view::<H, T>(home, index);
+        let mut inputs = Inputs::new(locked.view::<H, Q>(home, 0)?, key(1)?, key(2)?);
+        if tensors.len() > 3 {
             inputs = inputs.with_prefix(key(3)?, key(4)?);
         }
-
         write_pair(home, *shape, *padded, |out: memory::ViewMut<'_, H, O>, lse| {
             let workspace = home.owned_mut(workspace, *workspace_len);
             home.backend().attend(plan, inputs, out, Some(lse), workspace)

@@ -207,3 +207,37 @@ fn a_strided_cache_is_written_in_place() {
         assert_eq!(flat(all), expected);
     }
 }
+
+/// Threads that append to one cache and attend to it, each to pages of its own, do not wait for each
+/// other for ever, whichever of the two tensors each calls keys.
+#[test]
+fn threads_share_a_cache() {
+    let [one, other] = [(); 2].map(|()| Tensor::zeros((2, 8, 1, 16), DType::F32, &Device::Cpu).unwrap());
+    let (done, all_done) = std::sync::mpsc::channel();
+    for page in 0..2u32 {
+        let (done, one, other) = (done.clone(), one.clone(), other.clone());
+        std::thread::spawn(move || {
+            let (key, value) = if page == 0 { (one, other) } else { (other, one) };
+            let capacity = Capacity::new([1, 1, 2, 16], [2, 8, 1, 16], 1, 1).with_pages(1);
+            let mut plan = candle::Plan::new(&Device::Cpu, &PlanConfig::new(), &capacity).unwrap();
+            for step in 0..400 {
+                let len = step % 8 + 1;
+                let mut batch = Batch::new(capacity.query, capacity.key).unwrap();
+                let keys = Keys::pages(len, [page]);
+                batch.push(Sequence::new(0, 0..1, keys, Mask::Causal)).unwrap();
+                plan.update(&batch).unwrap();
+                let [query, new] = [[1, 1, 2, 16], [1, 1, 1, 16]].map(random);
+                let place = Tensor::new(&[[page * 8 + len as u32 - 1]], &Device::Cpu).unwrap();
+                candle::append(Append::new(&new, &new, &place), &key, &value).unwrap();
+                let inputs = Inputs::new(&query, &key, &value);
+                let pair = plan.attend(inputs).unwrap();
+                assert_batch(&batch, inputs, &pair, 1e-5);
+            }
+            done.send(()).unwrap();
+        });
+    }
+    for _ in 0..2 {
+        let time = std::time::Duration::from_secs(120);
+        all_done.recv_timeout(time).expect("a thread waits for ever, or has failed");
+    }
+}

@@ -43,8 +43,10 @@ fn tensors_of_a_call() {
 #[test]
 fn batches_and_tensors_of_a_plan() {
     let new = |config: &PlanConfig, capacity: &Capacity| candle::Plan::new(&Device::Cpu, config, capacity);
-    let capacity = Capacity::new(QUERY, PAGES, 4, 7).with_pages(9).with_prefix(PREFIX[0], PREFIX[1]);
-    let odd_heads = Capacity { query: [2, 12, 3, 64], ..capacity.clone() };
+    let room = |query, sequences| {
+        Capacity::new(query, PAGES, sequences, 7).with_pages(9).with_prefix(PREFIX[0], PREFIX[1])
+    };
+    let (capacity, odd_heads, few) = (room(QUERY, 4), room([2, 12, 3, 64], 4), room(QUERY, 3));
     assert_refused!(new(&PlanConfig::new(), &odd_heads), Error::Shape { .. });
     let no_split = PlanConfig::new().with_split_keys(0);
     assert_refused!(new(&no_split, &capacity), Error::Value { argument: "split_keys", .. });
@@ -53,7 +55,6 @@ fn batches_and_tensors_of_a_plan() {
     let mut alone = candle::Plan::for_batch(&Device::Cpu, &PlanConfig::new(), &whole).unwrap();
     assert_refused!(alone.update(&whole), Error::Value { argument: "plan", .. });
 
-    let few = Capacity { sequences: 3, ..capacity.clone() };
     let mut plan = new(&PlanConfig::new(), &few).unwrap();
     assert_refused!(plan.update(&whole), Error::Value { argument: "sequences", .. });
     let mut plan = new(&PlanConfig::new(), &capacity).unwrap();
@@ -63,9 +64,15 @@ fn batches_and_tensors_of_a_plan() {
     let [query, key, prefix] = [QUERY, PAGES, PREFIX].map(random);
     let inputs = Inputs::new(&query, &key, &key).with_prefix(&prefix, &prefix);
     let short = query.narrow(1, 0, 11).unwrap();
-    assert_refused!(plan.attend(Inputs { query: &short, ..inputs }), Error::Shape { argument: "query", .. });
+    assert_refused!(
+        plan.attend(Inputs::new(&short, &key, &key).with_prefix(&prefix, &prefix)),
+        Error::Shape { argument: "query", .. }
+    );
     let short = key.narrow(0, 0, 8).unwrap();
-    assert_refused!(plan.attend(Inputs { key: &short, ..inputs }), Error::Shape { argument: "key", .. });
+    assert_refused!(
+        plan.attend(Inputs::new(&query, &short, &key).with_prefix(&prefix, &prefix)),
+        Error::Shape { argument: "key", .. }
+    );
     assert_refused!(plan.attend(Inputs::new(&query, &key, &key)), Error::Value { argument: "prefix", .. });
     let half = prefix.to_dtype(DType::F16).unwrap();
     let mixed = inputs.with_prefix(&prefix, &half);
@@ -133,7 +140,7 @@ fn rows_and_caches_of_an_append() {
     let short = angles.narrow(0, 0, 2).unwrap();
     assert_refused!(rotate(&angles, &short, &positions, 4), Error::Shape { argument: "sin", .. });
     let half = angles.to_dtype(DType::F16).unwrap();
-    assert_refused!(rotate(&half, &angles, &positions, 4), Error::Value { argument: "cos", .. });
+    assert_refused!(rotate(&half, &angles, &positions, 4), Error::DType { argument: "cos", .. });
     let short = positions.narrow(1, 0, 1).unwrap();
     assert_refused!(rotate(&angles, &angles, &short, 4), Error::Shape { argument: "positions", .. });
     assert_refused!(rotate(&angles, &angles, &table([0, 3]), 4), Error::Sequence { index: 0, .. });
