@@ -6,7 +6,6 @@ use super::run::Scheme;
 use candle_core::{Device, Tensor, WithDType};
 use star_attention::comm::{AnchorKv, Collective, MergePlan, anchor_scratch_len, share_anchor};
 use star_attention::cpu::flash::Plan;
-use star_attention::merge::Partial;
 use star_attention::{
     AttentionConfig, AttentionShape, Element, Inputs, KvShard, Mask, RankLayout, TensorView, TensorViewMut,
     candle::Borrowed,
@@ -102,11 +101,8 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         let shape = shape(model, tokens.len(), shards[0].len() + new.len());
         let plan = Plan::new(&AttentionConfig::new(step.mask()), &shape)?;
         let extents = shape.query_shape();
-        let merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
+        let mut merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?.on_cpu();
         workspace.reserve(plan.workspace_bytes());
-        let mut scratch = vec![0.0; merge.scratch_len()];
-        let mut partial = vec![0f32; extents.iter().product()];
-        let (mut lse, mut merged_lse) = (vec![0f32; shape.lse_len()], vec![0f32; shape.lse_len()]);
         let logit_rows = if is_query_rank { logit_rows } else { 0 };
         model.forward(tokens, &positions, logit_rows, &mut |layer, [q, k, v]| {
             let (q, k, v) =
@@ -115,19 +111,19 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
             let shard = &mut shards[layer];
             let held = shard.len();
             shard.append(k.narrow(1, 0, new.len())?, v.narrow(1, 0, new.len())?)?;
-            let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
             let inputs = Inputs::new(q, shard.keys(), shard.values());
-            plan.run(inputs, view, Some(&mut lse), &mut *workspace)?;
+            // Into the message itself.
+            let (partial, lse) = merge.partial()?;
+            plan.run(inputs, partial, Some(lse), &mut *workspace)?;
             if !step.keeps_appended() {
                 shard.truncate(held);
                 for row in step.kept() {
                     shard.append(k.narrow(1, row, 1)?, v.narrow(1, row, 1)?)?;
                 }
             }
-            let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
             let mut out = vec![0f32; extents.iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, extents)?;
-            merge.run(*group, &partial, view, &mut merged_lse, &mut scratch)?;
+            merge.run(*group, view, None)?;
             *checksum = out.iter().fold(*checksum, |sum, x| fold(sum, u64::from(x.to_bits())));
             Ok(Tensor::from_vec(out, extents.as_slice(), &Device::Cpu)?)
         })
