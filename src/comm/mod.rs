@@ -80,7 +80,8 @@ pub trait Collective: Send {
     /// [`Error::Value`] for a root out of range (the group is as it was), or a peer that left, differs, or is late.
     fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()>;
 
-    /// Sends a message that the group owns until all have read it, and returns at once. Until [`finish`](Self::finish) the group refuses other calls.
+    /// Sends a message that the group shares until all have read it, and returns at once. Until [`finish`](Self::finish) the group refuses other calls. The others
+    /// are waited for from there on.
     ///
     /// An engine that implements the calls on borrowed memory alone has this as well: it then sends in [`finish`](Self::finish).
     ///

@@ -40,7 +40,7 @@ pub struct Partials<'a, D: Device, T> {
 /// Merges `n` partials into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`.
 ///
 /// In f32; f32 partials merge into any type, others into their own or f32. Rows at multiples of 16 bytes, of dims that are multiples of 8, are
-/// read at full speed, all others too. No partial at all gives the identity, (0, -inf). To merge in place, into one of the partials, make
+/// read at full speed, all others too. No partial at all gives the identity, (0, -inf); a log-sum-exp of `+inf` makes its row NaN, as [`crate::merge`] says. To merge in place, into one of the partials, make
 /// `out` and `lse` of the same memory with [`SpanMut::from_raw`].
 ///
 /// # Errors

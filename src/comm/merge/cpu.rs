@@ -40,7 +40,8 @@ impl<T: Element, O: Element> MergePlan<T, O> {
 
 impl<T: Element, O: Element> CpuMerge<T, O> {
     /// The place of this rank's next partial in the message: an output `[batch, seq, heads, dim]` with the message's strides, and a log-sum-exp
-    /// `[batch, heads, seq]`. Attention writes both, all of them; [`run`](Self::run) and [`start`](Self::start) send them.
+    /// `[batch, heads, seq]`. Attention writes both, all of them, or a merge of several partials does; [`run`](Self::run) and
+    /// [`start`](Self::start) send them.
     ///
     /// # Errors
     /// [`Error::Value`] if memory has no room for the message.

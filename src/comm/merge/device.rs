@@ -65,10 +65,10 @@ impl<T: Element, O: Element> MergePlan<T, O> {
 
 impl<D: Device, T: Element, O: Element> DeviceMerge<'_, D, T, O> {
     /// The place of this rank's partial in the message: an output `[batch, seq, heads, dim]` with the message's strides, and a log-sum-exp
-    /// `[batch, heads, seq]`. Attention writes both, and [`run`](Self::run) sends them.
+    /// `[batch, heads, seq]`. Attention writes both, or a merge of several partials does, and [`run`](Self::run) sends them.
     ///
     /// # Errors
-    /// [`Error::Stride`] never: rows lie inside the scratch.
+    /// None: the plan has made room for it.
     pub fn partial(&mut self) -> Result<(DeviceTensorMut<'_, D, T>, SpanMut<'_, D, f32>)> {
         let [sent, ..] = self.places();
         let stream = D::stream_id(self.stream);
