@@ -1,4 +1,4 @@
-//! The merge over ranks, by ranks and query tokens: both ways, beside the scheme of the paper's own code (an all-gather of outputs, one of
+//! The merge over ranks, by ranks and query tokens: both ways, with partials that attention has written into the message and with partials that are copied there, beside the scheme of the paper's own code (an all-gather of outputs, one of
 //! log-sum-exps, and a barrier), on threads, and with the feature `mpi` on processes. Partials of 32 heads of 128 in f32.
 //!
 //!     cargo bench --bench merge_ranks [--features mpi] -- [--max-tokens T] [--max-ranks N]
@@ -6,7 +6,9 @@
 //! Every rank merges at the same time as all others, so ranks beyond the machine's cores share them.
 
 use indicatif::ProgressBar;
-use star_attention::comm::{Collective, GroupConfig, Link, MergePlan, MergeWay, ThreadGroup, Traffic};
+use star_attention::comm::{
+    Collective, CpuMerge, GroupConfig, Link, MergePlan, MergeWay, ThreadGroup, Traffic,
+};
 use star_attention::merge::{self, Partial};
 use star_attention::{Result, TensorView, TensorViewMut};
 use std::time::{Duration, Instant};
@@ -21,46 +23,79 @@ const BUDGET: Duration = Duration::from_millis(300);
 /// How a merge goes.
 #[derive(Clone, Copy, PartialEq)]
 enum Scheme {
-    Ours(MergeWay),
+    /// A partial that attention has written into the message.
+    InPlace(MergeWay),
+    /// A partial that is copied into the message.
+    Copied(MergeWay),
     /// Two all-gathers and a barrier.
     Reference,
 }
 
-const SCHEMES: [(&str, Scheme); 3] = [
-    ("all-gather", Scheme::Ours(MergeWay::AllGather)),
-    ("by rows", Scheme::Ours(MergeWay::ByRows)),
+const SCHEMES: [(&str, Scheme); 5] = [
+    ("all-gather", Scheme::InPlace(MergeWay::AllGather)),
+    ("by rows", Scheme::InPlace(MergeWay::ByRows)),
+    ("all-gather, copied", Scheme::Copied(MergeWay::AllGather)),
+    ("by rows, copied", Scheme::Copied(MergeWay::ByRows)),
     ("reference", Scheme::Reference),
 ];
+const REFERENCE: usize = 4;
 
 /// A rank's partial, and room for what comes of it.
 struct Rank {
     shape: [usize; 4],
+    /// What attention writes.
+    values: (Vec<f32>, Vec<f32>),
     out: Vec<f32>,
     lse: Vec<f32>,
     merged: Vec<f32>,
     merged_lse: Vec<f32>,
+    /// Of each way.
+    merges: [CpuMerge<f32, f32>; 2],
     scratch: Vec<f32>,
 }
 
 impl Rank {
-    fn new(tokens: usize, rank: usize, ranks: usize) -> Self {
+    fn new(tokens: usize, group: &dyn Collective) -> Result<Self> {
         let shape = [1, tokens, HEADS, DIM];
-        // The most that any scheme needs, and touched: no one pays for memory's first use.
-        let scratch = vec![1.0; 2 * (ranks + 1) * tokens.max(ranks) * HEADS * (DIM + 1)];
+        let (rank, ranks) = (group.rank(), group.size());
+        // The most that the reference needs, and touched: no one pays for memory's first use.
+        let scratch = vec![1.0; ranks * tokens * HEADS * (DIM + 1)];
         let value = |i: usize| (i.wrapping_mul(2_654_435_761 + rank) % 2001) as f32 / 1000.0 - 1.0;
         let (out, lse): (Vec<f32>, Vec<f32>) =
             ((0..tokens * HEADS * DIM).map(value).collect(), (0..tokens * HEADS).map(value).collect());
-        Self { shape, merged: out.clone(), merged_lse: lse.clone(), out, lse, scratch }
+        let plan = MergePlan::new(shape, ranks, &group.link())?;
+        let merges = [MergeWay::AllGather, MergeWay::ByRows].map(|way| plan.with_way(way).on_cpu());
+        let (merged, merged_lse, values) = (out.clone(), lse.clone(), (out.clone(), lse.clone()));
+        Ok(Self { shape, values, out, lse, merged, merged_lse, merges, scratch })
+    }
+
+    /// Writes the partial to where attention would for a scheme.
+    fn attend(&mut self, scheme: Scheme) -> Result<()> {
+        let Self { shape, values: (values, lses), out, lse, merges, .. } = self;
+        if let Scheme::InPlace(way) = scheme {
+            let (mut to, to_lse) = merges[way as usize].partial()?;
+            let [_, seq, heads, dim] = *shape;
+            let strides = to.strides();
+            for (row, value) in values.chunks_exact(dim).enumerate() {
+                let start = row / heads % seq * strides[1] + row % heads * strides[2];
+                to.data_mut()[start..start + dim].copy_from_slice(value);
+            }
+            to_lse.copy_from_slice(lses);
+        } else {
+            out.copy_from_slice(values);
+            lse.copy_from_slice(lses);
+        }
+        Ok(())
     }
 
     fn merge(&mut self, group: &dyn Collective, scheme: Scheme) -> Result<()> {
-        let Self { shape, out, lse, merged, merged_lse, scratch } = self;
-        let partial = Partial { out: TensorView::contiguous("partial", out, *shape)?, lse };
+        let Self { shape, out, lse, merged, merged_lse, merges, scratch, .. } = self;
         let to = TensorViewMut::contiguous("out", merged, *shape)?;
         match scheme {
-            Scheme::Ours(way) => {
-                let plan = MergePlan::<f32, f32>::new(*shape, group.size(), &group.link())?.with_way(way);
-                plan.run(group, &partial, to, merged_lse, scratch)
+            Scheme::InPlace(way) => merges[way as usize].run(group, to, Some(merged_lse)),
+            Scheme::Copied(way) => {
+                let partial = Partial { out: TensorView::contiguous("partial", out, *shape)?, lse };
+                merges[way as usize].merge(group, &partial, to, Some(merged_lse))
             }
             Scheme::Reference => {
                 let (outs, lses) = scratch.split_at_mut(group.size() * out.len());
@@ -80,13 +115,14 @@ impl Rank {
 
 /// One rank's median seconds and what one merge sends, for each scheme in turn.
 fn measure(group: &dyn Collective, tokens: usize, once: bool) -> Result<Vec<(f64, Traffic)>> {
-    let mut rank = Rank::new(tokens, group.rank(), group.size());
+    let mut rank = Rank::new(tokens, group)?;
     let mut times = SCHEMES.map(|_| Vec::new());
     let mut traffic = [Traffic::default(); SCHEMES.len()];
     let start = Instant::now();
     loop {
         // In turn, so that the machine's moods meet all of them.
         for (at, (_, scheme)) in SCHEMES.iter().enumerate() {
+            rank.attend(*scheme)?;
             let before = group.traffic();
             let start = Instant::now();
             rank.merge(group, *scheme)?;
@@ -145,7 +181,8 @@ fn program(
         let partial = tokens * HEADS * (4 * DIM + 4);
         let others = ranks - 1;
         let share = (tokens * HEADS).div_ceil(ranks) * (4 * DIM + 4);
-        let formulas = [others * partial, 2 * others * share, others * partial];
+        let (at_once, by_rows) = (others * partial, 2 * others * share);
+        let formulas = [at_once, by_rows, at_once, by_rows, at_once];
         let cell = |(seconds, _): &(f64, Traffic)| format!("{:.1}", seconds * 1e6);
         let sent = |at: usize| {
             let Traffic { collectives, bytes, .. } = results[at].1;
@@ -158,15 +195,13 @@ fn program(
         };
         let best = results[0].0.min(results[1].0);
         bar.suspend(|| {
+            let times: Vec<String> = results.iter().map(cell).collect();
+            let ratio = results[REFERENCE].0 / best;
+            let sent: Vec<String> = [0, 1, REFERENCE].map(sent).to_vec();
             println!(
-                "| {engine} | {ranks} | {tokens} | {} | {} | {} | {:.2} | {chosen} | {} | {} | {} |",
-                cell(&results[0]),
-                cell(&results[1]),
-                cell(&results[2]),
-                results[2].0 / best,
-                sent(0),
-                sent(1),
-                sent(2)
+                "| {engine} | {ranks} | {tokens} | {} | {ratio:.2} | {chosen} | {} |",
+                times.join(" | "),
+                sent.join(" | ")
             );
         });
         bar.inc(1);
@@ -227,9 +262,10 @@ fn main() -> Result<()> {
         return rank_of_processes(&tokens, once);
     }
     println!(
-        "| engine | ranks | query tokens | all-gather, us | by rows, us | reference, us | reference / best | cost model | sent by all-gather, bytes in calls | by rows | reference |"
+        "| engine | ranks | query tokens | {} | reference / best | cost model | sent by all-gather, bytes in calls | by rows | reference |",
+        SCHEMES.map(|(name, _)| format!("{name}, us")).join(" | ")
     );
-    println!("|---|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|");
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|");
     let ranks: Vec<usize> = RANKS.into_iter().filter(|&ranks| ranks <= most_ranks).collect();
     let bar = ProgressBar::new((ranks.len() * tokens.len()) as u64);
     for &ranks in &ranks {

@@ -3,7 +3,7 @@
 //     m = max_i lse_i     w_i = exp(lse_i - m)     out = Σ w_i out_i / Σ w_i     lse = m + ln Σ w_i
 //
 // in f32. A partial with lse = -inf counts for nothing, whatever its output holds; a NaN stays in
-// its row. Each element is read once, by the thread that writes it, so that `out` may be one of the
+// its row, and lse = +inf makes its row NaN. Each element is read once, by the thread that writes it, so that `out` may be one of the
 // partials.
 #include "include/eight.cuh"
 

@@ -8,6 +8,11 @@
 //!
 //! in f32, natural logarithm (paper section 2.2; line 19 of its Algorithm 2 misses the weights' shift). The identity is `(0, -inf)`:
 //! a partial with `lse = -inf` saw no key and counts for nothing, whatever its output holds. A NaN stays in its row.
+//!
+//! A log-sum-exp of `+inf` is not taken for an empty row: it is what scores beyond f32 have, so the merged row is NaN, output and log-sum-exp.
+//! FlashAttention-2 marks rows that saw no key by `+inf` (those with a NaN too): write `-inf` for it where the output is not NaN, before
+//! merging its partials. All merges do so, on every backend and over ranks.
+//!
 //! Partials are summed in the order given, so the same list gives the same bits.
 
 use crate::config::check_rows;
@@ -20,7 +25,7 @@ use rayon::prelude::*;
 pub struct PartialOf<V, L> {
     /// `[batch, seq, heads, dim]`, the last axis contiguous.
     pub out: V,
-    /// f32 `[batch, heads, seq]`, natural logarithm; `-inf` where no key was seen.
+    /// f32 `[batch, heads, seq]`, natural logarithm; `-inf` where no key was seen, never `+inf`.
     pub lse: L,
 }
 

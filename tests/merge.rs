@@ -74,6 +74,8 @@ proptest! {
 fn partials_1e4_apart_are_the_larger_one_in_either_order() {
     laws::takes_the_far_larger(&merged);
     laws::takes_the_far_larger(&pairwise);
+    laws::takes_no_infinite_lse_for_empty(&merged);
+    laws::takes_no_infinite_lse_for_empty(&pairwise);
 }
 
 #[test]

@@ -8,10 +8,10 @@ use common::{Rng, Tensor, named};
 use cudarc::driver::CudaStream;
 use star_attention::Error;
 use star_attention::comm::{
-    Collective, DeviceCollective, GroupConfig, Link, MergeWay, Nccl, RanksMerge, ThreadGroup, Traffic,
+    Collective, DeviceCollective, GroupConfig, Link, MergePlan, MergeWay, Nccl, ThreadGroup, Traffic,
 };
 use star_attention::cuda::driver::Driver;
-use star_attention::cuda::{DeviceTensorMut, Span, SpanMut};
+use star_attention::cuda::{DevicePartial, DeviceTensor, DeviceTensorMut, Span, SpanMut};
 use star_attention::merge::{self, Partial};
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,7 +57,7 @@ fn every_collective_delivers() {
         nccl.all_gather(stream, &part(&mut gathered)).unwrap();
         nccl.all_to_all(stream, &part(&mut exchanged)).unwrap();
         let mut shared = stream.clone_htod(&send).unwrap();
-        nccl.broadcast(stream, size - 1, &mut SpanMut::of(&mut shared, stream)).unwrap();
+        nccl.broadcast(stream, size - 1, &mut [SpanMut::of(&mut shared, stream)]).unwrap();
         nccl.wait(stream).unwrap();
 
         let of = |rank: usize, i: usize| (rank * 37 + i) as u8;
@@ -105,18 +105,19 @@ fn merges_are_those_of_the_cpu_on_every_gpu() {
 
         let (out, lse) = &parts[nccl.rank()];
         let (out, lse) = (stream.clone_htod(out).unwrap(), stream.clone_htod(lse).unwrap());
-        let mut ways = vec![MergeWay::AllGather];
-        ways.extend((heads * seq).is_multiple_of(nccl.size()).then_some(MergeWay::ByRows));
-        for way in ways {
-            let plan = RanksMerge::<f32, f32>::new(SHAPE, nccl.size(), &link).unwrap().with_way(way).unwrap();
-            let mut scratch = stream.alloc_zeros::<u8>(plan.scratch_len()).unwrap();
+        for way in [MergeWay::AllGather, MergeWay::ByRows] {
+            let plan = MergePlan::<f32, f32>::new(SHAPE, nccl.size(), &link).unwrap().with_way(way);
+            let mut scratch = stream.alloc_zeros::<u8>(plan.device_scratch_bytes()).unwrap();
             let mut merged = stream.alloc_zeros::<f32>(seq * heads * dim).unwrap();
             let mut merged_lse = stream.alloc_zeros::<f32>(seq * heads).unwrap();
-            let mut prepared = plan.prepare(driver, stream, SpanMut::of(&mut scratch, stream)).unwrap();
-            prepared
-                .run(
+            let stored = [1, heads, seq, dim];
+            let view = DeviceTensor::contiguous("partial", Span::of(&out, stream), stored).unwrap();
+            let partial = DevicePartial { out: view.swap_seq_heads(), lse: Span::of(&lse, stream) };
+            plan.on_device(driver, stream, SpanMut::of(&mut scratch, stream))
+                .unwrap()
+                .merge(
                     &nccl,
-                    (&Span::of(&out, stream), &Span::of(&lse, stream)),
+                    &partial,
                     &mut DeviceTensorMut::contiguous("out", SpanMut::of(&mut merged, stream), SHAPE).unwrap(),
                     Some(&mut SpanMut::of(&mut merged_lse, stream)),
                 )
@@ -141,7 +142,7 @@ fn a_rank_that_does_not_come_is_an_error() {
     on_all_gpus(config, |group, nccl, _, stream| {
         let mut buffer = stream.alloc_zeros::<u8>(64).unwrap();
         assert_eq!(
-            named(nccl.broadcast(stream, nccl.size(), &mut SpanMut::of(&mut buffer, stream)).unwrap_err()),
+            named(nccl.broadcast(stream, nccl.size(), &mut [SpanMut::of(&mut buffer, stream)]).unwrap_err()),
             ("value", "root")
         );
         if nccl.size() > 1 && nccl.rank() + 1 != nccl.size() {

@@ -6,7 +6,6 @@ use super::run::Scheme;
 use candle_core::{Device, Tensor, WithDType};
 use star_attention::comm::{AnchorKv, Collective, MergePlan, anchor_scratch_len, share_anchor};
 use star_attention::cpu::{Cpu, flash::Plan};
-use star_attention::merge::Partial;
 use star_attention::{
     Append, AttentionConfig, AttentionShape, Element, Inputs, KvConfig, KvStore, Mask, RankLayout,
     SequenceId, TensorView, TensorViewMut, candle::Borrowed,
@@ -109,11 +108,8 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         let shape = shape(model, tokens.len(), new.attended);
         let plan = Plan::new(&AttentionConfig::new(step.mask()), &shape)?;
         let extents = shape.query_shape();
-        let merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
+        let mut merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?.on_cpu();
         workspace.reserve(plan.workspace_bytes());
-        let mut scratch = vec![0.0; merge.scratch_len()];
-        let mut partial = vec![0f32; extents.iter().product()];
-        let (mut lse, mut merged_lse) = (vec![0f32; shape.lse_len()], vec![0f32; shape.lse_len()]);
         let logit_rows = if is_query_rank { logit_rows } else { 0 };
         let logits = model.forward(tokens, &positions, logit_rows, &mut |layer, [q, k, v]| {
             let (q, k, v) =
@@ -121,15 +117,15 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
             let (q, k, v) = (q.view::<T>()?, k.view::<T>()?, v.view::<T>()?);
             shard.append(&CPU, layer, Append::new(k, v, &new.appended_places))?;
             let [key, value] = shard.rows_of(&CPU, layer, *sequence, new.attended)?;
-            let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
-            plan.run(Inputs::new(q, key, value), view, Some(&mut lse), &mut *workspace)?;
+            // Into the message itself.
+            let (partial, lse) = merge.partial()?;
+            plan.run(Inputs::new(q, key, value), partial, Some(lse), &mut *workspace)?;
             if !step.keeps_appended() {
                 shard.append(&CPU, layer, Append::new(k, v, &new.kept_places))?;
             }
-            let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
             let mut out = vec![0f32; extents.iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, extents)?;
-            merge.run(*group, &partial, view, &mut merged_lse, &mut scratch)?;
+            merge.run(*group, view, None)?;
             *checksum = out.iter().fold(*checksum, |sum, x| fold(sum, u64::from(x.to_bits())));
             Ok(Tensor::from_vec(out, extents.as_slice(), &Device::Cpu)?)
         })?;

@@ -3,14 +3,11 @@
 use crate::Sizes;
 use crate::backend::Backend;
 use crate::timed::Timed;
-use star_attention::comm::{Collective, DeviceCollective, MergePlan, RanksMerge, Traffic};
+use star_attention::comm::{Collective, DeviceCollective, MergePlan, Traffic};
 use star_attention::cpu;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, HalfElement};
-use star_attention::merge::Partial;
-use star_attention::{
-    AttentionConfig, Element, Inputs, KvConfig, KvStore, Result, TensorView, TensorViewMut,
-};
+use star_attention::{AttentionConfig, Element, Inputs, KvConfig, KvStore, Result, TensorView, TensorViewMut};
 use std::time::{Duration, Instant};
 
 /// What came of a rank.
@@ -61,28 +58,26 @@ pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &
     let [key, value] = kv.rows(&backend, 0, sequence)?;
     let plan = cpu::flash::Plan::new(&AttentionConfig::default(), &shape)?;
     let extents = shape.query_shape();
-    let mut merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
+    let mut plan_of_ranks = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
     if let Some(way) = sizes.way {
-        merge = merge.with_way(way);
+        plan_of_ranks = plan_of_ranks.with_way(way);
     }
+    let mut merge = plan_of_ranks.on_cpu();
     let mut workspace = Vec::with_capacity(plan.workspace_bytes());
-    let mut scratch = vec![0.0; merge.scratch_len()];
     let query = TensorView::contiguous("query", &query.data, extents)?;
     let elements: usize = extents.iter().product();
-    let (mut partial, mut lse) = (vec![0f32; elements], vec![0f32; shape.lse_len()]);
-    let (mut out, mut merged_lse) = (partial.clone(), lse.clone());
+    let (mut out, mut merged_lse) = (vec![0f32; elements], vec![0f32; shape.lse_len()]);
     let (mut times, before) = (Times::default(), group.traffic());
     for _ in 0..sizes.layers {
         let start = Instant::now();
-        let view = TensorViewMut::contiguous("partial", &mut partial, extents)?;
-        let inputs = Inputs::new(query, key, value);
-        plan.run(inputs, view, Some(&mut lse), &mut workspace)?;
+        // Into the message itself.
+        let (partial, lse) = merge.partial()?;
+        plan.run(Inputs::new(query, key, value), partial, Some(lse), &mut workspace)?;
         let attention = start.elapsed();
         let start = Instant::now();
         group.take();
-        let partial = Partial { out: TensorView::contiguous("partial", &partial, extents)?, lse: &lse };
         let view = TensorViewMut::contiguous("out", &mut out, extents)?;
-        merge.run(group, &partial, view, &mut merged_lse, &mut scratch)?;
+        merge.run(group, view, Some(&mut merged_lse))?;
         let message = group.take();
         times.0.push([attention, message, start.elapsed() - message]);
         tick();
@@ -95,8 +90,8 @@ pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &
         message,
         merge: merging,
         traffic: per_layer(group.traffic() - before, sizes.layers),
-        planned: merge.traffic(),
-        way: format!("{:?}", merge.way()),
+        planned: plan_of_ranks.traffic(),
+        way: format!("{:?}", plan_of_ranks.way()),
     })
 }
 
@@ -112,20 +107,19 @@ pub fn on_device<B: Backend, T: HalfElement>(
     let shape = sizes.shape(shard.len);
     let (device, stream) = (backend.device(), backend.stream());
     let plan = Plan::new(&device.properties(), &AttentionConfig::default(), &shape)?;
-    let extents @ [_, query_len, heads, head_dim] = shape.query_shape();
-    let mut merge = RanksMerge::<f32, f32>::new(extents, group.size(), &group.link())?;
+    let extents = shape.query_shape();
+    let mut plan_of_ranks = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
     if let Some(way) = sizes.way {
-        merge = merge.with_way(way)?;
+        plan_of_ranks = plan_of_ranks.with_way(way);
     }
     let elements: usize = extents.iter().product();
     let [query, key, value] =
         [&query.data, &shard.key.data, &shard.value.data].map(|data| backend.memory(data));
     let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
-    let mut scratch = backend.memory(&vec![0u8; merge.scratch_len()]);
-    let (mut partial, mut lse) =
-        (backend.memory(&vec![0f32; elements]), backend.memory(&vec![0f32; shape.lse_len()]));
+    let mut scratch = backend.memory(&vec![0u8; plan_of_ranks.device_scratch_bytes()]);
     let (mut out, mut merged_lse) =
         (backend.memory(&vec![0f32; elements]), backend.memory(&vec![0f32; shape.lse_len()]));
+    let mut merge = plan_of_ranks.on_device(device, stream, backend.span_mut(&mut scratch))?;
     let sync = backend.memory(&[0u32]);
     let (mut times, before) = (Times::default(), group.traffic());
     for _ in 0..sizes.layers {
@@ -133,10 +127,8 @@ pub fn on_device<B: Backend, T: HalfElement>(
         let start = Instant::now();
         {
             let tensor = |memory, shape| DeviceTensor::contiguous("input", backend.span(memory), shape);
-            // Heads before tokens, as the merge sends them.
-            let stored = [1, heads, query_len, head_dim];
-            let mut to = DeviceTensorMut::contiguous("partial", backend.span_mut(&mut partial), stored)?
-                .swap_seq_heads();
+            // Into the message itself.
+            let (mut to, mut lse) = merge.partial()?;
             plan.prepare(device, stream, backend.span_mut(&mut workspace))?.run(
                 Inputs::new(
                     &tensor(&query, extents)?,
@@ -144,16 +136,15 @@ pub fn on_device<B: Backend, T: HalfElement>(
                     &tensor(&value, shape.key_shape())?,
                 ),
                 &mut to,
-                Some(&mut backend.span_mut(&mut lse)),
+                Some(&mut lse),
             )?;
         }
         backend.read(&sync);
         let attention = start.elapsed();
         let start = Instant::now();
         message();
-        merge.prepare(device, stream, backend.span_mut(&mut scratch))?.run(
+        merge.run(
             group,
-            (&backend.span(&partial), &backend.span(&lse)),
             &mut DeviceTensorMut::contiguous("out", backend.span_mut(&mut out), extents)?,
             Some(&mut backend.span_mut(&mut merged_lse)),
         )?;
@@ -170,8 +161,8 @@ pub fn on_device<B: Backend, T: HalfElement>(
         message,
         merge: merging,
         traffic: per_layer(group.traffic() - before, sizes.layers),
-        planned: merge.traffic(),
-        way: format!("{:?}", merge.way()),
+        planned: plan_of_ranks.traffic(),
+        way: format!("{:?}", plan_of_ranks.way()),
     })
 }
 

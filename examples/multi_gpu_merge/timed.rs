@@ -1,7 +1,7 @@
 //! Collectives that tell how long their messages took: with the wait for the other ranks.
 
 use star_attention::Result;
-use star_attention::comm::{Collective, Link, Traffic};
+use star_attention::comm::{Collective, Link, Message, Pattern, Received, Started, Traffic};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
@@ -47,6 +47,22 @@ impl<C: Collective> Collective for Timed<C> {
     fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
         self.time(|| self.group.broadcast(root, buffer))
     }
+    fn start(&self, pattern: Pattern, message: Message) -> Result<Started> {
+        self.time(|| self.group.start(pattern, message))
+    }
+    /// With what the rank makes of the messages left out.
+    fn finish(&self, started: Started, read: &mut dyn FnMut(&Received<'_>)) -> Result<()> {
+        let reading = Cell::new(Duration::ZERO);
+        let result = self.time(|| {
+            self.group.finish(started, &mut |received| {
+                let start = Instant::now();
+                read(received);
+                reading.set(start.elapsed());
+            })
+        });
+        self.spent.set(self.spent.get() - reading.get());
+        result
+    }
     fn traffic(&self) -> Traffic {
         self.group.traffic()
     }
@@ -89,9 +105,9 @@ mod device {
             &self,
             stream: &Stream,
             root: usize,
-            buffer: &mut SpanMut<'_, Driver, u8>,
+            parts: &mut [SpanMut<'_, Driver, u8>],
         ) -> Result<()> {
-            self.on(stream, || self.group.broadcast(stream, root, buffer))
+            self.on(stream, || self.group.broadcast(stream, root, parts))
         }
         fn traffic(&self) -> Traffic {
             self.group.traffic()

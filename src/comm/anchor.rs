@@ -1,7 +1,11 @@
 //! Keys and values of the anchor, from rank 0 to all.
 
 use super::Collective;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use super::{DeviceCollective, device::Region};
 use crate::config::check_rows;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use crate::cuda::{Device, DeviceTensorMut, SpanMut};
 use crate::{Element, Error, Result, TensorViewMut};
 
 /// Elements of the scratch that [`share_anchor`] needs for keys of `shape` `[batch, anchor_len, kv_heads, head_dim]`.
@@ -59,4 +63,54 @@ fn each_row<T: Element>(
         let start: usize = index.iter().zip(strides).map(|(i, stride)| i * stride).sum();
         copy(&mut tensor.data_mut()[start..start + dim], part);
     }
+}
+
+/// As [`share_anchor`], for keys and values in device memory, in the order of a stream: one collective of both.
+///
+/// Each sequence's piece of memory without gaps goes as it lies, without a scratch: one of keys and one of values, or one for each head where heads come before
+/// tokens. Within a sequence all ranks' tensors must have their gaps at the same places.
+///
+/// # Errors
+/// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Value`] for memory of another stream (nothing was sent then); and the
+/// errors of the collective and of the driver.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub fn share_anchor_on_device<D: Device, T: Element>(
+    group: &impl DeviceCollective<D>,
+    stream: &D::Stream,
+    key: &mut DeviceTensorMut<'_, D, T>,
+    value: &mut DeviceTensorMut<'_, D, T>,
+) -> Result<()> {
+    let shape = key.shape();
+    check_rows("key", shape, shape, key.strides())?;
+    check_rows("value", shape, value.shape(), value.strides())?;
+    key.check_stream("key", stream)?;
+    value.check_stream("value", stream)?;
+    let places = [(key.params().data, key.strides()), (value.params().data, value.strides())];
+    let part = |(address, (start, len)): (u64, (usize, usize))| {
+        let [start, len] = [start, len].map(|elements| elements * size_of::<T>());
+        Region::new(address + start as u64, len).write()
+    };
+    let pieces = places
+        .into_iter()
+        .flat_map(|(address, strides)| pieces(shape, strides).into_iter().map(move |p| (address, p)));
+    let mut parts: Vec<SpanMut<'_, D, u8>> = pieces.map(part).collect();
+    group.broadcast(stream, 0, &mut parts)
+}
+
+/// The pieces without gaps that each sequence of a tensor lies in: where each starts, and its elements.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+fn pieces([batch, seq, heads, dim]: [usize; 4], strides: [usize; 4]) -> Vec<(usize, usize)> {
+    let mut pieces: Vec<(usize, usize)> = Vec::new();
+    if dim == 0 {
+        return pieces;
+    }
+    for row in 0..batch * seq * heads {
+        let index = [row / heads / seq, row / heads % seq, row % heads];
+        let start: usize = index.iter().zip(strides).map(|(i, stride)| i * stride).sum();
+        match pieces.last_mut() {
+            Some((first, len)) if *first + *len == start && !row.is_multiple_of(seq * heads) => *len += dim,
+            _ => pieces.push((start, dim)),
+        }
+    }
+    pieces
 }

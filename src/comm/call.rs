@@ -1,11 +1,23 @@
 //! What ranks must agree on in a collective, and its form in a message.
 
+use super::message::{Message, Pattern};
+
 /// A collective and its extents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Call {
     AllGather { bytes: usize },
     AllToAll { bytes: usize },
     Broadcast { root: usize, bytes: usize },
+}
+
+impl Call {
+    pub fn of(pattern: Pattern, message: &Message) -> Self {
+        let bytes = message.bytes().len();
+        match pattern {
+            Pattern::AllGather => Self::AllGather { bytes },
+            Pattern::AllToAll => Self::AllToAll { bytes },
+        }
+    }
 }
 
 /// What stands at the head of a message.

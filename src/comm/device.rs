@@ -1,6 +1,6 @@
 //! Collectives between ranks whose messages lie in device memory.
 
-use super::{Collective, Link, Traffic};
+use super::{Collective, Link, Traffic, check_root};
 use crate::cuda::{Device, Span, SpanMut, check_not_capturing};
 use crate::{Error, Result};
 
@@ -30,11 +30,11 @@ pub trait DeviceCollective<D: Device> {
     /// [`Error::Shape`] for lengths that do not fit; and the engine's errors.
     fn all_to_all(&self, stream: &D::Stream, parts: &[Exchange<'_, D>]) -> Result<()>;
 
-    /// As [`Collective::broadcast`].
+    /// As [`Collective::broadcast`], of several pieces of memory at once.
     ///
     /// # Errors
     /// [`Error::Value`] for a root out of range; and the engine's errors.
-    fn broadcast(&self, stream: &D::Stream, root: usize, buffer: &mut SpanMut<'_, D, u8>) -> Result<()>;
+    fn broadcast(&self, stream: &D::Stream, root: usize, parts: &mut [SpanMut<'_, D, u8>]) -> Result<()>;
 
     /// What this rank has sent so far.
     fn traffic(&self) -> Traffic;
@@ -140,15 +140,68 @@ impl<D: Device, C: Collective + ?Sized> DeviceCollective<D> for Staged<'_, D, C>
         self.exchange(stream, parts, self.group.size(), |send, receive| self.group.all_to_all(send, receive))
     }
 
-    fn broadcast(&self, stream: &D::Stream, root: usize, buffer: &mut SpanMut<'_, D, u8>) -> Result<()> {
-        buffer.check_stream("buffer", stream)?;
-        let mut bytes = self.download(stream, "buffer", (buffer.address(), buffer.len()))?;
-        self.group.broadcast(root, &mut bytes)?;
-        // SAFETY: a span of this device that is borrowed to be written.
-        unsafe { self.device.upload(stream, buffer.address(), &bytes) }
+    fn broadcast(&self, stream: &D::Stream, root: usize, parts: &mut [SpanMut<'_, D, u8>]) -> Result<()> {
+        check_root(self.size(), root)?;
+        check_not_capturing::<D>(stream)?;
+        parts.iter().try_for_each(|part| part.check_stream("parts", stream))?;
+        let mut message = vec![0; parts.iter().map(SpanMut::len).sum()];
+        if self.rank() == root {
+            let mut rest = &mut message[..];
+            for part in parts.iter() {
+                let (bytes, after) = rest.split_at_mut(part.len());
+                bytes.copy_from_slice(&self.download(stream, "parts", (part.address(), part.len()))?);
+                rest = after;
+            }
+        }
+        self.group.broadcast(root, &mut message)?;
+        if self.rank() != root {
+            let mut rest = &message[..];
+            for part in parts.iter() {
+                let (bytes, after) = rest.split_at(part.len());
+                // SAFETY: a span of this device that is borrowed to be written.
+                unsafe { self.device.upload(stream, part.address(), bytes)? };
+                rest = after;
+            }
+        }
+        Ok(())
     }
 
     fn traffic(&self) -> Traffic {
         self.group.traffic()
+    }
+}
+
+/// Device memory that a call in progress reads and writes: a part of its scratch, or memory of the caller.
+///
+/// Both are borrowed, and all work on them is in the order of one stream; each step reads what steps before it wrote, and writes another region.
+#[derive(Clone, Copy)]
+pub(super) struct Region {
+    address: u64,
+    bytes: usize,
+}
+
+impl Region {
+    pub fn new(address: u64, bytes: usize) -> Self {
+        Self { address, bytes }
+    }
+
+    pub fn first(self, bytes: usize) -> Self {
+        debug_assert!(bytes <= self.bytes);
+        Self { bytes, ..self }
+    }
+
+    pub fn read<'a, D: Device, E>(self) -> Span<'a, D, E> {
+        // SAFETY: as the type says.
+        unsafe { Span::from_raw(self.address, self.bytes / size_of::<E>()) }
+    }
+
+    pub fn write<'a, D: Device, E>(self) -> SpanMut<'a, D, E> {
+        // SAFETY: as the type says.
+        unsafe { SpanMut::from_raw(self.address, self.bytes / size_of::<E>()) }
+    }
+
+    /// For work on one stream alone.
+    pub fn write_on<'a, D: Device, E>(self, stream_id: [u64; 2]) -> SpanMut<'a, D, E> {
+        SpanMut::on(self.address, self.bytes / size_of::<E>(), stream_id)
     }
 }

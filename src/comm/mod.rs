@@ -18,6 +18,7 @@ mod cost;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 mod device;
 mod merge;
+mod message;
 #[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(feature = "nccl")]
@@ -27,13 +28,16 @@ mod teardown;
 mod threads;
 
 pub use agree::{Agreement, agree};
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub use anchor::share_anchor_on_device;
 pub use anchor::{anchor_scratch_len, share_anchor};
 pub use cost::{AnchorKv, Link, MergeWay};
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub use device::{DeviceCollective, Exchange, Staged};
-pub use merge::{MergePlan, merge};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-pub use merge::{PreparedMerge, RanksMerge};
+pub use merge::DeviceMerge;
+pub use merge::{CpuMerge, MergePlan, PendingMerge, merge};
+pub use message::{Message, Pattern, Received, Started};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 #[cfg(feature = "nccl")]
@@ -76,6 +80,33 @@ pub trait Collective: Send {
     /// [`Error::Value`] for a root out of range (the group is as it was), or a peer that left, differs, or is late.
     fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()>;
 
+    /// Sends a message that the group shares until all have read it, and returns at once. Until [`finish`](Self::finish) the group refuses other calls. The others
+    /// are waited for from there on.
+    ///
+    /// An engine that implements the calls on borrowed memory alone has this as well: it then sends in [`finish`](Self::finish).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for regions that do not fit, [`Error::Value`] while another exchange is under way (the group is as it was); and the
+    /// engine's errors.
+    fn start(&self, pattern: Pattern, message: Message) -> Result<Started> {
+        message.check(pattern, self.size())?;
+        Ok(Started { pattern, message })
+    }
+
+    /// Waits for what was started, and shows `read` every rank's bytes where they lie. After an error it has shown nothing.
+    ///
+    /// `read` may not call the group.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if no exchange is under way (the group is as it was); a peer that left, differs, or is late.
+    fn finish(&self, started: Started, read: &mut dyn FnMut(&Received<'_>)) -> Result<()> {
+        let collective = |send: &[u8], receive: &mut [u8]| match started.pattern {
+            Pattern::AllGather => self.all_gather(send, receive),
+            Pattern::AllToAll => self.all_to_all(send, receive),
+        };
+        started.blocking(self.size(), collective, read)
+    }
+
     /// What this rank has sent so far.
     fn traffic(&self) -> Traffic;
 }
@@ -98,6 +129,12 @@ impl<C: Collective + ?Sized> Collective for Box<C> {
     }
     fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
         (**self).broadcast(root, buffer)
+    }
+    fn start(&self, pattern: Pattern, message: Message) -> Result<Started> {
+        (**self).start(pattern, message)
+    }
+    fn finish(&self, started: Started, read: &mut dyn FnMut(&Received<'_>)) -> Result<()> {
+        (**self).finish(started, read)
     }
     fn traffic(&self) -> Traffic {
         (**self).traffic()
@@ -170,6 +207,12 @@ fn check_all_gather(size: usize, send: &[u8], receive: &[u8]) -> Result<()> {
 fn check_all_to_all(size: usize, send: &[u8], receive: &[u8]) -> Result<()> {
     check_len("send", send.len().next_multiple_of(size), send.len())?;
     check_len("receive", send.len(), receive.len())
+}
+
+/// Refuses a call of a group that has an exchange under way, or to finish one where there is none.
+fn check_under_way(expected: bool, got: bool) -> Result<()> {
+    let what = |under_way| if under_way { "an exchange under way" } else { "no exchange under way" };
+    if expected != got { Err(Error::value("group", what(expected), what(got))) } else { Ok(()) }
 }
 
 /// Refuses a root that is no rank.

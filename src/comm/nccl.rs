@@ -12,7 +12,7 @@
 //!     for (gpu, rank) in ThreadGroup::ranks(Driver::count()?)?.into_iter().enumerate() {
 //!         scope.spawn(move || -> star_attention::Result<()> {
 //!             let group = Nccl::over(&rank, &Driver::open(gpu)?, &GroupConfig::default())?;
-//!             // prepared.run(&group, ...) of a RanksMerge and, in place of stream.synchronize(), group.wait(&stream)?
+//!             // merge.run(&group, ...) of a DeviceMerge and, in place of stream.synchronize(), group.wait(&stream)?
 //!             Ok(())
 //!         });
 //!     }
@@ -305,18 +305,21 @@ impl DeviceCollective<Driver> for Nccl {
         &self,
         stream: &Arc<CudaStream>,
         root: usize,
-        buffer: &mut SpanMut<'_, Driver, u8>,
+        parts: &mut [SpanMut<'_, Driver, u8>],
     ) -> Result<()> {
         check_root(self.size, root)?;
         check_stream(&self.context, stream)?;
-        buffer.check_stream("buffer", stream)?;
+        parts.iter().try_for_each(|part| part.check_stream("parts", stream))?;
         let sent = if root == self.rank { self.size - 1 } else { 0 };
-        self.together(stream, Traffic::of(sent, buffer.len()), |communicator| {
-            let data = address_mut(buffer, 0);
-            // SAFETY: the span is of this device, and is borrowed for the stream.
-            check("broadcast", unsafe {
-                let stream = stream.cu_stream().cast();
-                result::broadcast(data, data, buffer.len(), BYTES, root as i32, communicator, stream)
+        let bytes = parts.iter().map(SpanMut::len).sum();
+        self.together(stream, Traffic::of(sent, bytes), |communicator| {
+            parts.iter().try_for_each(|part| {
+                let data = address_mut(part, 0);
+                // SAFETY: the span is of this device, and is borrowed for the stream.
+                check("broadcast", unsafe {
+                    let stream = stream.cu_stream().cast();
+                    result::broadcast(data, data, part.len(), BYTES, root as i32, communicator, stream)
+                })
             })
         })
     }

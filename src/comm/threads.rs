@@ -1,13 +1,17 @@
 //! The engine for threads of one process.
 //!
-//! Each rank posts its message in a slot and waits until all have posted theirs: one synchronisation for each collective. A rank has
-//! two slots, used in turn: it can post message `n + 2` only after all have posted `n + 1`, and so after all have read message `n`.
+//! Each rank posts its message in a slot and waits until all have posted theirs: one synchronisation for each collective. Messages are shared,
+//! not copied: each rank reads the others' where they lie. A rank has two slots, used in turn: it can post message `n + 2` only after
+//! all have posted `n + 1`, and so after all have read message `n`, which then is free to be written again.
 
 use super::call::Call;
-use super::{Collective, GroupConfig, Link, Traffic, check_all_gather, check_all_to_all, check_root};
+use super::message::{Message, Pattern, Received, Started};
+use super::{
+    Collective, GroupConfig, Link, Traffic, check_all_gather, check_all_to_all, check_root, check_under_way,
+};
 use crate::{Error, Result};
-use std::cell::Cell;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::cell::{Cell, RefCell};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Bandwidth as measured between threads on two cores. The latency is not that of a message (10 us): it is what makes the ways of merging take the same time where they did,
@@ -25,24 +29,28 @@ pub struct ThreadGroup {
     shared: Arc<Shared>,
     timeout: Duration,
     link: Link,
-    posted: Cell<u64>,
+    /// Collectives completed.
+    done: Cell<u64>,
+    /// Whether one more has been posted.
+    under_way: Cell<bool>,
     traffic: Cell<Traffic>,
+    /// Messages of calls on borrowed memory, in the slots' turn.
+    copies: RefCell<[Option<Message>; 2]>,
 }
 
 #[derive(Debug)]
 struct Shared {
     members: Mutex<Vec<Member>>,
     changed: Condvar,
-    /// For each rank two messages, of even and of odd number.
-    slots: Vec<[RwLock<Vec<u8>>; 2]>,
+    size: usize,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Member {
     posted: u64,
     gone: bool,
-    /// The collectives of the two slots.
-    calls: [Option<Call>; 2],
+    /// Two slots, for messages of even and of odd number.
+    slots: [Option<(Call, Message)>; 2],
 }
 
 impl ThreadGroup {
@@ -65,57 +73,72 @@ impl ThreadGroup {
         let shared = Arc::new(Shared {
             members: Mutex::new(vec![Member::default(); size]),
             changed: Condvar::new(),
-            slots: (0..size).map(|_| Default::default()).collect(),
+            size,
         });
         let rank = |rank| Self {
             rank,
             shared: shared.clone(),
             timeout: config.timeout,
             link: config.link.unwrap_or(LINK),
-            posted: Cell::new(0),
+            done: Cell::new(0),
+            under_way: Cell::new(false),
             traffic: Cell::default(),
+            copies: RefCell::default(),
         };
         Ok((0..size).map(rank).collect())
     }
 
-    /// Posts `message`, waits for all, and gives `read` each rank's message in order.
-    fn exchange(
-        &self,
-        call: Call,
-        message: &[u8],
-        sent: Traffic,
-        mut read: impl FnMut(usize, &[u8]),
-    ) -> Result<()> {
-        let number = self.posted.get();
-        let parity = (number % 2) as usize;
-        let result = self.wait(call, message, number, parity);
-        if result.is_err() {
-            self.leave();
-            return result;
+    /// The slot of the next collective, or of the one under way.
+    fn slot(&self) -> usize {
+        (self.done.get() % 2) as usize
+    }
+
+    /// A message with a copy of `bytes`.
+    fn copy(&self, bytes: &[u8]) -> Result<Message> {
+        let kept = &mut self.copies.borrow_mut()[self.slot()];
+        if let Some(message) = kept
+            && message.refill(bytes)?
+        {
+            return Ok(message.clone());
         }
-        for (rank, slots) in self.shared.slots.iter().enumerate() {
-            read(rank, &slots[parity].read().unwrap_or_else(PoisonError::into_inner));
+        let mut message = Message::new(&[])?;
+        message.refill(bytes)?;
+        Ok(kept.insert(message).clone())
+    }
+
+    /// Puts a message in this rank's slot.
+    fn post(&self, call: Call, message: Message) -> Result<()> {
+        check_under_way(false, self.under_way.get())?;
+        let mut members = self.members();
+        let member = &mut members[self.rank];
+        if member.gone {
+            return Err(Error::Disconnected { rank: self.rank });
         }
-        self.posted.set(number + 1);
-        self.traffic.set(self.traffic.get() + sent);
+        member.slots[self.slot()] = Some((call, message));
+        member.posted = self.done.get() + 1;
+        self.under_way.set(true);
+        self.shared.changed.notify_all();
         Ok(())
     }
 
-    fn wait(&self, call: Call, message: &[u8], number: u64, parity: usize) -> Result<()> {
-        if self.members()[self.rank].gone {
-            return Err(Error::Disconnected { rank: self.rank });
+    /// Waits until all have posted, and takes part in every rank's message.
+    fn collect(&self, sent: Traffic) -> Result<Vec<Message>> {
+        self.under_way.set(false);
+        let messages = self.wait();
+        match messages {
+            Ok(_) => {
+                self.done.set(self.done.get() + 1);
+                self.traffic.set(self.traffic.get() + sent);
+            }
+            Err(_) => self.leave(),
         }
-        {
-            let slot = &self.shared.slots[self.rank][parity];
-            let mut slot = slot.write().unwrap_or_else(PoisonError::into_inner);
-            slot.clear();
-            slot.extend_from_slice(message);
-        }
+        messages
+    }
+
+    fn wait(&self) -> Result<Vec<Message>> {
+        let (number, slot) = (self.done.get(), self.slot());
         let start = Instant::now();
         let mut members = self.members();
-        members[self.rank].calls[parity] = Some(call);
-        members[self.rank].posted = number + 1;
-        self.shared.changed.notify_all();
         while let Some(missing) = members.iter().position(|member| member.posted <= number) {
             if let Some(rank) = members.iter().position(|member| member.posted <= number && member.gone) {
                 return Err(Error::Disconnected { rank });
@@ -126,13 +149,23 @@ impl ThreadGroup {
             let waited = self.shared.changed.wait_timeout(members, left);
             members = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        match members.iter().position(|member| member.calls[parity] != Some(call)) {
-            None => Ok(()),
-            Some(rank) => {
-                let got = members[rank].calls[parity].map_or_else(String::new, |call| format!("{call:?}"));
-                Err(Error::Peer { rank, argument: "call", expected: format!("{call:?}"), got })
+        // All have read what this rank posted before.
+        members[self.rank].slots[1 - slot] = None;
+        let Some((call, own)) = members[self.rank].slots[slot].clone() else {
+            return Err(Error::Disconnected { rank: self.rank });
+        };
+        let same_form =
+            |message: &Message| matches!(call, Call::Broadcast { .. }) || message.regions() == own.regions();
+        let message = |(rank, member): (usize, &Member)| match &member.slots[slot] {
+            Some((theirs, message)) if *theirs == call && same_form(message) => Ok(message.clone()),
+            other => {
+                let show =
+                    |call: &Call, message: &Message| format!("{call:?} of {:?} bytes", message.regions());
+                let got = other.as_ref().map_or_else(String::new, |(call, message)| show(call, message));
+                Err(Error::Peer { rank, argument: "call", expected: show(&call, &own), got })
             }
-        }
+        };
+        members.iter().enumerate().map(message).collect()
     }
 
     fn to_others(&self, bytes: usize) -> Traffic {
@@ -161,7 +194,7 @@ impl Collective for ThreadGroup {
     }
 
     fn size(&self) -> usize {
-        self.shared.slots.len()
+        self.shared.size
     }
 
     fn link(&self) -> Link {
@@ -169,33 +202,51 @@ impl Collective for ThreadGroup {
     }
 
     fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
-        let bytes = send.len();
         check_all_gather(self.size(), send, receive)?;
-        self.exchange(Call::AllGather { bytes }, send, self.to_others(bytes), |rank, message| {
-            receive[rank * bytes..][..bytes].copy_from_slice(message);
-        })
+        let bytes = send.len();
+        self.post(Call::AllGather { bytes }, self.copy(send)?)?;
+        for (rank, message) in self.collect(self.to_others(bytes))?.iter().enumerate() {
+            receive[rank * bytes..][..bytes].copy_from_slice(message.bytes());
+        }
+        Ok(())
     }
 
     fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
         check_all_to_all(self.size(), send, receive)?;
         let part = send.len() / self.size();
-        let call = Call::AllToAll { bytes: send.len() };
-        self.exchange(call, send, self.to_others(part), |rank, message| {
-            receive[rank * part..][..part].copy_from_slice(&message[self.rank * part..][..part]);
-        })
+        self.post(Call::AllToAll { bytes: send.len() }, self.copy(send)?)?;
+        for (rank, message) in self.collect(self.to_others(part))?.iter().enumerate() {
+            receive[rank * part..][..part].copy_from_slice(&message.bytes()[self.rank * part..][..part]);
+        }
+        Ok(())
     }
 
     fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
         check_root(self.size(), root)?;
         let call = Call::Broadcast { root, bytes: buffer.len() };
         if root == self.rank {
-            return self.exchange(call, buffer, self.to_others(buffer.len()), |_, _| {});
+            self.post(call, self.copy(buffer)?)?;
+            return self.collect(self.to_others(buffer.len())).map(drop);
         }
-        self.exchange(call, &[], Traffic::of(0, 0), |rank, message| {
-            if rank == root {
-                buffer.copy_from_slice(message);
-            }
-        })
+        self.post(call, self.copy(&[])?)?;
+        let messages = self.collect(Traffic::of(0, 0))?;
+        buffer.copy_from_slice(messages[root].bytes());
+        Ok(())
+    }
+
+    fn start(&self, pattern: Pattern, message: Message) -> Result<Started> {
+        message.check(pattern, self.size())?;
+        self.post(Call::of(pattern, &message), message.clone())?;
+        Ok(Started { pattern, message })
+    }
+
+    fn finish(&self, started: Started, read: &mut dyn FnMut(&Received<'_>)) -> Result<()> {
+        check_under_way(true, self.under_way.get())?;
+        let Started { pattern, message } = started;
+        let messages = self.collect(self.to_others(message.part_len(pattern, self.size())))?;
+        let slices = messages.iter().flat_map(|message| message.part(pattern, self.size(), self.rank));
+        read(&Received::new(messages[self.rank].regions().len(), slices.collect()));
+        Ok(())
     }
 
     fn traffic(&self) -> Traffic {

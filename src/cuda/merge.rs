@@ -10,6 +10,16 @@ use crate::{DType, Element, Error, Result};
 /// Attention over some of the keys, in device memory.
 pub type DevicePartial<'a, 'b, D, T> = PartialOf<DeviceTensor<'a, D, T>, Span<'b, D, f32>>;
 
+impl<D: Device, T: Element> DevicePartial<'_, '_, D, T> {
+    /// Refuses one of another shape, or of memory that was borrowed for another stream.
+    pub(crate) fn check(&self, stream: &D::Stream, shape: [usize; 4]) -> Result<()> {
+        check_rows("partial", shape, self.out.shape(), self.out.strides())?;
+        check_len("partial", rows_of(shape), self.lse.len)?;
+        self.out.check_stream("partial", stream)?;
+        self.lse.check_stream("partial", stream)
+    }
+}
+
 /// Partials that [`merge_separate`] merges at once.
 pub const MOST_PARTIALS: usize = 32;
 
@@ -30,7 +40,7 @@ pub struct Partials<'a, D: Device, T> {
 /// Merges `n` partials into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`.
 ///
 /// In f32; f32 partials merge into any type, others into their own or f32. Rows at multiples of 16 bytes, of dims that are multiples of 8, are
-/// read at full speed, all others too. No partial at all gives the identity, (0, -inf). To merge in place, into one of the partials, make
+/// read at full speed, all others too. No partial at all gives the identity, (0, -inf); a log-sum-exp of `+inf` makes its row NaN, as [`crate::merge`] says. To merge in place, into one of the partials, make
 /// `out` and `lse` of the same memory with [`SpanMut::from_raw`].
 ///
 /// # Errors
@@ -96,10 +106,7 @@ pub fn merge_separate<D: Device, T: Element, O: Element>(
     }
     let mut each = [StarPartial::default(); MOST_PARTIALS];
     for (to, partial) in each.iter_mut().zip(partials) {
-        check_rows("partial", shape, partial.out.shape(), partial.out.strides())?;
-        check_len("partial", rows_of(shape), partial.lse.len)?;
-        partial.out.check_stream("partial", stream)?;
-        partial.lse.check_stream("partial", stream)?;
+        partial.check(stream, shape)?;
         *to = StarPartial { out: partial.out.params(), lse: partial.lse.address };
     }
     let launch = MergeLaunch {
@@ -124,9 +131,7 @@ fn check_out<D: Device, O: Element>(
     if shape[3] == 0 {
         return Err(Error::shape("out", "head_dim of at least 1", format!("{shape:?}")));
     }
-    if from != O::DTYPE && from != DType::F32 && O::DTYPE != DType::F32 {
-        return Err(Error::DType { argument: "out", expected: from, got: O::DTYPE });
-    }
+    check_merged_types("out", from, O::DTYPE)?;
     check_rows("out", shape, shape, out.strides())?;
     out.check_stream("out", stream)?;
     if let Some(lse) = lse {
@@ -136,7 +141,15 @@ fn check_out<D: Device, O: Element>(
     Ok(())
 }
 
-fn check_len(argument: &'static str, expected: usize, got: usize) -> Result<()> {
+/// Refuses a type that no partial of type `from` is merged into.
+pub(crate) fn check_merged_types(argument: &'static str, from: DType, to: DType) -> Result<()> {
+    if from != to && from != DType::F32 && to != DType::F32 {
+        return Err(Error::DType { argument, expected: from, got: to });
+    }
+    Ok(())
+}
+
+pub(crate) fn check_len(argument: &'static str, expected: usize, got: usize) -> Result<()> {
     if got == expected {
         return Ok(());
     }

@@ -4,6 +4,7 @@ mod agree;
 #[path = "../common/mod.rs"]
 mod common;
 mod cost;
+mod flight;
 mod merge;
 #[cfg(feature = "mpi")]
 mod mpi;

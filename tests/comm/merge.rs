@@ -4,7 +4,7 @@ use crate::common::named;
 use crate::threads::all_ranks;
 use star_attention::comm::{Collective, Link, MergePlan, MergeWay, Traffic};
 use star_attention::merge::Partial;
-use star_attention::{Error, TensorView, TensorViewMut};
+use star_attention::{TensorView, TensorViewMut};
 
 const LINK: Link = Link { latency: 1e-5, bandwidth: 1e9 };
 
@@ -12,28 +12,25 @@ const LINK: Link = Link { latency: 1e-5, bandwidth: 1e9 };
 fn a_merge_that_does_not_fit_sends_nothing() {
     for way in [MergeWay::AllGather, MergeWay::ByRows] {
         all_ranks(2, |group| {
-            let plan = MergePlan::new([1, 3, 1, 4], 2, &LINK).unwrap().with_way(way);
-            let needed = plan.scratch_len();
+            let plan = MergePlan::<f32, f32>::new([1, 3, 1, 4], 2, &LINK).unwrap().with_way(way);
+            let mut merge = plan.on_cpu();
             let (data, lse) = ([0.0; 12], [0.0; 3]);
-            let (mut to, mut to_lse, mut scratch) = ([7.0f32; 12], [7.0; 3], vec![0.0; needed]);
-            let mut attempt =
-                |from_len: usize, lse: &[f32], to_len: usize, lse_len: usize, scratch_len: usize| {
-                    let out = TensorView::contiguous("partial", &data[..from_len], [1, from_len / 4, 1, 4])
-                        .unwrap();
-                    let view =
-                        TensorViewMut::contiguous("out", &mut to[..to_len], [1, to_len / 4, 1, 4]).unwrap();
-                    let partial = Partial { out, lse };
-                    plan.run(&group, &partial, view, &mut to_lse[..lse_len], &mut scratch[..scratch_len])
-                        .unwrap_err()
-                };
-            assert_eq!(named(attempt(8, &lse, 12, 3, needed)), ("shape", "partial"));
-            assert_eq!(named(attempt(12, &lse[..2], 12, 3, needed)), ("shape", "partial"));
-            assert_eq!(named(attempt(12, &lse, 8, 3, needed)), ("shape", "out"));
-            assert_eq!(named(attempt(12, &lse, 12, 2, needed)), ("shape", "lse"));
-            let error = attempt(12, &lse, 12, 3, needed - 1);
-            assert!(
-                matches!(error, Error::Workspace { expected, got } if expected == 4 * needed && got == 4 * (needed - 1))
-            );
+            let (mut to, mut to_lse) = ([7.0f32; 12], [7.0; 3]);
+            let mut attempt = |from_len: usize, lse: &[f32], to_len: usize, lse_len: usize| {
+                let out =
+                    TensorView::contiguous("partial", &data[..from_len], [1, from_len / 4, 1, 4]).unwrap();
+                let view =
+                    TensorViewMut::contiguous("out", &mut to[..to_len], [1, to_len / 4, 1, 4]).unwrap();
+                merge.merge(&group, &Partial { out, lse }, view, Some(&mut to_lse[..lse_len])).unwrap_err()
+            };
+            assert_eq!(named(attempt(8, &lse, 12, 3)), ("shape", "partial"));
+            assert_eq!(named(attempt(12, &lse[..2], 12, 3)), ("shape", "partial"));
+            assert_eq!(named(attempt(12, &lse, 8, 3)), ("shape", "out"));
+            assert_eq!(named(attempt(12, &lse, 12, 2)), ("shape", "lse"));
+            let view = TensorViewMut::new("out", &mut to, [1, 3, 1, 2], [4, 4, 4, 2]).unwrap();
+            assert_eq!(named(merge.run(&group, view, None).unwrap_err()), ("shape", "out"));
+            let view = TensorViewMut::contiguous("out", &mut to, [1, 3, 1, 4]).unwrap();
+            assert_eq!(named(merge.run(&group, view, None).unwrap_err()), ("value", "partial"));
             assert_eq!((to, to_lse), ([7.0; 12], [7.0; 3]));
             assert_eq!(group.traffic(), Traffic::default());
         });
@@ -43,15 +40,14 @@ fn a_merge_that_does_not_fit_sends_nothing() {
 #[test]
 fn a_group_of_another_size_is_refused() {
     all_ranks(3, |group| {
-        let plan = MergePlan::<f32, f32>::new([1, 1, 1, 1], 2, &LINK).unwrap();
+        let mut merge = MergePlan::<f32, f32>::new([1, 1, 1, 1], 2, &LINK).unwrap().on_cpu();
         let partial =
             Partial { out: TensorView::contiguous("partial", &[0.0], [1; 4]).unwrap(), lse: &[0.0] };
-        let (mut out, mut lse, mut scratch) = ([0.0f32], [0.0], vec![0.0; plan.scratch_len()]);
+        let mut out = [0.0f32];
         let view = TensorViewMut::contiguous("out", &mut out, [1; 4]).unwrap();
-        assert_eq!(
-            named(plan.run(&group, &partial, view, &mut lse, &mut scratch).unwrap_err()),
-            ("value", "group")
-        );
+        assert_eq!(named(merge.merge(&group, &partial, view, None).unwrap_err()), ("value", "group"));
+        merge.partial().unwrap();
+        assert_eq!(named(merge.start(&group).unwrap_err()), ("value", "group"));
     });
 }
 

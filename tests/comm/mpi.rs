@@ -1,7 +1,10 @@
 //! The engine for processes. Each test starts `mpirun` (or what `MPIRUN` names) on this very binary, whose ignored test `rank` is one process's share.
 
+use crate::common::named;
 use crate::programs::PROGRAMS;
-use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, Mpi, Traffic, agree, share_anchor};
+use star_attention::comm::{
+    Agreement, AnchorKv, Collective, GroupConfig, Message, Mpi, Pattern, Traffic, agree, share_anchor,
+};
 use star_attention::{AttentionShape, DType, Error, GeneratedKv, Result, StarLayout, TensorViewMut};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -166,6 +169,16 @@ fn a_rank_that_leaves_is_an_error_on_all_others() {
     fails("leave");
 }
 
+#[test]
+fn a_rank_that_forgets_what_it_has_started_leaves_the_group() {
+    let processes = Processes::start(3, "forget");
+    for _ in 0..2 {
+        let (rank, said) = processes.next();
+        assert_eq!(said, format!("disconnected {VICTIM}"), "rank {rank}");
+    }
+    processes.end();
+}
+
 /// One process's share of a test above.
 #[test]
 #[ignore = "a process of the other tests"]
@@ -185,6 +198,7 @@ fn rank() {
                 program(&group);
             }
             long_broadcasts_go_in_parts(&group);
+            long_messages_go_in_pieces(&group);
             assert!(matches!(
                 Mpi::init(&GroupConfig::default()),
                 Err(Error::Unavailable { what: "MPI", .. })
@@ -192,6 +206,7 @@ fn rank() {
             return say("done");
         }
         "longer" | "shorter" | "another" | "layout" => differ(&group, &program),
+        "forget" => forget(&group),
         _ => {
             let (way, phase) = program.split_once(' ').unwrap();
             phases(&group, |here| {
@@ -232,6 +247,59 @@ fn long_broadcasts_go_in_parts(group: &dyn Collective) {
     };
     let sent = Traffic { collectives: 1, messages, bytes: parts * PART as u64 };
     assert_eq!(group.traffic() - before, sent);
+}
+
+/// What is longer than one message of MPI (16 MiB) is put together again, whatever region a cut goes through; meanwhile the group does nothing else.
+fn long_messages_go_in_pieces(group: &dyn Collective) {
+    const LENS: [usize; 2] = [4004, 17 << 20];
+    let (rank, size) = (group.rank(), group.size());
+    if size > 3 {
+        return;
+    }
+    let byte = |from: usize, to: usize, i: usize| (from * 7 + to * 13 + i % 251) as u8;
+    for pattern in [Pattern::AllGather, Pattern::AllToAll] {
+        let parts = if pattern == Pattern::AllGather { 1 } else { size };
+        let mut message = Message::new(&LENS.map(|len| parts * len)).unwrap();
+        for (region, len) in message.get_mut().unwrap().into_iter().zip(LENS) {
+            for (to, part) in region.chunks_exact_mut(len).enumerate() {
+                part.iter_mut().enumerate().for_each(|(i, x)| *x = byte(rank, to, i));
+            }
+        }
+        let before = group.traffic();
+        let started = group.start(pattern, message).unwrap();
+        assert_eq!(named(group.broadcast(0, &mut [0]).unwrap_err()), ("value", "group"));
+        let mut shown = 0;
+        let read = &mut |received: &star_attention::comm::Received<'_>| {
+            for (from, region) in (0..size).flat_map(|from| [(from, 0), (from, 1)]) {
+                let (bytes, to) = (received.get(from, region).unwrap(), if parts == 1 { 0 } else { rank });
+                assert_eq!(bytes.len(), LENS[region]);
+                assert!(
+                    bytes.iter().enumerate().all(|(i, &x)| x == byte(from, to, i)),
+                    "{pattern:?} of {from}"
+                );
+                shown += 1;
+            }
+        };
+        group.finish(started, read).unwrap();
+        assert_eq!(shown, 2 * size);
+        let others = size as u64 - 1;
+        let bytes = others * LENS.iter().sum::<usize>() as u64;
+        // Two pieces to each.
+        assert_eq!(group.traffic() - before, Traffic { collectives: 1, messages: 2 * others, bytes });
+    }
+}
+
+/// The victim starts an exchange, and leaves; the others get its part, or not, and then an error.
+fn forget(group: &dyn Collective) -> Result<()> {
+    let started = group.start(Pattern::AllGather, Message::new(&[100])?)?;
+    if group.rank() == VICTIM {
+        std::mem::forget(started);
+        return Ok(());
+    }
+    group.finish(started, &mut |_| {})?;
+    loop {
+        group.all_gather(&[0; 10], &mut vec![0; 10 * group.size()])?;
+    }
 }
 
 /// All phases, over and over in the last; `go_on` is asked before each.

@@ -132,6 +132,7 @@ on_each_device! {
 
     fn extremes() {
         laws::takes_the_far_larger(&merged::<B>);
+        laws::takes_no_infinite_lse_for_empty(&merged::<B>);
         laws::makes_nothing_of_nothing(&merged::<B>);
     }
 

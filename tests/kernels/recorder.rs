@@ -157,7 +157,7 @@ fn calls_through_the_hosts_memory_are_not_captured() {
         [
             staged.all_gather(stream, &parts()),
             staged.all_to_all(stream, &parts()),
-            staged.broadcast(stream, 0, &mut span_mut(16)),
+            staged.broadcast(stream, 0, &mut [span_mut(16)]),
         ]
     };
     for refused in calls(&Stream::Captured) {

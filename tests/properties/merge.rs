@@ -178,6 +178,19 @@ pub fn takes_the_far_larger(merged: Merge<'_>) {
     }
 }
 
+/// An infinite log-sum-exp is no mark of an empty row, whatever it stands beside: the row is NaN, not passed over.
+pub fn takes_no_infinite_lse_for_empty(merged: Merge<'_>) {
+    let shape = [1, 2, 1, 2];
+    // As FlashAttention-2 leaves a row that saw no key, before one that has.
+    let marked = Data { shape, out: vec![0.0, 0.0, 3.0, 3.0], lse: vec![f32::INFINITY, 1.0] };
+    let (other, empty) = (Data { shape, out: vec![5.0; 4], lse: vec![1.0; 2] }, Data::identity(shape));
+    for list in [&[&marked][..], &[&marked, &empty], &[&other, &marked], &[&marked, &marked]] {
+        let result = merged(list, shape);
+        assert!(result.row(0).iter().chain(&result.lse[..1]).all(|x| x.is_nan()), "{result:?}");
+        assert!(result.row(1).iter().chain(&result.lse[1..]).all(|x| x.is_finite()), "{result:?}");
+    }
+}
+
 /// Nothing at all, and parts of no weight.
 pub fn makes_nothing_of_nothing(merged: Merge<'_>) {
     let empty = Data::identity([2, 3, 1, 4]);

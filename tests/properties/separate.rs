@@ -74,6 +74,7 @@ pub fn any_number_of_partials<B: Backend>(backend: &B, most: usize) {
     }
     laws::has_an_identity(&merge, &Data::several([2, 3, 2, 8], 1)[0]);
     laws::takes_the_far_larger(&merge);
+    laws::takes_no_infinite_lse_for_empty(&merge);
     laws::makes_nothing_of_nothing(&merge);
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let at = any::<prop::sample::Index>();

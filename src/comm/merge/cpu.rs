@@ -1,269 +1,252 @@
-//! The merge of every rank's partial, on every rank.
-//!
-//! ```text
-//! all-gather   every partial to every rank ─▶ merge of all rows
-//! by rows      a share of every partial's rows to each rank ─▶ merge of the share ─▶ the merged share to every rank
-//! ```
-//!
-//! With `R = batch · seq · heads` rows of `dim` elements, `e` bytes each, in partials and `o` in the output, a rank sends to each of `H - 1` others
-//!
-//! ```text
-//! all-gather   R (dim e + 4) bytes in one message
-//! by rows      ⌈R/H⌉ (dim e + 4) and then ⌈R/H⌉ (dim o + 4) bytes in two
-//! ```
-//!
-//! (rows of 16 bits and an odd number of elements are filled up to 4 bytes). Rows are summed in the order of ranks by either way, so the results have the same
-//! bits on every rank, in every run, and by both.
+//! The merge over ranks in CPU memory.
 
-use super::super::{Collective, Link, MergeWay, Traffic};
+use super::{LSE, MergePlan, OUT};
+use crate::comm::message::{Message, Pattern, Pool, Received, Started};
+use crate::comm::{Collective, MergeWay};
 use crate::config::check_rows;
-use crate::merge::{self, Partial, ROWS_PER_TASK, check_lse, for_each_row, merge_row};
+use crate::merge::{Partial, ROWS_PER_TASK, check_lse, for_each_row, merge_row, merge_rows};
 use crate::{Element, Error, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
-use std::marker::PhantomData;
 
-/// A merge over ranks of partials of given extents: made once, it serves every layer.
-#[derive(Clone, Copy, Debug)]
-pub struct MergePlan<T, O> {
-    /// `[batch, seq, heads, dim]`.
-    shape: [usize; 4],
-    ranks: usize,
-    way: MergeWay,
-    types: PhantomData<(T, O)>,
+/// A [`MergePlan`] in CPU memory, with the memory of its messages.
+///
+/// Attention writes into the message ([`partial`](Self::partial)), and ranks merge from the others' messages where they lie, if the
+/// engine has them in memory. Messages are made when they are first needed, and used again: a rank writes one while others still read the one before.
+#[derive(Debug)]
+pub struct CpuMerge<T, O> {
+    plan: MergePlan<T, O>,
+    partials: Pool,
+    /// Of the shares that this rank has merged.
+    shares: Pool,
+    written: Option<Message>,
 }
 
 impl<T: Element, O: Element> MergePlan<T, O> {
-    /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `ranks`, merged into outputs of `O`, by the way that is cheapest on `link`.
-    ///
-    /// f32 partials round once, 16-bit ones are half the bytes. Every rank must make the plan with the same arguments.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for no rank, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
-    pub fn new(shape: [usize; 4], ranks: usize, link: &Link) -> Result<Self> {
-        check_extents(shape, ranks)?;
-        let mut plan = Self { shape, ranks, way: MergeWay::AllGather, types: PhantomData };
-        plan.way = MergeWay::cheapest(link, ranks, plan.part::<T>(plan.rows()).bytes());
-        Ok(plan)
-    }
-
-    /// The same merge, by another way.
-    #[must_use]
-    pub fn with_way(self, way: MergeWay) -> Self {
-        Self { way, ..self }
-    }
-
-    /// How it merges.
-    pub fn way(&self) -> MergeWay {
-        self.way
-    }
-
-    /// Elements of the scratch that [`run`](Self::run) needs.
-    pub fn scratch_len(&self) -> usize {
-        let share = self.share();
-        match self.way {
-            MergeWay::AllGather => (self.ranks + 1) * self.part::<T>(self.rows()).words(),
-            MergeWay::ByRows => {
-                2 * self.ranks * self.part::<T>(share).words()
-                    + (self.ranks + 1) * self.part::<O>(share).words()
-            }
+    /// The merge in CPU memory.
+    pub fn on_cpu(&self) -> CpuMerge<T, O> {
+        let regions = |rows: usize, size: usize| {
+            let mut regions = vec![0; 2];
+            (regions[LSE], regions[OUT]) = (rows * size_of::<f32>(), rows * self.shape[3] * size);
+            regions
+        };
+        CpuMerge {
+            plan: *self,
+            partials: Pool::new(regions(self.message_rows(), size_of::<T>())),
+            shares: Pool::new(regions(self.share(), size_of::<O>())),
+            written: None,
         }
     }
+}
 
-    /// What a rank sends in one merge.
-    pub fn traffic(&self) -> Traffic {
-        let step = |bytes: usize| Traffic::of(self.ranks - 1, bytes);
-        match self.way {
-            MergeWay::AllGather => step(self.part::<T>(self.rows()).bytes()),
-            MergeWay::ByRows => {
-                step(self.part::<T>(self.share()).bytes()) + step(self.part::<O>(self.share()).bytes())
-            }
-        }
-    }
-
-    /// Merges every rank's `partial` into `out` and `lse`, on every rank.
-    ///
-    /// `out` is `[batch, seq, heads, dim]` with any strides but a contiguous last axis, `lse` `[batch, heads, seq]`. What the scratch
-    /// holds does not matter.
+impl<T: Element, O: Element> CpuMerge<T, O> {
+    /// The place of this rank's next partial in the message: an output `[batch, seq, heads, dim]` with the message's strides, and a log-sum-exp
+    /// `[batch, heads, seq]`. Attention writes both, all of them, or a merge of several partials does; [`run`](Self::run) and
+    /// [`start`](Self::start) send them.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not have the plan's extents, [`Error::Value`] for a group of another size,
-    /// [`Error::Workspace`] for a scratch shorter than [`scratch_len`](Self::scratch_len) (nothing was sent then); and the collective's
-    /// errors. Nothing was written to `out` and `lse`.
+    /// [`Error::Value`] if memory has no room for the message.
+    pub fn partial(&mut self) -> Result<(TensorViewMut<'_, T>, &mut [f32])> {
+        let plan = self.plan;
+        let message = match self.written.take() {
+            Some(message) => message,
+            None => self.partials.take()?,
+        };
+        let (lse, out) = two_regions(self.written.insert(message));
+        Ok((TensorViewMut::new("partial", out, plan.shape, plan.strides())?, &mut lse[..plan.rows()]))
+    }
+
+    /// Merges every rank's written partial into `out` and, if given, `lse`, on every rank.
+    ///
+    /// `out` is `[batch, seq, heads, dim]` with any strides but a contiguous last axis, `lse` `[batch, heads, seq]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not have the plan's extents, [`Error::Value`] for a group of another size or
+    /// if no partial was written since the last merge (nothing was sent then); and the collective's errors. Nothing was written to `out` and `lse`.
     pub fn run(
-        &self,
+        &mut self,
         group: &(impl Collective + ?Sized),
-        partial: &Partial<'_, T>,
         out: TensorViewMut<'_, O>,
-        lse: &mut [f32],
-        scratch: &mut [f32],
+        lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        partial.check(self.shape)?;
-        check_rows("out", self.shape, out.shape(), out.strides())?;
-        check_lse("lse", self.shape, lse)?;
-        if group.size() != self.ranks {
-            return Err(Error::value("group", format!("of {} ranks", self.ranks), group.size()));
-        }
-        let needed = self.scratch_len();
-        if scratch.len() < needed {
-            return Err(Error::scratch::<f32>(needed, scratch.len()));
-        }
-        match self.way {
-            MergeWay::AllGather => self.all_gather(group, partial, out, lse, &mut scratch[..needed]),
-            MergeWay::ByRows => self.by_rows(group, partial, out, lse, &mut scratch[..needed]),
-        }
+        self.check_output(&out, lse.as_deref())?;
+        self.start(group)?.wait(out, lse)
     }
 
-    fn all_gather(
-        &self,
+    /// As [`run`](Self::run), of a partial that lies anywhere, at any strides: it is copied into the message.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), for the partial too.
+    pub fn merge(
+        &mut self,
         group: &(impl Collective + ?Sized),
         partial: &Partial<'_, T>,
         out: TensorViewMut<'_, O>,
-        lse: &mut [f32],
-        scratch: &mut [f32],
+        lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        let [_, seq, heads, dim] = self.shape;
-        let part = self.part::<T>(self.rows());
-        let (send, receive) = scratch.split_at_mut(part.words());
-        let (send_out, send_lse) = part.split_mut::<T>(send);
-        // As the tensor is laid out: tokens before heads.
-        for (row, to) in send_out.chunks_exact_mut(dim).enumerate() {
-            to.copy_from_slice(partial.row(row / heads / seq, row / heads % seq, row % heads));
+        partial.check(self.plan.shape)?;
+        self.check_output(&out, lse.as_deref())?;
+        self.plan.check_group(group.size())?;
+        let (to, to_lse) = self.partial()?;
+        for_each_row(to, Some(to_lse), |index, [batch, seq, head], out, lse| {
+            out.copy_from_slice(partial.row(batch, seq, head));
+            *lse = partial.lse[index];
+        })?;
+        self.run(group, out, lse)
+    }
+
+    /// Sends the written partial, and returns at once: the merge is under way until [`PendingMerge::wait`].
+    ///
+    /// By rows, the second of the two messages goes in the wait.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a group of another size, or if no partial was written since the last merge (nothing was sent then); and the
+    /// collective's errors.
+    pub fn start<'a, C: Collective + ?Sized>(
+        &'a mut self,
+        group: &'a C,
+    ) -> Result<PendingMerge<'a, C, T, O>> {
+        self.plan.check_group(group.size())?;
+        let nothing = || Error::value("partial", "one that was written since the last merge", "none");
+        let message = self.written.take().ok_or_else(nothing)?;
+        let pattern = match self.plan.way() {
+            MergeWay::AllGather => Pattern::AllGather,
+            MergeWay::ByRows => Pattern::AllToAll,
+        };
+        self.partials.put(message.clone());
+        let started = group.start(pattern, message)?;
+        Ok(PendingMerge { merge: self, group, started: Some(started) })
+    }
+
+    fn check_output(&self, out: &TensorViewMut<'_, O>, lse: Option<&[f32]>) -> Result<()> {
+        check_rows("out", self.plan.shape, out.shape(), out.strides())?;
+        lse.map_or(Ok(()), |lse| check_lse("lse", self.plan.shape, lse))
+    }
+
+    /// Finishes what was started. Without an output the result is lost.
+    fn finish(
+        &mut self,
+        group: &(impl Collective + ?Sized),
+        started: Started,
+        mut to: Option<(TensorViewMut<'_, O>, Option<&mut [f32]>)>,
+    ) -> Result<()> {
+        let plan = self.plan;
+        let mut merged = Ok(());
+        if started.pattern == Pattern::AllGather {
+            group.finish(started, &mut |received| {
+                merged =
+                    to.take().map_or(Ok(()), |(out, lse)| merge_rows(&plan.partials(received)?, out, lse));
+            })?;
+            return merged;
         }
-        send_lse.copy_from_slice(partial.lse);
-        group.all_gather(bytemuck::cast_slice(send), bytemuck::cast_slice_mut(receive))?;
-        let partials = receive.chunks_exact(part.words().max(1)).map(|words| {
-            let (out, lse) = part.split::<T>(words);
-            Ok(Partial { out: TensorView::contiguous("partial", out, self.shape)?, lse })
+        let mut share = self.shares.take()?;
+        group
+            .finish(started, &mut |received| merged = plan.merge_share(group.rank(), received, &mut share))?;
+        // The others wait for this rank's share: what it cannot merge, it does not send.
+        merged?;
+        self.shares.put(share.clone());
+        let started = group.start(Pattern::AllGather, share)?;
+        let mut placed = Ok(());
+        group.finish(started, &mut |received| {
+            placed = to.take().map_or(Ok(()), |(out, lse)| plan.place_shares(received, out, lse));
+        })?;
+        placed
+    }
+}
+
+/// A merge whose messages are under way, while its rank does other work.
+///
+/// Until it is waited for, the group takes part in nothing else. Dropping it waits as well, as long as the group's timeout says, so that the others get their
+/// results; this rank's is lost. (A thread that panics does not wait: it leaves the group as it drops it.) One that is forgotten leaves the
+/// group with the exchange under way: the group's other calls are refused, and to the others this rank has left once the group is dropped. The memory
+/// of messages is shared with the group, so none of this leaves it without an owner.
+#[derive(Debug)]
+#[must_use = "dropping it waits for the others"]
+pub struct PendingMerge<'a, C: Collective + ?Sized, T: Element, O: Element> {
+    merge: &'a mut CpuMerge<T, O>,
+    group: &'a C,
+    started: Option<Started>,
+}
+
+impl<C: Collective + ?Sized, T: Element, O: Element> PendingMerge<'_, C, T, O> {
+    /// Waits for the others, and merges into `out` and, if given, `lse`, as [`CpuMerge::run`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not have the plan's extents, after the merge was completed without them; and
+    /// the collective's errors. Nothing was written.
+    pub fn wait(mut self, out: TensorViewMut<'_, O>, lse: Option<&mut [f32]>) -> Result<()> {
+        self.merge.check_output(&out, lse.as_deref())?;
+        match self.started.take() {
+            Some(started) => self.merge.finish(self.group, started, Some((out, lse))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl<C: Collective + ?Sized, T: Element, O: Element> Drop for PendingMerge<'_, C, T, O> {
+    fn drop(&mut self) {
+        if let Some(started) = self.started.take()
+            && !std::thread::panicking()
+        {
+            // After an error the rank has left the group: its next call says so.
+            let _ = self.merge.finish(self.group, started, None);
+        }
+    }
+}
+
+impl<T: Element, O: Element> MergePlan<T, O> {
+    /// Every rank's partial, where it lies.
+    fn partials<'a>(&self, received: &Received<'a>) -> Result<Vec<Partial<'a, T>>> {
+        let partial = |rank| {
+            let out = received.elements(rank, OUT, self.rows() * self.shape[3])?;
+            let out = TensorView::new("received", out, self.shape, self.strides())?;
+            Ok(Partial { out, lse: received.elements(rank, LSE, self.rows())? })
+        };
+        (0..self.ranks).map(partial).collect()
+    }
+
+    /// Merges this rank's rows of every partial into a message.
+    fn merge_share(&self, rank: usize, received: &Received<'_>, share: &mut Message) -> Result<()> {
+        let (rows, dim) = (self.own_rows(rank), self.shape[3]);
+        let part = |rank| {
+            let out: &[T] = received.elements(rank, OUT, rows * dim)?;
+            let lse: &[f32] = received.elements(rank, LSE, rows)?;
+            Ok((out, lse))
+        };
+        let parts = (0..self.ranks).map(part).collect::<Result<Vec<_>>>()?;
+        let (lses, outs) = two_regions::<O>(share);
+        let rows = outs.par_chunks_exact_mut(dim).zip(lses).take(rows);
+        rows.with_min_len(ROWS_PER_TASK).enumerate().for_each(|(row, (out, lse))| {
+            *lse = merge_row(parts.iter().map(|(outs, lses)| (&outs[row * dim..][..dim], lses[row])), out);
         });
-        merge::merge(&partials.collect::<Result<Vec<_>>>()?, out, lse)
+        Ok(())
     }
 
-    fn by_rows(
+    /// Puts every rank's merged rows where they belong.
+    fn place_shares(
         &self,
-        group: &(impl Collective + ?Sized),
-        partial: &Partial<'_, T>,
+        received: &Received<'_>,
         out: TensorViewMut<'_, O>,
-        lse: &mut [f32],
-        scratch: &mut [f32],
+        lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        let [_, seq, heads, dim] = self.shape;
-        let (rows, share) = (self.rows(), self.share());
-        let (part, merged_part) = (self.part::<T>(share), self.part::<O>(share));
-        let (send, scratch) = scratch.split_at_mut(self.ranks * part.words());
-        let (receive, scratch) = scratch.split_at_mut(self.ranks * part.words());
-        let (merged, all) = scratch.split_at_mut(merged_part.words());
-
-        // Rows are numbered as outputs lie in memory: tokens before heads. The last shares may have fewer, or none.
-        for (rank, words) in send.chunks_exact_mut(part.words().max(1)).enumerate() {
-            let (outs, lses) = part.split_mut::<T>(words);
-            for (i, (to, to_lse)) in outs.chunks_exact_mut(dim).zip(lses).enumerate() {
-                let row = rank * share + i;
-                if row < rows {
-                    let (batch, token, head) = (row / heads / seq, row / heads % seq, row % heads);
-                    to.copy_from_slice(partial.row(batch, token, head));
-                    *to_lse = partial.lse[(batch * heads + head) * seq + token];
-                } else {
-                    to.fill(T::default());
-                    *to_lse = f32::NEG_INFINITY;
-                }
-            }
-        }
-        group.all_to_all(bytemuck::cast_slice(send), bytemuck::cast_slice_mut(receive))?;
-
-        let parts: Vec<_> =
-            receive.chunks_exact(part.words().max(1)).map(|words| part.split::<T>(words)).collect();
-        let (outs, lses) = merged_part.split_mut::<O>(merged);
-        outs.par_chunks_exact_mut(dim).zip(lses).with_min_len(ROWS_PER_TASK).enumerate().for_each(
-            |(row, (out, lse))| {
-                let partials = parts.iter().map(|(outs, lses)| (&outs[row * dim..][..dim], lses[row]));
-                *lse = merge_row(partials, out);
-            },
-        );
-        group.all_gather(bytemuck::cast_slice(merged), bytemuck::cast_slice_mut(all))?;
-
-        let parts: Vec<_> =
-            all.chunks_exact(merged_part.words().max(1)).map(|words| merged_part.split::<O>(words)).collect();
-        for_each_row(out, Some(lse), |_, [batch, token, head], out, lse| {
-            let row = (batch * seq + token) * heads + head;
+        let (share, dim) = (self.share(), self.shape[3]);
+        let part = |rank| {
+            let out: &[O] = received.elements(rank, OUT, self.own_rows(rank) * dim)?;
+            let lse: &[f32] = received.elements(rank, LSE, self.own_rows(rank))?;
+            Ok((out, lse))
+        };
+        let parts = (0..self.ranks).map(part).collect::<Result<Vec<_>>>()?;
+        // Rows are numbered as log-sum-exps lie: heads before tokens.
+        for_each_row(out, lse, |row, _, out, lse| {
             let (outs, lses) = parts[row / share];
             out.copy_from_slice(&outs[row % share * dim..][..dim]);
             *lse = lses[row % share];
         })
     }
-
-    fn rows(&self) -> usize {
-        self.shape[..3].iter().product()
-    }
-
-    /// Rows that a rank merges by rows.
-    fn share(&self) -> usize {
-        self.rows().div_ceil(self.ranks)
-    }
-
-    fn part<E: Element>(&self, rows: usize) -> Part {
-        Part {
-            rows,
-            elements: rows * self.shape[3],
-            out_words: (rows * self.shape[3] * size_of::<E>()).div_ceil(4),
-        }
-    }
 }
 
-/// Refuses merges over no rank, of no elements, or whose scratch could not be addressed.
-pub(crate) fn check_extents(shape: [usize; 4], ranks: usize) -> Result<()> {
-    if ranks == 0 {
-        return Err(Error::value("ranks", "at least 1", ranks));
-    }
-    // A row is at most dim + 1 words of 4 bytes; a scratch has less than 3 ranks + 3 times all rows, each share rounded up.
-    let extents = [shape[0], shape[1], shape[2], shape[3].saturating_add(1), ranks, 16];
-    let words = extents.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
-    if shape[3] == 0 || words.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
-        let expected = "dim of at least 1, and extents that can be addressed";
-        return Err(Error::shape("partial", expected, format!("{shape:?}")));
-    }
-    Ok(())
-}
-
-/// Some rows of a partial in a message: outputs, and then log-sum-exps.
-#[derive(Clone, Copy)]
-struct Part {
-    rows: usize,
-    elements: usize,
-    out_words: usize,
-}
-
-impl Part {
-    fn words(&self) -> usize {
-        self.out_words + self.rows
-    }
-
-    fn bytes(&self) -> usize {
-        4 * self.words()
-    }
-
-    fn split<'a, E: Element>(&self, words: &'a [f32]) -> (&'a [E], &'a [f32]) {
-        let (out, lse) = words.split_at(self.out_words);
-        (&bytemuck::cast_slice(out)[..self.elements], lse)
-    }
-
-    fn split_mut<'a, E: Element>(&self, words: &'a mut [f32]) -> (&'a mut [E], &'a mut [f32]) {
-        let (out, lse) = words.split_at_mut(self.out_words);
-        (&mut bytemuck::cast_slice_mut(out)[..self.elements], lse)
-    }
-}
-
-/// Merges every rank's `partial` into `out` `[batch, seq, heads, dim]` and `lse` `[batch, heads, seq]`, on every rank and with the same bits.
-///
-/// The way is the cheapest on the group's link. Where calls repeat, make a [`MergePlan`] once and keep its scratch.
-///
-/// # Errors
-/// As [`MergePlan::run`].
-pub fn merge<T: Element, O: Element>(
-    group: &(impl Collective + ?Sized),
-    partial: &Partial<'_, T>,
-    out: TensorViewMut<'_, O>,
-    lse: &mut [f32],
-) -> Result<()> {
-    let plan = MergePlan::new(partial.out.shape(), group.size(), &group.link())?;
-    plan.run(group, partial, out, lse, &mut vec![0.0; plan.scratch_len()])
+/// Log-sum-exps and outputs of a message that nobody else has.
+fn two_regions<E: Element>(message: &mut Message) -> (&mut [f32], &mut [E]) {
+    let mut regions = message.get_mut().expect("nobody else has it").into_iter();
+    let [lse, out] = [(); 2].map(|()| regions.next().unwrap_or_default());
+    (bytemuck::cast_slice_mut(lse), bytemuck::cast_slice_mut(out))
 }

@@ -1,6 +1,7 @@
 //! Messages to and from the other ranks, with a deadline, and with a farewell.
 
 use super::super::call::{Call, Header};
+use super::super::message::Bytes;
 use super::requests::{Communicator, Request, Tag, one_at_a_time};
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
@@ -24,12 +25,22 @@ pub(super) struct Post {
     outgoing: Vec<u8>,
     sends: Vec<(usize, Request)>,
     failed: bool,
+    /// Whether an exchange was started and not finished.
+    under_way: bool,
+}
+
+/// One payload, in slices, for some ranks.
+#[derive(Debug)]
+pub(super) struct Parcel<'a> {
+    pub to: Vec<usize>,
+    pub payload: Vec<&'a [u8]>,
 }
 
 /// What one other rank sends.
 #[derive(Debug, Default)]
 struct Inbox {
-    buffer: Vec<u8>,
+    /// Header and payload, both at multiples of 16.
+    buffer: Bytes,
     state: State,
     left: Option<Farewell>,
 }
@@ -80,7 +91,13 @@ impl Post {
             outgoing: Vec::new(),
             sends: Vec::new(),
             failed: false,
+            under_way: false,
         }
+    }
+
+    /// Whether an exchange was started and not finished.
+    pub fn is_under_way(&self) -> bool {
+        self.under_way
     }
 
     /// Sends to some ranks, receives from some, and returns when all of it is done.
@@ -89,47 +106,80 @@ impl Post {
     pub fn exchange(
         &mut self,
         call: Call,
-        send: &[(usize, &[u8])],
+        send: &[Parcel<'_>],
         receive: &mut [(usize, &mut [u8])],
     ) -> Result<()> {
-        if self.failed {
-            return Err(Error::Disconnected { rank: self.rank });
-        }
-        self.number += 1;
-        for (from, payload) in receive.iter() {
-            let inbox = &mut self.inboxes[*from];
-            inbox.buffer.resize(Header::LEN + payload.len(), 0);
-            inbox.state = State::Awaited;
-        }
-        if let Err(error) = self.start_sends(call, send).and_then(|()| self.finish(call)) {
-            let cause = match error {
-                Error::Disconnected { rank } | Error::Timeout { rank, .. } => rank,
-                _ => self.rank,
-            };
-            self.failed = true;
-            self.take_leave(cause);
-            return Err(error);
-        }
+        let expected: Vec<_> = receive.iter().map(|(from, payload)| (*from, payload.len())).collect();
+        self.start(call, send, &expected)?;
+        self.finish(call)?;
         for (from, payload) in receive {
-            payload.copy_from_slice(&self.inboxes[*from].buffer[Header::LEN..]);
+            payload.copy_from_slice(self.payload(*from));
         }
         Ok(())
     }
 
-    fn start_sends(&mut self, call: Call, send: &[(usize, &[u8])]) -> Result<()> {
+    /// Starts an exchange: sends to some ranks, and expects payloads of so many bytes from some. What is sent is copied.
+    ///
+    /// After an error this rank has left the group.
+    pub fn start(&mut self, call: Call, send: &[Parcel<'_>], expected: &[(usize, usize)]) -> Result<()> {
+        if self.failed {
+            return Err(Error::Disconnected { rank: self.rank });
+        }
+        self.number += 1;
+        self.under_way = true;
+        let started = expected.iter().try_for_each(|&(from, len)| {
+            let inbox = &mut self.inboxes[from];
+            inbox.state = State::Awaited;
+            inbox.buffer.resize(Header::LEN + len)
+        });
+        started.and_then(|()| self.start_sends(call, send)).map_err(|error| self.fail(error))
+    }
+
+    /// Waits until the exchange under way is done. Payloads then lie in the inboxes.
+    ///
+    /// After an error this rank has left the group.
+    pub fn finish(&mut self, call: Call) -> Result<()> {
+        if self.failed {
+            return Err(Error::Disconnected { rank: self.rank });
+        }
+        self.wait(call).map_err(|error| self.fail(error))?;
+        self.under_way = false;
+        Ok(())
+    }
+
+    /// What has come from a rank in the last exchange.
+    pub fn payload(&self, from: usize) -> &[u8] {
+        &self.inboxes[from].buffer[Header::LEN..]
+    }
+
+    /// The inboxes' buffers, each a header and what has come; taken, and given back.
+    pub fn swap_buffers(&mut self, buffers: &mut [Bytes]) {
+        for (inbox, buffer) in self.inboxes.iter_mut().zip(buffers) {
+            std::mem::swap(&mut inbox.buffer, buffer);
+        }
+    }
+
+    /// Leaves the group because of an error.
+    fn fail(&mut self, error: Error) -> Error {
+        let cause = match error {
+            Error::Disconnected { rank } | Error::Timeout { rank, .. } => rank,
+            _ => self.rank,
+        };
+        self.failed = true;
+        self.take_leave(cause);
+        error
+    }
+
+    fn start_sends(&mut self, call: Call, send: &[Parcel<'_>]) -> Result<()> {
         let header = Header::Call { call, number: self.number }.to_bytes();
-        // One copy for all ranks that get the same.
-        let mut last: Option<&[u8]> = None;
-        let mut places = Vec::with_capacity(send.len());
+        let mut places = Vec::new();
         self.outgoing.clear();
-        for &(to, payload) in send {
-            if last.is_none_or(|last| !std::ptr::eq(last, payload)) {
-                self.outgoing.extend_from_slice(&header);
-                self.outgoing.extend_from_slice(payload);
-                last = Some(payload);
-            }
-            let end = self.outgoing.len();
-            places.push((to, end - payload.len() - Header::LEN..end));
+        // One copy for all ranks that get the same.
+        for Parcel { to, payload } in send {
+            let start = self.outgoing.len();
+            self.outgoing.extend_from_slice(&header);
+            payload.iter().for_each(|slice| self.outgoing.extend_from_slice(slice));
+            places.extend(to.iter().map(|&to| (to, start..self.outgoing.len())));
         }
         let _lock = one_at_a_time();
         for (to, place) in places {
@@ -141,7 +191,7 @@ impl Post {
     }
 
     /// Waits for all messages of an exchange.
-    fn finish(&mut self, call: Call) -> Result<()> {
+    fn wait(&mut self, call: Call) -> Result<()> {
         let pauses = Pauses(Instant::now());
         loop {
             let missing = self.look(call)?;
@@ -246,8 +296,8 @@ impl Post {
     /// Tells all others that this rank has left.
     fn take_leave(&mut self, cause: usize) {
         let failed = self.failed || std::thread::panicking();
-        // An exchange that failed does not count.
-        let number = self.number - u64::from(self.failed);
+        // An exchange that failed, or was not finished, does not count.
+        let number = self.number - u64::from(self.failed || self.under_way);
         // Memory of its own, as sends may be under way after a failure: a few bytes, once.
         let message: &'static [u8] = Vec::leak(Header::Left { cause, number, failed }.to_bytes().to_vec());
         let _lock = one_at_a_time();

@@ -1,6 +1,6 @@
 //! The engine for processes, on one machine or many, over an installed MPI.
 //!
-//! Every collective is single messages, one for each pair of ranks: the ranks that a host waits for are known, and it waits no longer than it was told. Each
+//! Every collective is single messages, one for each pair of ranks: the ranks that one waits for are known, and it waits no longer than it was told. Each
 //! message starts with 32 bytes that say what it belongs to.
 //!
 //! ```no_run
@@ -18,10 +18,13 @@
 mod exchange;
 mod requests;
 
-use super::call::Call;
-use super::{Collective, GroupConfig, Link, Traffic, check_all_gather, check_all_to_all, check_root};
+use super::call::{Call, Header};
+use super::message::{Bytes, Message, Pattern, Received, Started, cut, range_of};
+use super::{
+    Collective, GroupConfig, Link, Traffic, check_all_gather, check_all_to_all, check_root, check_under_way,
+};
 use crate::{Error, Result};
-use exchange::Post;
+use exchange::{Parcel, Post};
 use mpi::Threading;
 use mpi::environment::Universe;
 use mpi::topology::{Communicator, SimpleCommunicator};
@@ -97,17 +100,44 @@ impl Mpi {
         })
     }
 
-    fn exchange(
-        &self,
-        call: Call,
-        send: &[(usize, &[u8])],
-        receive: &mut [(usize, &mut [u8])],
-    ) -> Result<()> {
+    fn exchange(&self, call: Call, send: &[Parcel<'_>], receive: &mut [(usize, &mut [u8])]) -> Result<()> {
         self.post.borrow_mut().exchange(call, send, receive)?;
-        let bytes = send.iter().map(|(_, bytes)| bytes.len() as u64).sum();
-        let sent = Traffic { collectives: 0, messages: send.len() as u64, bytes };
-        self.traffic.set(self.traffic.get() + sent);
+        self.count_sent(send);
         Ok(())
+    }
+
+    /// Starts to exchange the bytes `piece` of each part of a message.
+    fn start_piece(&self, pattern: Pattern, message: &Message, piece: &Range<usize>) -> Result<()> {
+        let parcel = |to: Vec<usize>, rank| Parcel {
+            to,
+            payload: range_of(&message.part(pattern, self.size, rank), piece),
+        };
+        let send: Vec<_> = match pattern {
+            Pattern::AllGather => vec![parcel(self.others().collect(), self.rank)],
+            Pattern::AllToAll => self.others().map(|rank| parcel(vec![rank], rank)).collect(),
+        };
+        let expected: Vec<_> = self.others().map(|rank| (rank, piece.len())).collect();
+        self.post.borrow_mut().start(Call::of(pattern, message), &send, &expected)?;
+        self.count_sent(&send);
+        Ok(())
+    }
+
+    fn count_sent(&self, send: &[Parcel<'_>]) {
+        for Parcel { to, payload } in send {
+            let (messages, bytes) =
+                (to.len() as u64, payload.iter().map(|slice| slice.len() as u64).sum::<u64>());
+            let sent = Traffic { collectives: 0, messages, bytes: messages * bytes };
+            self.traffic.set(self.traffic.get() + sent);
+        }
+    }
+
+    fn check_free(&self) -> Result<()> {
+        check_under_way(false, self.post.borrow().is_under_way())
+    }
+
+    /// A payload for all other ranks.
+    fn to_others<'a>(&self, payload: &'a [u8]) -> [Parcel<'a>; 1] {
+        [Parcel { to: self.others().collect(), payload: vec![payload] }]
     }
 
     /// All ranks but this one.
@@ -129,14 +159,14 @@ impl Mpi {
         let parts: Vec<Range<usize>> = (0..self.size).map(part).collect();
         if self.rank == root {
             let buffer = &*buffer;
-            let send: Vec<_> = self.others().map(|rank| (rank, &buffer[parts[rank].clone()])).collect();
-            self.exchange(call, &send, &mut [])?;
-            let send: Vec<_> = self.others().map(|rank| (rank, &buffer[parts[root].clone()])).collect();
-            return self.exchange(call, &send, &mut []);
+            let part = |rank: usize| Parcel { to: vec![rank], payload: vec![&buffer[parts[rank].clone()]] };
+            self.exchange(call, &self.others().map(part).collect::<Vec<_>>(), &mut [])?;
+            return self.exchange(call, &self.to_others(&buffer[parts[root].clone()]), &mut []);
         }
         self.exchange(call, &[], &mut [(root, &mut buffer[parts[self.rank].clone()])])?;
         let mine = buffer[parts[self.rank].clone()].to_vec();
-        let send: Vec<_> = self.others().filter(|&rank| rank != root).map(|rank| (rank, &mine[..])).collect();
+        let to = self.others().filter(|&rank| rank != root).collect();
+        let send = [Parcel { to, payload: vec![&mine] }];
         let mut receive = Vec::new();
         let mut rest = buffer;
         for (rank, range) in parts.into_iter().enumerate() {
@@ -187,9 +217,10 @@ impl Collective for Mpi {
 
     fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
         check_all_gather(self.size, send, receive)?;
+        self.check_free()?;
         let bytes = send.len();
         for piece in pieces(bytes) {
-            let messages: Vec<_> = self.others().map(|rank| (rank, &send[piece.clone()])).collect();
+            let messages = self.to_others(&send[piece.clone()]);
             let mut parts = piece_of_each(receive, bytes, &piece, self.others());
             self.exchange(Call::AllGather { bytes }, &messages, &mut parts)?;
         }
@@ -200,9 +231,11 @@ impl Collective for Mpi {
 
     fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
         check_all_to_all(self.size, send, receive)?;
+        self.check_free()?;
         let part = send.len() / self.size;
         for piece in pieces(part) {
-            let message = |rank| (rank, &send[rank * part..][piece.clone()]);
+            let message =
+                |rank| Parcel { to: vec![rank], payload: vec![&send[rank * part..][piece.clone()]] };
             let messages: Vec<_> = self.others().map(message).collect();
             let mut parts = piece_of_each(receive, part, &piece, self.others());
             self.exchange(Call::AllToAll { bytes: send.len() }, &messages, &mut parts)?;
@@ -215,19 +248,64 @@ impl Collective for Mpi {
 
     fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
         check_root(self.size, root)?;
+        self.check_free()?;
         let call = Call::Broadcast { root, bytes: buffer.len() };
         for piece in pieces(buffer.len()) {
             let buffer = &mut buffer[piece];
             if self.size > 2 && buffer.len() >= LONG_BROADCAST {
                 self.broadcast_in_parts(call, root, buffer)?;
             } else if self.rank == root {
-                let messages: Vec<_> = self.others().map(|rank| (rank, &*buffer)).collect();
-                self.exchange(call, &messages, &mut [])?;
+                self.exchange(call, &self.to_others(buffer), &mut [])?;
             } else {
                 self.exchange(call, &[], &mut [(root, buffer)])?;
             }
         }
         self.count();
+        Ok(())
+    }
+
+    /// The first 16 MiB for each rank are under way from here on; what is longer goes in [`finish`](Collective::finish). MPI moves messages
+    /// while it is called: long ones mostly then, too.
+    fn start(&self, pattern: Pattern, message: Message) -> Result<Started> {
+        message.check(pattern, self.size)?;
+        self.check_free()?;
+        let len = message.part_len(pattern, self.size);
+        self.start_piece(pattern, &message, &(0..len.min(PIECE)))?;
+        Ok(Started { pattern, message })
+    }
+
+    fn finish(&self, started: Started, read: &mut dyn FnMut(&Received<'_>)) -> Result<()> {
+        check_under_way(true, self.post.borrow().is_under_way())?;
+        let Started { pattern, message } = started;
+        let (len, call) = (message.part_len(pattern, self.size), Call::of(pattern, &message));
+        // As they come, headers first; longer messages are put together.
+        let mut buffers: Vec<Bytes> = (0..self.size).map(|_| Bytes::default()).collect();
+        let (in_one, head) = (len <= PIECE, if len <= PIECE { Header::LEN } else { 0 });
+        for piece in pieces(len) {
+            if piece.start > 0 {
+                self.start_piece(pattern, &message, &piece)?;
+            }
+            let mut post = self.post.borrow_mut();
+            post.finish(call)?;
+            if in_one {
+                post.swap_buffers(&mut buffers);
+            } else {
+                for rank in self.others() {
+                    buffers[rank].resize(piece.end)?;
+                    buffers[rank][piece.clone()].copy_from_slice(post.payload(rank));
+                }
+            }
+        }
+        self.count();
+        let own = message.part(pattern, self.size, self.rank);
+        let regions: Vec<usize> = own.iter().map(|slice| slice.len()).collect();
+        let slices = buffers.iter().enumerate().flat_map(|(rank, buffer)| {
+            if rank == self.rank { own.clone() } else { cut(&buffer[head..], &regions) }
+        });
+        read(&Received::new(regions.len(), slices.collect()));
+        if in_one {
+            self.post.borrow_mut().swap_buffers(&mut buffers);
+        }
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! The merge over ranks is dense attention over all keys, with the same bits on every rank and by both ways, and sends what it says.
 
 use super::{assert_near, assert_same_everywhere, cuts, traffic};
-use crate::common::{Rng, Tensor};
+use crate::common::{Rng, Tensor, indices};
 use star_attention::comm::{Collective, MergePlan, MergeWay};
 use star_attention::cpu::{flash, reference};
 use star_attention::merge::Partial;
@@ -77,13 +77,34 @@ impl Case {
         let results = [MergeWay::AllGather, MergeWay::ByRows].map(|way| {
             let plan = plan.with_way(way);
             let before = group.traffic();
-            let mut merged = Tensor::<O>::contiguous("merged", shape, |_| f32::NAN);
-            let mut merged_lse = vec![f32::NAN; lse.len()];
-            let mut scratch = vec![f32::NAN; plan.scratch_len()];
-            plan.run(group, &partial, merged.view_mut(), &mut merged_lse, &mut scratch).unwrap();
+            let mut merge = plan.on_cpu();
+            // Twice into the message itself, in one call and in two, and once from memory of its own.
+            let bits = [0, 1, 2].map(|call| {
+                let mut merged = Tensor::<O>::contiguous("merged", shape, |_| f32::NAN);
+                let mut merged_lse = vec![f32::NAN; lse.len()];
+                let to = merged.view_mut();
+                if call == 2 {
+                    merge.merge(group, &partial, to, Some(&mut merged_lse)).unwrap();
+                } else {
+                    let (mut view, view_lse) = merge.partial().unwrap();
+                    indices(shape).for_each(|index| view.set(index, T::from_f32(out.get(index).to_f32())));
+                    view_lse.copy_from_slice(&lse);
+                    if call == 0 {
+                        merge.run(group, to, Some(&mut merged_lse)).unwrap();
+                    } else {
+                        merge.start(group).unwrap().wait(to, Some(&mut merged_lse)).unwrap();
+                    }
+                }
+                let merged = Tensor::<f32>::contiguous("merged", shape, |index| merged.get(index).to_f32());
+                assert_near(merged.view(), &merged_lse, &expected, bound);
+                let mut bits = merged.bits();
+                bits.extend(merged_lse.iter().map(|x| x.to_bits()));
+                bits
+            });
+            assert!(bits[0] == bits[1] && bits[0] == bits[2], "{self:?}: the calls have other bits");
 
             // The bytes of a message, counted literally.
-            let part = |rows: usize, size: usize| (rows * self.dim * size).next_multiple_of(4) + rows * 4;
+            let part = |rows: usize, size: usize| rows * self.dim * size + rows * 4;
             let (rows, share) = (lse.len(), lse.len().div_ceil(group.size()));
             let sent = match way {
                 MergeWay::AllGather => traffic(group, &[part(rows, size_of::<T>())]),
@@ -91,13 +112,10 @@ impl Case {
                     traffic(group, &[part(share, size_of::<T>()), part(share, size_of::<O>())])
                 }
             };
-            assert_eq!(group.traffic() - before, sent, "{self:?}");
+            assert_eq!(group.traffic() - before, sent + sent + sent, "{self:?}");
             assert_eq!(plan.traffic(), sent, "{self:?}");
 
-            let merged = Tensor::<f32>::contiguous("merged", shape, |index| merged.get(index).to_f32());
-            assert_near(merged.view(), &merged_lse, &expected, bound);
-            let mut bits = merged.bits();
-            bits.extend(merged_lse.iter().map(|x| x.to_bits()));
+            let [bits, ..] = bits;
             bits
         });
         assert!(results[0] == results[1], "{self:?}: the two ways have other bits");
