@@ -1,18 +1,17 @@
 //! Which ranks there are, what they work on, and what carries their messages.
 
-use crate::backend::Backend;
-use crate::rank::{Outcome, on_cpu, on_device};
+use crate::rank::{Meter, Outcome, on_backend};
 use crate::report::{checksum, report};
 use crate::timed::Timed;
 use crate::{Args, Engine, Kind, Sizes, Start};
 use indicatif::{ProgressBar, ProgressStyle};
 use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, Staged, ThreadGroup, agree};
-use star_attention::cuda::HalfElement;
-use star_attention::cuda::simt::Simt;
+use star_attention::cpu::Cpu;
+use star_attention::cuda::{Cuda, Device, simt::Simt};
 use star_attention::{Element, Error, Result, StarLayout};
 
 /// Whether everything was right, on all ranks of this process.
-pub fn run<T: HalfElement>(args: &Args) -> Result<bool> {
+pub fn run<T: Element>(args: &Args) -> Result<bool> {
     ranks(args, &|group| {
         let rank = group.rank();
         let work = |bar: &ProgressBar| -> Result<(Timed<_>, Outcome)> {
@@ -24,10 +23,14 @@ pub fn run<T: HalfElement>(args: &Args) -> Result<bool> {
                 (Engine::Nccl, _) => Err(unavailable("NCCL", "it works on GPUs alone: give --device cuda")),
                 (_, Kind::Cpu) => {
                     let group = Timed::new(group);
-                    let outcome = on_cpu::<T>(&sizes, &group, &tick)?;
+                    let meter = Meter { spent: &|| group.take(), traffic: &|| group.traffic() };
+                    let outcome = on_backend::<_, _, T>(&sizes, &Cpu::new(), &group, &meter, &tick)?;
                     Ok((group, outcome))
                 }
-                (_, Kind::Simt) => staged::<_, T>(&sizes, &Simt::new(args.seed + rank as u64), group, &tick),
+                (_, Kind::Simt) => {
+                    let emulator = Cuda::new(Simt::new(args.seed + rank as u64), ());
+                    staged::<_, T>(&sizes, &emulator, group, &tick)
+                }
                 (_, Kind::Cuda) => cuda::<T>(&sizes, group, &tick),
             }
         };
@@ -41,15 +44,7 @@ pub fn run_f32(args: &Args) -> Result<bool> {
         let expected = "bf16 or f16 on devices other than the cpu".into();
         return Err(Error::Value { argument: "--dtype", expected, got: "f32".into() });
     }
-    ranks(args, &|group| {
-        finish::<f32>(args, group.rank(), |bar| {
-            let sizes = args.sizes();
-            agree_on::<f32>(&group, &sizes)?;
-            let group = Timed::new(group);
-            let outcome = on_cpu::<f32>(&sizes, &group, &|| bar.inc(1))?;
-            Ok((group, outcome))
-        })
-    })
+    run::<f32>(args)
 }
 
 type Group = Box<dyn Collective>;
@@ -127,15 +122,16 @@ fn agree_on<T: Element>(group: &Group, sizes: &Sizes) -> Result<()> {
     agree(&**group, &agreement)
 }
 
-fn staged<B: Backend, T: HalfElement>(
+fn staged<D: Device, T: Element>(
     sizes: &Sizes,
-    backend: &B,
+    backend: &Cuda<D>,
     group: Group,
     tick: &dyn Fn(),
 ) -> Result<(Timed<Group>, Outcome)> {
     let group = Timed::new(group);
-    let staged = Staged { device: backend.device(), group: &group };
-    let outcome = on_device::<B, T>(sizes, backend, &staged, &|| group.take(), tick)?;
+    let staged = Staged { device: &**backend.device(), group: &group };
+    let meter = Meter { spent: &|| group.take(), traffic: &|| group.traffic() };
+    let outcome = on_backend::<_, _, T>(sizes, backend, &staged, &meter, tick)?;
     Ok((group, outcome))
 }
 
@@ -144,13 +140,17 @@ fn unavailable(what: &'static str, reason: &str) -> Error {
 }
 
 #[cfg(feature = "cuda")]
-fn gpu(rank: usize) -> Result<crate::backend::Gpu> {
+fn gpu(rank: usize) -> Result<Cuda<star_attention::cuda::driver::Driver>> {
     use star_attention::cuda::driver::Driver;
     // Ranks of one machine in turn; with fewer GPUs than ranks some share one.
     let local = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"].map(|name| std::env::var(name).ok());
     let local = local.into_iter().flatten().find_map(|rank| rank.parse().ok()).unwrap_or(rank);
     let driver = Driver::open(local % Driver::count()?.max(1))?;
-    crate::backend::Gpu::new(std::sync::Arc::new(driver))
+    let stream = driver
+        .context()
+        .new_stream()
+        .map_err(|source| Error::Driver { operation: "make a stream", source })?;
+    Ok(Cuda::new(driver, stream))
 }
 
 #[cfg(feature = "cuda")]
@@ -164,19 +164,19 @@ fn gpus() -> Result<usize> {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda<T: HalfElement>(sizes: &Sizes, group: Group, tick: &dyn Fn()) -> Result<(Timed<Group>, Outcome)> {
+fn cuda<T: Element>(sizes: &Sizes, group: Group, tick: &dyn Fn()) -> Result<(Timed<Group>, Outcome)> {
     let gpu = gpu(group.rank())?;
     staged::<_, T>(sizes, &gpu, group, tick)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda<T: HalfElement>(_: &Sizes, _: Group, _: &dyn Fn()) -> Result<(Timed<Group>, Outcome)> {
+fn cuda<T: Element>(_: &Sizes, _: Group, _: &dyn Fn()) -> Result<(Timed<Group>, Outcome)> {
     let _ = std::marker::PhantomData::<T>;
     Err(unavailable("the GPU", "this build has not the feature `cuda`; try --device cpu or simt"))
 }
 
 #[cfg(feature = "nccl")]
-fn nccl<T: HalfElement>(
+fn nccl<T: Element>(
     args: &Args,
     sizes: &Sizes,
     group: Group,
@@ -185,12 +185,14 @@ fn nccl<T: HalfElement>(
     let gpu = gpu(group.rank())?;
     let config = GroupConfig { timeout: args.timeout()?, ..GroupConfig::default() };
     let nccl = Timed::new(star_attention::comm::Nccl::over(&*group, gpu.device(), &config)?);
-    let outcome = on_device::<_, T>(sizes, &gpu, &nccl, &|| nccl.take(), tick)?;
+    let traffic = || star_attention::comm::DeviceCollective::traffic(&nccl);
+    let meter = Meter { spent: &|| nccl.take(), traffic: &traffic };
+    let outcome = on_backend::<_, _, T>(sizes, &gpu, &nccl, &meter, tick)?;
     Ok((Timed::new(group), outcome))
 }
 
 #[cfg(not(feature = "nccl"))]
-fn nccl<T: HalfElement>(_: &Args, _: &Sizes, _: Group, _: &dyn Fn()) -> Result<(Timed<Group>, Outcome)> {
+fn nccl<T: Element>(_: &Args, _: &Sizes, _: Group, _: &dyn Fn()) -> Result<(Timed<Group>, Outcome)> {
     let _ = std::marker::PhantomData::<T>;
     Err(unavailable("NCCL", "this build has not the feature `nccl`"))
 }

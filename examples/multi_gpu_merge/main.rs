@@ -5,9 +5,6 @@
 //!
 //! Rank 0 compares rows of the merged output with one attention over all keys, in f64, and all ranks compare their bits.
 
-#[path = "../../tests/common/backend.rs"]
-#[allow(dead_code, reason = "shared with the tests")]
-mod backend;
 #[path = "../single_gpu/check.rs"]
 #[allow(dead_code, reason = "shared with another example")]
 mod check;

@@ -1,13 +1,10 @@
 //! One rank: attention over its shard, and the merge with all others, layer after layer.
 
 use crate::Sizes;
-use crate::backend::Backend;
-use crate::timed::Timed;
-use star_attention::comm::{Collective, DeviceCollective, MergePlan, Traffic};
-use star_attention::cpu;
-use star_attention::cuda::flash::Plan;
-use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, HalfElement};
-use star_attention::{AttentionConfig, Element, Inputs, KvConfig, KvStore, Result, TensorView, TensorViewMut};
+use star_attention::comm::{Ranks, Traffic};
+use star_attention::{
+    Backend, Batch, Element, Inputs, KvConfig, KvStore, Mask, PlanConfig, Result, Sequence,
+};
 use std::time::{Duration, Instant};
 
 /// What came of a rank.
@@ -43,124 +40,79 @@ impl Times {
     }
 }
 
-/// With the CPU backend.
-pub fn on_cpu<T: Element>(sizes: &Sizes, group: &Timed<impl Collective>, tick: &dyn Fn()) -> Result<Outcome> {
-    let (query, shard) = (sizes.query::<T>(), sizes.shard::<T>(group.rank()));
+/// What the messages of a group have cost.
+pub struct Meter<'a> {
+    /// Time since it was last asked.
+    pub spent: &'a dyn Fn() -> Duration,
+    /// All that was sent.
+    pub traffic: &'a dyn Fn() -> Traffic,
+}
+
+/// On any backend.
+pub fn on_backend<B: Backend, R: Ranks<B>, T: Element>(
+    sizes: &Sizes,
+    backend: &B,
+    ranks: &R,
+    meter: &Meter<'_>,
+    tick: &dyn Fn(),
+) -> Result<Outcome> {
+    let (rank, _) = ranks.rank_and_size();
+    let (query, shard) = (sizes.query::<T>(), sizes.shard::<T>(rank));
     let shape = sizes.shape(shard.len);
-    let backend = cpu::Cpu::new();
-    let room = KvConfig::new(sizes.kv_heads, sizes.head_dim).in_rows(1, shard.len);
-    let mut kv = KvStore::<_, T>::new(&backend, room)?;
-    let sequence = kv.open()?;
-    kv.extend(&backend, sequence, shard.len)?;
-    let view = |name, data| TensorView::contiguous(name, data, shape.key_shape());
-    let rows = [view("key", &shard.key.data)?, view("value", &shard.value.data)?];
-    kv.put(&backend, 0, sequence, 0..shard.len, rows)?;
-    let [key, value] = kv.rows(&backend, 0, sequence)?;
-    let plan = cpu::flash::Plan::new(&AttentionConfig::default(), &shape)?;
     let extents = shape.query_shape();
-    let mut plan_of_ranks = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
+    let room = KvConfig::new(sizes.kv_heads, sizes.head_dim).in_rows(1, shard.len);
+    let mut store = KvStore::<B, T>::new(backend, room)?;
+    let sequence = store.open()?;
+    store.extend(backend, sequence, shard.len)?;
+    let [new_key, new_value] = [backend.buffer_of(&shard.key.data)?, backend.buffer_of(&shard.value.data)?];
+    let view = |name, buffer| backend.whole(name, buffer, shape.key_shape());
+    store.put(backend, 0, sequence, 0..shard.len, [view("key", &new_key)?, view("value", &new_value)?])?;
+    let mut batch = Batch::new(extents, store.shape())?;
+    batch.push(Sequence::new(0, 0..sizes.query_len, store.keys(sequence)?, Mask::Full))?;
+    let mut plan = backend.plan_for(&PlanConfig::new(), &batch)?;
+    let mut plan_of_ranks = ranks.plan::<f32, f32>(extents)?;
     if let Some(way) = sizes.way {
         plan_of_ranks = plan_of_ranks.with_way(way);
     }
-    let mut merge = plan_of_ranks.on_cpu();
-    let mut workspace = Vec::with_capacity(plan.workspace_bytes());
-    let query = TensorView::contiguous("query", &query.data, extents)?;
-    let elements: usize = extents.iter().product();
-    let (mut out, mut merged_lse) = (vec![0f32; elements], vec![0f32; shape.lse_len()]);
-    let (mut times, before) = (Times::default(), group.traffic());
+    let mut merge = ranks.prepare(backend, &plan_of_ranks)?;
+    let query = backend.buffer_of(&query.data)?;
+    let mut workspace = backend.buffer(backend.workspace_bytes(&plan))?;
+    let mut out = backend.buffer::<f32>(extents.iter().product())?;
+    let mut lse = backend.buffer::<f32>(batch.lse_len())?;
+    // To read it is to wait for all work before.
+    let sync = backend.buffer_of(&[0u32])?;
+    let (mut times, before) = (Times::default(), (meter.traffic)());
     for _ in 0..sizes.layers {
+        backend.read(&sync)?;
         let start = Instant::now();
+        let inputs = Inputs::new(
+            backend.whole("query", &query, extents)?,
+            store.key(backend, 0)?,
+            store.value(backend, 0)?,
+        );
         // Into the message itself.
-        let (partial, lse) = merge.partial()?;
-        plan.run(Inputs::new(query, key, value), partial, Some(lse), &mut workspace)?;
+        let (partial, partial_lse) = ranks.partial(backend, &mut merge)?;
+        let to = backend.slice_mut(&mut workspace, ..);
+        backend.attend(&mut plan, inputs, partial, Some(partial_lse), to)?;
+        backend.read(&sync)?;
         let attention = start.elapsed();
         let start = Instant::now();
-        group.take();
-        let view = TensorViewMut::contiguous("out", &mut out, extents)?;
-        merge.run(group, view, Some(&mut merged_lse))?;
-        let message = group.take();
+        (meter.spent)();
+        let to = backend.whole_mut("out", &mut out, extents)?;
+        ranks.run(backend, &mut merge, to, Some(backend.slice_mut(&mut lse, ..)))?;
+        backend.read(&sync)?;
+        let message = (meter.spent)();
         times.0.push([attention, message, start.elapsed() - message]);
         tick();
     }
     let [attention, message, merging] = times.medians();
     Ok(Outcome {
-        out,
-        lse: merged_lse,
+        out: backend.read(&out)?,
+        lse: backend.read(&lse)?,
         attention,
         message,
         merge: merging,
-        traffic: per_layer(group.traffic() - before, sizes.layers),
-        planned: plan_of_ranks.traffic(),
-        way: format!("{:?}", plan_of_ranks.way()),
-    })
-}
-
-/// With the kernels, on a device; `message` tells how long messages took since it was last asked.
-pub fn on_device<B: Backend, T: HalfElement>(
-    sizes: &Sizes,
-    backend: &B,
-    group: &impl DeviceCollective<B::Device>,
-    message: &dyn Fn() -> Duration,
-    tick: &dyn Fn(),
-) -> Result<Outcome> {
-    let (query, shard) = (sizes.query::<T>(), sizes.shard::<T>(group.rank()));
-    let shape = sizes.shape(shard.len);
-    let (device, stream) = (backend.device(), backend.stream());
-    let plan = Plan::new(&device.properties(), &AttentionConfig::default(), &shape)?;
-    let extents = shape.query_shape();
-    let mut plan_of_ranks = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?;
-    if let Some(way) = sizes.way {
-        plan_of_ranks = plan_of_ranks.with_way(way);
-    }
-    let elements: usize = extents.iter().product();
-    let [query, key, value] =
-        [&query.data, &shard.key.data, &shard.value.data].map(|data| backend.memory(data));
-    let mut workspace = backend.memory(&vec![0u8; plan.workspace_bytes()]);
-    let mut scratch = backend.memory(&vec![0u8; plan_of_ranks.device_scratch_bytes()]);
-    let (mut out, mut merged_lse) =
-        (backend.memory(&vec![0f32; elements]), backend.memory(&vec![0f32; shape.lse_len()]));
-    let mut merge = plan_of_ranks.on_device(device, stream, backend.span_mut(&mut scratch))?;
-    let sync = backend.memory(&[0u32]);
-    let (mut times, before) = (Times::default(), group.traffic());
-    for _ in 0..sizes.layers {
-        backend.read(&sync);
-        let start = Instant::now();
-        {
-            let tensor = |memory, shape| DeviceTensor::contiguous("input", backend.span(memory), shape);
-            // Into the message itself.
-            let (mut to, mut lse) = merge.partial()?;
-            plan.prepare(device, stream, backend.span_mut(&mut workspace))?.run(
-                Inputs::new(
-                    &tensor(&query, extents)?,
-                    &tensor(&key, shape.key_shape())?,
-                    &tensor(&value, shape.key_shape())?,
-                ),
-                &mut to,
-                Some(&mut lse),
-            )?;
-        }
-        backend.read(&sync);
-        let attention = start.elapsed();
-        let start = Instant::now();
-        message();
-        merge.run(
-            group,
-            &mut DeviceTensorMut::contiguous("out", backend.span_mut(&mut out), extents)?,
-            Some(&mut backend.span_mut(&mut merged_lse)),
-        )?;
-        backend.read(&sync);
-        let spent = message();
-        times.0.push([attention, spent, start.elapsed() - spent]);
-        tick();
-    }
-    let [attention, message, merging] = times.medians();
-    Ok(Outcome {
-        out: backend.read(&out),
-        lse: backend.read(&merged_lse),
-        attention,
-        message,
-        merge: merging,
-        traffic: per_layer(group.traffic() - before, sizes.layers),
+        traffic: per_layer((meter.traffic)() - before, sizes.layers),
         planned: plan_of_ranks.traffic(),
         way: format!("{:?}", plan_of_ranks.way()),
     })

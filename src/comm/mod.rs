@@ -23,6 +23,7 @@ mod message;
 mod mpi;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod ranks;
 #[cfg(any(test, feature = "nccl"))]
 mod teardown;
 mod threads;
@@ -42,6 +43,9 @@ pub use message::{Message, Pattern, Received, Started};
 pub use mpi::Mpi;
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
+pub use ranks::Ranks;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub use ranks::StreamMerge;
 pub use threads::ThreadGroup;
 
 use crate::{Error, Result};

@@ -4,6 +4,9 @@ mod agree;
 #[path = "../common/mod.rs"]
 mod common;
 mod cost;
+#[path = "../properties/expected.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod expected;
 mod flight;
 mod merge;
 #[cfg(feature = "mpi")]

@@ -63,18 +63,27 @@ impl<T: Element, O: Element> MergePlan<T, O> {
     }
 }
 
-impl<D: Device, T: Element, O: Element> DeviceMerge<'_, D, T, O> {
+impl<'a, D: Device, T: Element, O: Element> DeviceMerge<'a, D, T, O> {
+    /// [`partial`](Self::partial), for as long as the scratch was borrowed.
+    pub(crate) fn into_partial(self) -> Result<(DeviceTensorMut<'a, D, T>, SpanMut<'a, D, f32>)> {
+        self.message()
+    }
+
+    /// The message's memory, which the scratch's borrow covers for `'b`.
+    fn message<'b>(&self) -> Result<(DeviceTensorMut<'b, D, T>, SpanMut<'b, D, f32>)> {
+        let [[out, lse], ..] = self.places();
+        let (plan, stream) = (self.plan, D::stream_id(self.stream));
+        let out = DeviceTensorMut::new("partial", out.write_on(stream), plan.shape, plan.strides())?;
+        Ok((out, lse.first(plan.rows() * size_of::<f32>()).write_on(stream)))
+    }
+
     /// The place of this rank's partial in the message: an output `[batch, seq, heads, dim]` with the message's strides, and a log-sum-exp
     /// `[batch, heads, seq]`. Attention writes both, or a merge of several partials does, and [`run`](Self::run) sends them.
     ///
     /// # Errors
     /// None: the plan has made room for it.
     pub fn partial(&mut self) -> Result<(DeviceTensorMut<'_, D, T>, SpanMut<'_, D, f32>)> {
-        let [sent, ..] = self.places();
-        let stream = D::stream_id(self.stream);
-        let (plan, [out, lse]) = (&self.plan, sent);
-        let out = DeviceTensorMut::new("partial", out.write_on(stream), plan.shape, plan.strides())?;
-        Ok((out, lse.first(plan.rows() * size_of::<f32>()).write_on(stream)))
+        self.message()
     }
 
     /// Merges every rank's written partial into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`, on every rank and with the same bits.

@@ -4,6 +4,7 @@ mod deliver;
 mod encode;
 mod generate;
 mod merge;
+mod serve;
 
 use crate::common::Tensor;
 use star_attention::comm::{Collective, Traffic};
@@ -13,12 +14,13 @@ use star_attention::{TensorView, cpu::reference};
 pub type Program = (&'static str, fn(&dyn Collective));
 
 /// All of them, one after another on the same group.
-pub const PROGRAMS: [Program; 5] = [
+pub const PROGRAMS: [Program; 6] = [
     ("deliver", deliver::deliver),
     ("broadcast", deliver::broadcast_long),
     ("encode", encode::encode),
     ("merge", merge::merge),
     ("generate", generate::generate),
+    ("serve", serve::serve),
 ];
 
 /// Refuses bits that are not the same on every rank.
