@@ -13,9 +13,9 @@ use candle_core::Tensor;
 /// rotated / 2]`. Rows are of the cache's dtype, or on the CPU of any.
 ///
 /// # Errors
-/// As [`Backend::append`]; [`Error::Value`] for a tensor on another device or of another dtype, and
-/// for one that shares its memory with a tensor of the cache: the two tensors of the cache share
-/// none either. Nothing was written then.
+/// As [`Backend::append`]; [`Error::Value`](crate::Error::Value) for a tensor on another device or
+/// of another dtype, and for one that shares its memory with a tensor of the cache: the two tensors
+/// of the cache share none either. Nothing was written then.
 pub fn append(
     new: Append<&Tensor, &Tensor, &Tensor>,
     cache_key: &Tensor,

@@ -20,9 +20,8 @@ use {
 /// given, into one such pair of the partials' dtype.
 ///
 /// # Errors
-/// [`Error::Value`] for no partial at all, and on a GPU for more than
-/// 32; as [`Backend::merge`], and [`Error::Value`] for a
-/// tensor on another device than the first output, or of another dtype.
+/// [`Error::Value`] for no partial at all, and on a GPU for more than 32; as [`Backend::merge`], and
+/// [`Error::Value`] for a tensor on another device than the first output, or of another dtype.
 pub fn merge(partials: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
     let Some((first, _)) = partials.first() else {
         return Err(Error::value("partials", "at least 1", 0));

@@ -228,8 +228,11 @@ fn threads_share_a_cache() {
                 plan.update(&batch).unwrap();
                 let [query, new] = [[1, 1, 2, 16], [1, 1, 1, 16]].map(random);
                 let place = Tensor::new(&[[page * 8 + len as u32 - 1]], &Device::Cpu).unwrap();
-                candle::append(Append::new(&new, &new, &place), &key, &value).unwrap();
                 let inputs = Inputs::new(&query, &key, &value);
+                // So often that the threads meet.
+                for _ in 0..100 {
+                    candle::append(Append::new(&new, &new, &place), &key, &value).unwrap();
+                }
                 let pair = plan.attend(inputs).unwrap();
                 assert_batch(&batch, inputs, &pair, 1e-5);
             }
