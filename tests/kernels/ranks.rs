@@ -175,13 +175,16 @@ on_each_device! {
                             out: DeviceTensor::contiguous("partial", backend.span(&out), SHAPE).unwrap(),
                             lse: backend.span(&lse),
                         };
-                        let mut to =
-                            DeviceTensorMut::contiguous("out", backend.span_mut(&mut merged), SHAPE).unwrap();
                         plan.on_device(backend.device(), backend.stream(), backend.span_mut(&mut scratch))
                             .unwrap()
-                            .merge(&staged, &partial, &mut to, Some(&mut backend.span_mut(&mut merged_lse)))
+                            .merge(
+                                &staged,
+                                &partial,
+                                &mut DeviceTensorMut::contiguous("out", backend.span_mut(&mut merged), SHAPE)
+                                    .unwrap(),
+                                Some(&mut backend.span_mut(&mut merged_lse)),
+                            )
                             .unwrap();
-                        drop(to);
                         let (merged, merged_lse) = (backend.read(&merged), backend.read(&merged_lse));
                         for row in 0..5 {
                             let nan = merged[8 * row..][..8].iter().chain(&merged_lse[row..=row]).map(|x| x.is_nan());
