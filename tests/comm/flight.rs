@@ -4,7 +4,8 @@ use crate::common::named;
 use crate::programs::PROGRAMS;
 use crate::threads::all_ranks;
 use star_attention::comm::{
-    Collective, CpuMerge, GroupConfig, Link, MergePlan, MergeWay, Message, Pattern, ThreadGroup, Traffic,
+    Collective, CpuMerge, GroupConfig, Link, MergePlan, MergeWay, Message, Pattern, Received, Started,
+    ThreadGroup, Traffic,
 };
 use star_attention::{Error, Result, TensorViewMut};
 use std::sync::{Barrier, Mutex};
@@ -166,7 +167,7 @@ fn a_message_is_not_written_while_it_is_read() {
         own.get_mut().unwrap().into_iter().for_each(|region| region.fill(1 + group.rank() as u8));
         let started = group.start(Pattern::AllGather, own.clone()).unwrap();
         if group.rank() == 0 {
-            let read = &mut |received: &star_attention::comm::Received<'_>| {
+            let read = &mut |received: &Received<'_>| {
                 barrier.wait();
                 // Here rank 1 has its result, and asks for its message.
                 barrier.wait();
@@ -209,6 +210,50 @@ fn messages_that_do_not_fit_are_refused() {
             matches!(error, Error::Peer { argument: "call", .. } | Error::Disconnected { .. }),
             "{error}"
         );
+    }
+}
+
+/// What an engine shows is not trusted to be what was sent.
+#[test]
+fn an_engine_that_shows_too_little_is_an_error() {
+    for way in WAYS {
+        let group = Silent(Plain(Mutex::new(ThreadGroup::ranks(1).unwrap().remove(0))));
+        let mut merge = merge_of(1, way);
+        write(&mut merge, 1.0);
+        let mut out = [7.0; 12];
+        assert_eq!(named(merge.run(&group, to(&mut out), None).unwrap_err()), ("shape", "received"));
+        assert_eq!(out, [7.0; 12]);
+    }
+}
+
+/// An engine that shows nothing of what it has received.
+struct Silent(Plain);
+
+impl Collective for Silent {
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+    fn size(&self) -> usize {
+        self.0.size()
+    }
+    fn link(&self) -> Link {
+        self.0.link()
+    }
+    fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        self.0.all_gather(send, receive)
+    }
+    fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        self.0.all_to_all(send, receive)
+    }
+    fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()> {
+        self.0.broadcast(root, buffer)
+    }
+    fn finish(&self, _: Started, read: &mut dyn FnMut(&Received<'_>)) -> Result<()> {
+        read(&Received::new(2, Vec::new()));
+        Ok(())
+    }
+    fn traffic(&self) -> Traffic {
+        self.0.traffic()
     }
 }
 

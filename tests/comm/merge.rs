@@ -76,3 +76,20 @@ fn few_query_tokens_go_by_all_gather_and_many_by_rows() {
     let two = MergePlan::<f32, f32>::new([1, 1 << 20, 32, 128], 2, &link).unwrap();
     assert_eq!(two.way(), MergeWay::AllGather, "over two ranks the second step saves no byte");
 }
+
+#[test]
+fn an_infinite_lse_makes_its_row_nan_on_every_rank() {
+    for way in [MergeWay::AllGather, MergeWay::ByRows] {
+        all_ranks(2, |group| {
+            let plan = MergePlan::<f32, f32>::new([1, 3, 1, 4], 2, &LINK).unwrap().with_way(way);
+            let lse = [if group.rank() == 0 { f32::INFINITY } else { 1.0 }, 0.0, f32::NEG_INFINITY];
+            let out = TensorView::contiguous("partial", &[1.0; 12], [1, 3, 1, 4]).unwrap();
+            let (mut merged, mut merged_lse) = ([7.0f32; 12], [7.0; 3]);
+            let to = TensorViewMut::contiguous("out", &mut merged, [1, 3, 1, 4]).unwrap();
+            plan.on_cpu().merge(&group, &Partial { out, lse: &lse }, to, Some(&mut merged_lse)).unwrap();
+            assert!(merged[..4].iter().chain(&merged_lse[..1]).all(|x| x.is_nan()));
+            assert_eq!((&merged[4..8], &merged[8..]), (&[1.0; 4][..], &[0.0; 4][..]));
+            assert_eq!(merged_lse[1..], [2f32.ln(), f32::NEG_INFINITY]);
+        });
+    }
+}

@@ -175,11 +175,15 @@ on_each_device! {
                             out: DeviceTensor::contiguous("partial", backend.span(&out), SHAPE).unwrap(),
                             lse: backend.span(&lse),
                         };
-                        let mut to =
-                            DeviceTensorMut::contiguous("out", backend.span_mut(&mut merged), SHAPE).unwrap();
                         plan.on_device(backend.device(), backend.stream(), backend.span_mut(&mut scratch))
                             .unwrap()
-                            .merge(&staged, &partial, &mut to, Some(&mut backend.span_mut(&mut merged_lse)))
+                            .merge(
+                                &staged,
+                                &partial,
+                                &mut DeviceTensorMut::contiguous("out", backend.span_mut(&mut merged), SHAPE)
+                                    .unwrap(),
+                                Some(&mut backend.span_mut(&mut merged_lse)),
+                            )
                             .unwrap();
                         let (merged, merged_lse) = (backend.read(&merged), backend.read(&merged_lse));
                         for row in 0..5 {
@@ -236,16 +240,15 @@ on_each_device! {
         let group = ThreadGroup::ranks(1).unwrap().remove(0);
         let backend = B::open(0);
         let staged = Staged { device: backend.device(), group: &group };
-        let mut memory = [(); 2].map(|()| backend.memory(&[0f32; 64]));
-        let [key, value] = &mut memory;
+        let mut memory = [(); 3].map(|()| backend.memory(&[0f32; 64]));
+        let [key, value, other] = &mut memory;
         let view = |span, shape, strides| DeviceTensorMut::new("anchor", span, shape, strides).unwrap();
         let mut key = view(backend.span_mut(key), [1, 2, 2, 8], [32, 16, 8, 1]);
         let mut value = view(backend.span_mut(value), [1, 3, 2, 8], [48, 16, 8, 1]);
         let error = share_anchor_on_device(&staged, backend.stream(), &mut key, &mut value).unwrap_err();
         assert_eq!(named(error), ("shape", "value"));
         let mut value = value.narrow(1, 0, 2).unwrap().narrow(3, 0, 4).unwrap();
-        let mut memory = backend.memory(&[0f32; 64]);
-        let mut key = view(backend.span_mut(&mut memory), [1, 2, 2, 4], [32, 16, 8, 2]);
+        let mut key = view(backend.span_mut(other), [1, 2, 2, 4], [32, 16, 8, 2]);
         let error = share_anchor_on_device(&staged, backend.stream(), &mut key, &mut value).unwrap_err();
         assert_eq!(named(error), ("stride", "key"));
         assert_eq!(group.traffic(), Traffic::default());
