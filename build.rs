@@ -1,4 +1,5 @@
-//! Compiles the kernels of `cuda/`: with nvcc for the feature `cuda`, as C++ for the feature `simt`. Without either it does nothing.
+//! Compiles the kernels of `cuda/`: with nvcc for the feature `cuda`, as C++ for the feature
+//! `simt`. Without either it does nothing.
 
 #[cfg(any(feature = "cuda", feature = "simt"))]
 #[path = "build/kernels.rs"]

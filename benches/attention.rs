@@ -1,4 +1,5 @@
-//! Context encoding beside dense attention, query attention, and the merge: times, rates, and shares of what the machine can do.
+//! Context encoding beside dense attention, query attention, and the merge: times, rates, and
+//! shares of what the machine can do.
 
 #[path = "common/peak.rs"]
 mod peak;

@@ -1,10 +1,12 @@
-//! A model of 2 to 64 ranks: time to first token and time per generated token of Star Attention, beside dense attention on one rank,
-//! ring attention and tree attention. **Modelled, not measured**: rates of one rank, measured here or given, in the formulas below.
+//! A model of 2 to 64 ranks: time to first token and time per generated token of Star Attention,
+//! beside dense attention on one rank, ring attention and tree attention. **Modelled, not
+//! measured**: rates of one rank, measured here or given, in the formulas below.
 //!
 //!     cargo bench --bench cluster -- [--ranks 2,4,..] [--lengths 16384,..] [--query 32]
 //!         [--latency 10e-6] [--bandwidth 12.5e9] [--attention-flops R] [--linear-flops R] [--kv-bandwidth B]
 //!
-//! Llama-3.1-8B in bf16, whole on every rank; one context of `L` tokens, a query of `T`, then one token at a time.
+//! Llama-3.1-8B in bf16, whole on every rank; one context of `L` tokens, a query of `T`, then one
+//! token at a time.
 //!
 //! ```text
 //! α, β     seconds of a collective or a message, bytes a rank sends per second           comm::Link
@@ -24,8 +26,9 @@
 //! head         = linear(1), with the D × vocabulary weights of the last layer
 //! ```
 //!
-//! **Star** (arXiv 2411.17116, sections 2.1 and 2.2), `a = b = ⌈L/H⌉`. A rank's rows are the anchor's and its own, or its own
-//! alone if rank 0 sends it each layer's keys and values of the anchor; then no rank is ahead of another, and nothing hides the sending.
+//! **Star** (arXiv 2411.17116, sections 2.1 and 2.2), `a = b = ⌈L/H⌉`. A rank's rows are the
+//! anchor's and its own, or its own alone if rank 0 sends it each layer's keys and values of the
+//! anchor; then no rank is ahead of another, and nothing hides the sending.
 //!
 //! ```text
 //! first token  = layers (max over ranks (linear(rows) + F(star) / R(star, b)) + anchor) + step(T, merge(T))
@@ -34,26 +37,30 @@
 //! merge(t)     = the less of  α + (H-1) P(t) / β    and    2α + 2 (H-1)/H P(t) / β        comm::MergeWay
 //! ```
 //!
-//! **Ring** (arXiv 2310.01889), a rank having the chunks `i` and `2H-1-i` of `2H` (zigzag: arXiv 2407.21783, section 3.3.2), so that
-//! all have the same to do; sending is hidden behind computing in full. `C = ⌈(L+T)/H⌉`. **Dense** on one rank is `H = 1`.
+//! **Ring** (arXiv 2310.01889), a rank having the chunks `i` and `2H-1-i` of `2H` (zigzag: arXiv
+//! 2407.21783, section 3.3.2), so that all have the same to do; sending is hidden behind computing
+//! in full. `C = ⌈(L+T)/H⌉`. **Dense** on one rank is `H = 1`.
 //!
 //! ```text
 //! first token  = layers (linear(C) + max(F(causal)/H / R(causal, C),  (H-1) (α + C K / β))) + head
 //! next token   = step(1, (H-1) (α + P(1) / β))
 //! ```
 //!
-//! For the next token ranks pass on the partials they get until all have all. Gathered by one collective, ring would have star's time.
+//! For the next token ranks pass on the partials they get until all have all. Gathered by one
+//! collective, ring would have star's time.
 //!
-//! **Tree** (arXiv 2408.04093, Algorithm 3): the first token as with ring; for the next an all-reduce of the maximum, and one of
-//! numerator and denominator together, where the algorithm has two.
+//! **Tree** (arXiv 2408.04093, Algorithm 3): the first token as with ring; for the next an
+//! all-reduce of the maximum, and one of numerator and denominator together, where the algorithm
+//! has two.
 //!
 //! ```text
 //! next token   = step(1, 2α + 2 (H-1)/H n_q (4 + 4 (d + 1)) / β)
 //! ```
 //!
-//! Only times are compared: star's context encoding leaves out keys that the others see. Not in the model: memory (dense on one rank
-//! must hold 128 GiB of keys and values at 1M tokens), the arithmetic of merges, norms and RoPE, launches, stragglers, links that share
-//! a wire, and latencies of collectives that grow with the ranks.
+//! Only times are compared: star's context encoding leaves out keys that the others see. Not in the
+//! model: memory (dense on one rank must hold 128 GiB of keys and values at 1M tokens), the
+//! arithmetic of merges, norms and RoPE, launches, stragglers, links that share a wire, and
+//! latencies of collectives that grow with the ranks.
 
 #[path = "cluster/model.rs"]
 mod model;

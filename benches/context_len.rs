@@ -1,5 +1,6 @@
-//! Phase 1 at a fixed block over growing contexts: time per token should not grow, and time should fall behind dense attention's by
-//! the ratio of their FLOPs. One layer of 8/2 heads of 64, `b = a = 4096`, one rank.
+//! Phase 1 at a fixed block over growing contexts: time per token should not grow, and time should
+//! fall behind dense attention's by the ratio of their FLOPs. One layer of 8/2 heads of 64, `b = a
+//! = 4096`, one rank.
 //!
 //!     cargo bench --bench context_len -- [--max-len N] [--dense-max N]
 

@@ -1,9 +1,12 @@
-//! The merge over ranks, by ranks and query tokens: both ways, with partials that attention has written into the message and with partials that are copied there, beside the scheme of the paper's own code (an all-gather of outputs, one of
-//! log-sum-exps, and a barrier), on threads, and with the feature `mpi` on processes. Partials of 32 heads of 128 in f32.
+//! The merge over ranks, by ranks and query tokens: both ways, with partials that attention has
+//! written into the message and with partials that are copied there, beside the scheme of the
+//! paper's own code (an all-gather of outputs, one of log-sum-exps, and a barrier), on threads, and
+//! with the feature `mpi` on processes. Partials of 32 heads of 128 in f32.
 //!
 //!     cargo bench --bench merge_ranks [--features mpi] -- [--max-tokens T] [--max-ranks N]
 //!
-//! Every rank merges at the same time as all others, so ranks beyond the machine's cores share them.
+//! Every rank merges at the same time as all others, so ranks beyond the machine's cores share
+//! them.
 
 use indicatif::ProgressBar;
 use star_attention::comm::{

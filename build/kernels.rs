@@ -102,6 +102,6 @@ pub fn head_dims() -> Result<Vec<usize>, String> {
         .collect()
 }
 
-/// All of them: the host has every kernel.
+/// All of them: the emulator has every kernel.
 #[cfg(feature = "simt")]
 pub const ALL_HEAD_DIMS: [usize; 5] = HEAD_DIMS;

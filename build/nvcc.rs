@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
-/// Machine code for the Ampere and Ada families (8.x runs 8.0) and for Hopper, and PTX that the driver compiles for newer chips.
+/// Machine code for the Ampere and Ada families (8.x runs 8.0) and for Hopper, and PTX that the
+/// driver compiles for newer chips.
 const ARCHS: &str = "80,90,90+ptx";
 
-/// Compiles all kernels and writes `cuda_modules.rs`: a table of kernel names and the fatbins that hold them.
+/// Compiles all kernels and writes `cuda_modules.rs`: a table of kernel names and the fatbins that
+/// hold them.
 pub fn build() -> Result<(), String> {
     let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
     let modules = modules(&head_dims()?);
@@ -31,7 +33,8 @@ pub fn build() -> Result<(), String> {
     std::fs::write(out.join("cuda_modules.rs"), table).map_err(|e| e.to_string())
 }
 
-/// nvcc: NVCC itself, of the toolkit in CUDA_HOME or CUDA_PATH, on the PATH, or in the usual places.
+/// nvcc: NVCC itself, of the toolkit in CUDA_HOME or CUDA_PATH, on the PATH, or in the usual
+/// places.
 fn find() -> Result<PathBuf, String> {
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
         println!("cargo::rerun-if-env-changed={name}");

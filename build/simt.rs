@@ -1,4 +1,4 @@
-//! The kernels as C++ for the host, with `cuda/simt/device.h` in the place of a GPU.
+//! The kernels as C++ for the SIMT emulator, with `cuda/simt/device.h` in the place of a GPU.
 
 use crate::kernels::{ALL_HEAD_DIMS, Module, for_each, modules};
 use std::fmt::Write;

@@ -1,9 +1,9 @@
-// Attention, for one head dim and one division of the work. The host names the kernel and gives its policy: `encode` for tiles of many rows
+// Attention, for one head dim and one division of the work. The CPU names the kernel and gives its policy: `encode` for tiles of many rows
 // (context encoding), `query` for few rows against many keys (query attention).
 #include "include/flash.cuh"
 
 using Division = Policy<HEAD_DIM, ROW_TILES, ROW_WARPS, KEY_WARPS, KEYS, SLOTS, VALUES_FIRST, STAGED_F32>;
-static_assert(Division::shared_bytes == SHARED_BYTES && Division::threads == THREADS, "the host launches what was compiled");
+static_assert(Division::shared_bytes == SHARED_BYTES && Division::threads == THREADS, "the CPU launches what was compiled");
 
 #define NAME(dtype) NAME_WITH(KERNEL_NAME, dtype, HEAD_DIM)
 

@@ -1,6 +1,7 @@
 //! Draws which keys each row of a star layout sees, in both phases, as SVG.
 //!
-//! Every cell is asked of the library: the tokens of a rank's local sequence, its mask, and whether a row sees a key.
+//! Every cell is asked of the library: the tokens of a rank's local sequence, its mask, and whether
+//! a row sees a key.
 
 use clap::Parser;
 use star_attention::cpu::reference::sees;
@@ -123,7 +124,8 @@ impl RankMap {
         let tokens: Vec<usize> = local.tokens().collect();
         let (local_len, kept) = (tokens.len(), local.kept());
         let block = |token: usize| token / layout.block_len();
-        // The anchor's keys come from the rows in front of the own ones, or, on the rank of block 0, from block 0.
+        // The anchor's keys come from the rows in front of the own ones, or, on the rank of block
+        // 0, from block 0.
         let phase_1 = |through_anchor: bool| {
             rectangles(kept.clone().map(|row| {
                 let sees =
@@ -149,7 +151,8 @@ impl RankMap {
     }
 }
 
-/// Joins cells, given as rows of ascending columns, into runs, and runs of following rows that are the same.
+/// Joins cells, given as rows of ascending columns, into runs, and runs of following rows that are
+/// the same.
 fn rectangles(rows: impl Iterator<Item = (usize, Vec<usize>)>) -> Vec<Rectangle> {
     let mut all: Vec<Rectangle> = Vec::new();
     let mut open: Vec<usize> = Vec::new(); // rectangles of the row before

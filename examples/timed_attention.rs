@@ -1,9 +1,11 @@
-//! Runs attention on request and says how long it took: the crate's side of `scripts/compare-pytorch.sh`.
+//! Runs attention on request and says how long it took: the crate's side of
+//! `scripts/compare-pytorch.sh`.
 //!
 //! Reads one command a line from standard input and answers with one line:
 //!
-//! - `{"folder": F, "dtype": "f32" | "f16" | "bf16", "mask": "full" | "causal", "query_heads": H, "kv_heads": K, "query_len": T, "key_len": S,
-//!   "head_dim": D}` reads the tensors `F/query`, `F/key` and `F/value`, row-major `[heads, seq, dim]`; answers `ready` and the FLOPs of a call;
+//! - `{"folder": F, "dtype": "f32" | "f16" | "bf16", "mask": "full" | "causal", "query_heads": H,
+//!   "kv_heads": K, "query_len": T, "key_len": S, "head_dim": D}` reads the tensors `F/query`,
+//!   `F/key` and `F/value`, row-major `[heads, seq, dim]`; answers `ready` and the FLOPs of a call;
 //! - `run` computes once, the plan included; answers the seconds;
 //! - `save` writes the last output to `F/out` in f32; answers `saved`.
 

@@ -8,16 +8,16 @@ const HEADS: [usize; 3] = [4, 2, 2]; // of queries, keys and values
 const DIM: usize = 64;
 /// Stands for the model: the queries, keys and values of some tokens.
 fn project(tokens: impl Iterator<Item = usize> + Clone) -> [Vec<f32>; 3] {
-    let element = |token, i| ((token * 31 + i * 7) % 17) as f32 / 17.0 - 0.5;
-    HEADS.map(|h| tokens.clone().flat_map(|t| (0..h * DIM).map(move |i| element(t, i + h))).collect())
+    let element = |x, t, i| ((t * 31 + (i + x) * 7) % 17) as f32 / 17.0 - 0.5;
+    let row = |x, t: usize| (0..HEADS[x] * DIM).map(move |i| element(x, t, i));
+    [0, 1, 2].map(|x| tokens.clone().flat_map(|t| row(x, t)).collect())
 }
 fn views(x: &[Vec<f32>; 3]) -> Result<[TensorView<'_, f32>; 3]> {
     let view = |i: usize| TensorView::contiguous("x", &x[i], [1, x[i].len() / HEADS[i] / DIM, HEADS[i], DIM]);
     Ok([view(0)?, view(1)?, view(2)?])
 }
 fn attend(mask: Mask, q: TensorView<'_, f32>, [k, v]: [TensorView<'_, f32>; 2]) -> Result<[Vec<f32>; 2]> {
-    let [_, seq, heads, dim] = q.shape();
-    let [mut out, mut lse] = [seq * heads * dim, heads * seq].map(|len| vec![0.0; len]);
+    let [mut out, mut lse] = [DIM, 1].map(|dim| vec![0.0; q.shape()[1] * HEADS[0] * dim]);
     let to = TensorViewMut::contiguous("out", &mut out, q.shape())?;
     flash::attention(&AttentionConfig::new(mask), q, k, v, to, Some(&mut lse))?;
     Ok([out, lse])

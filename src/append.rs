@@ -7,9 +7,9 @@ pub const LEFT_OUT: u32 = u32::MAX;
 /// New keys and values, and where they go. `V` is a backend's view of a tensor, `F` and `U` are its
 /// slices of f32 and u32.
 ///
-/// A cache is two tensors `[pages, page_len, kv_heads, head_dim]`; one that has a row of consecutive
-/// tokens for each sequence, `[batch, capacity, kv_heads, head_dim]`, is the same with a page for
-/// each sequence.
+/// A cache is two tensors `[pages, page_len, kv_heads, head_dim]`; one that has a row of
+/// consecutive tokens for each sequence, `[batch, capacity, kv_heads, head_dim]`, is the same with
+/// a page for each sequence.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Append<V, F, U> {

@@ -147,8 +147,9 @@ impl Capacity {
 /// Where attention runs, with its memory and, on a GPU, its stream.
 ///
 /// A layer of an engine's step is: [`append`](Self::append) the new keys, [`attend`](Self::attend).
-/// Before the first layer, [`update`](Self::update) the plan. Masks count from the last key: a chunk
-/// of a context passes all keys so far under its star mask, and a decode after it [`Mask::Causal`](crate::Mask::Causal).
+/// Before the first layer, [`update`](Self::update) the plan. Masks count from the last key: a
+/// chunk of a context passes all keys so far under its star mask, and a decode after it
+/// [`Mask::Causal`](crate::Mask::Causal).
 ///
 /// Calls happen in the order in which they are made. On a GPU they return before they are done;
 /// [`read`](Self::read) waits.
@@ -278,8 +279,9 @@ pub trait Backend {
     /// Sets the batch of the calls that follow.
     ///
     /// # Errors
-    /// As [`Capacity::check`]; [`Error::Value`] for a plan of one batch alone; on a GPU [`Error::Busy`] while too many updates are under way, and
-    /// [`Error::Value`] for a stream that is being captured. The plan is as it was.
+    /// As [`Capacity::check`]; [`Error::Value`] for a plan of one batch alone; on a GPU
+    /// [`Error::Busy`] while too many updates are under way, and [`Error::Value`] for a stream that
+    /// is being captured. The plan is as it was.
     fn update(&self, plan: &mut Self::Plan, batch: &Batch) -> Result<()>;
 
     /// Bytes of the workspace that [`attend`](Self::attend) needs. One workspace serves any number
@@ -309,9 +311,9 @@ pub trait Backend {
     /// # Errors
     /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for what does not fit together,
     /// [`Error::DType`] for element types that the backend does not take; errors of the driver.
-    /// Nothing was written then. The CPU also refuses places and positions that are out of range and
-    /// places that two rows have ([`Error::Sequence`]). A GPU leaves rows out whose place or position
-    /// is out of range; that no two rows have one place is the caller's promise there.
+    /// Nothing was written then. The CPU also refuses places and positions that are out of range
+    /// and places that two rows have ([`Error::Sequence`]). A GPU leaves rows out whose place or
+    /// position is out of range; that no two rows have one place is the caller's promise there.
     fn append<T: Element, C: Element>(
         &self,
         new: Append<Self::View<'_, T>, Self::Slice<'_, f32>, Self::Slice<'_, u32>>,

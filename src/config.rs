@@ -4,8 +4,8 @@ use crate::{Element, Error, Result, TensorView};
 
 /// Which keys a query row sees.
 ///
-/// Masks are aligned at the bottom right: with `T` query rows and `S` keys, row `i` stands at position
-/// `p = i + S - T` of the keys. A row at a negative position sees nothing.
+/// Masks are aligned at the bottom right: with `T` query rows and `S` keys, row `i` stands at
+/// position `p = i + S - T` of the keys. A row at a negative position sees nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mask {
     /// Every key.
@@ -13,18 +13,20 @@ pub enum Mask {
     Full,
     /// Keys `0..=p`.
     Causal,
-    /// Context encoding of Star Attention (paper section 2.1), as one mask over a rank's local sequence.
+    /// Context encoding of Star Attention (paper section 2.1), as one mask over a rank's local
+    /// sequence.
     ///
-    /// Block 0 is positions `0..first_block_len` and is causal. Every later block has `block_len` positions (the
-    /// last may be short); its rows see keys `0..anchor_len` and their own block up to `p`.
+    /// Block 0 is positions `0..first_block_len` and is causal. Every later block has `block_len`
+    /// positions (the last may be short); its rows see keys `0..anchor_len` and their own block up
+    /// to `p`.
     Star {
-        /// Keys every row sees, unless it lies in block 0 (where it is causal). At most `first_block_len`
-        /// and `block_len`.
+        /// Keys every row sees, unless it lies in block 0 (where it is causal). At most
+        /// `first_block_len` and `block_len`.
         anchor_len: usize,
         /// Tokens of every block but block 0; at least 1.
         block_len: usize,
-        /// Tokens of block 0: `block_len` on the rank that holds the start of the context, `anchor_len` on
-        /// the others.
+        /// Tokens of block 0: `block_len` on the rank that holds the start of the context,
+        /// `anchor_len` on the others.
         first_block_len: usize,
     },
 }
@@ -118,11 +120,12 @@ impl ScoreConfig {
         self.scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt())
     }
 
-    /// The factor of `q · k`, and, if given, what tanh of the product is multiplied by: the scores in powers of 2.
+    /// The factor of `q · k`, and, if given, what tanh of the product is multiplied by: the scores
+    /// in powers of 2.
     ///
-    /// A cap so large that `scale / cap` falls below f32's normal range does nothing: tanh of such a number is
-    /// the number itself. Below a cap so small that `scale / cap` overflows, all scores but 0 are at the
-    /// cap; the factor is bounded, so that 0 stays 0.
+    /// A cap so large that `scale / cap` falls below f32's normal range does nothing: tanh of such
+    /// a number is the number itself. Below a cap so small that `scale / cap` overflows, all scores
+    /// but 0 are at the cap; the factor is bounded, so that 0 stays 0.
     pub(crate) fn factors_for(&self, head_dim: usize) -> (f32, Option<f32>) {
         let (scale, log2_e) = (self.scale_for(head_dim), std::f32::consts::LOG2_E);
         match self.softcap {
@@ -255,8 +258,8 @@ impl AttentionShape {
     }
 
     /// # Errors
-    /// [`Error::Shape`] if heads or head_dim are 0, the query heads are no multiple of the KV heads, or a tensor of these extents
-    /// could not be addressed.
+    /// [`Error::Shape`] if heads or head_dim are 0, the query heads are no multiple of the KV
+    /// heads, or a tensor of these extents could not be addressed.
     pub fn validate(&self) -> Result<()> {
         check_heads(self.query_heads, self.kv_heads, self.head_dim)?;
         check_addressable("query", self.query_shape())?;

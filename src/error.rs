@@ -19,7 +19,8 @@ pub enum Error {
         /// What came.
         got: String,
     },
-    /// Strides that leave the buffer, let elements overlap, or are not contiguous where they must be.
+    /// Strides that leave the buffer, let elements overlap, or are not contiguous where they must
+    /// be.
     #[error("{argument}: expected strides {expected}, got {got}")]
     Stride {
         /// The argument at fault.
@@ -117,7 +118,8 @@ pub enum Error {
         /// What the peer has.
         got: String,
     },
-    /// An error of the engine under a collective, in its own words. The receive buffer's contents are unspecified.
+    /// An error of the engine under a collective, in its own words. The receive buffer's contents
+    /// are unspecified.
     #[error("{engine}: {operation}: {reason}")]
     Transport {
         /// `MPI` or `NCCL`.
@@ -135,7 +137,8 @@ pub enum Error {
         /// Why, and what would help.
         reason: String,
     },
-    /// A kernel did what it must not. Only the checks of the host device find this. Outputs are unspecified.
+    /// A kernel did what it must not. Only the checks of the SIMT emulator find this. Outputs are
+    /// unspecified.
     #[error("kernel {kernel}: {reason}")]
     Kernel {
         /// Its name.

@@ -1,10 +1,10 @@
 //! The keys and values that an engine keeps, in the memory of any backend.
 //!
-//! A [`KvStore`] holds sequences of tokens, each with a key and a value in every layer. Layers share
-//! one page table: a token's row is at the same place in all of them. Room is in pages of equal
-//! length, which sequences take as they grow, or in rows: one page for each sequence, as long as the
-//! longest may become. Dense calls such as [`cpu::flash::attention`](crate::cpu::flash::attention)
-//! take the rows of a sequence as they are.
+//! A [`KvStore`] holds sequences of tokens, each with a key and a value in every layer. Layers
+//! share one page table: a token's row is at the same place in all of them. Room is in pages of
+//! equal length, which sequences take as they grow, or in rows: one page for each sequence, as long
+//! as the longest may become. Dense calls such as
+//! [`cpu::flash::attention`](crate::cpu::flash::attention) take the rows of a sequence as they are.
 //!
 //! A step of an engine:
 //!
@@ -13,6 +13,8 @@
 //!    [`places`](KvStore::places) of all new rows to one buffer;
 //! 3. in each layer, [`append`](KvStore::append) the new rows to these places, and attend to
 //!    [`key`](KvStore::key) and [`value`](KvStore::value).
+//!
+//! A step of phase 2 over ranks begins with [`begin_step`](KvStore::begin_step) instead.
 //!
 //! ```
 //! use star_attention::{Append, Backend, Batch, Capacity, Inputs, KvConfig, KvStore, Mask, PlanConfig, Sequence};
@@ -211,8 +213,13 @@ impl KvConfig {
                 return Err(Error::value(argument, format!("at least {least}"), got));
             }
         }
-        if pages.checked_mul(page_len).is_none_or(|rows| u32::try_from(rows).is_err()) {
-            let argument = if self.in_rows_mode() { "sequences" } else { "pages" };
+        // Pages are numbers of 32 bits as well.
+        if pages.checked_mul(page_len.max(1)).is_none_or(|rows| u32::try_from(rows).is_err()) {
+            let argument = match self.in_rows_mode() {
+                true if u32::try_from(page_len).is_err() => "capacity",
+                true => "sequences",
+                false => "pages",
+            };
             let got = format!("{pages} of {page_len}");
             return Err(Error::value(argument, "fewer than 2³² tokens in all", got));
         }

@@ -1,14 +1,14 @@
 //! Which tokens a rank works on, at which positions, under which mask, and which KV rows it keeps.
 //!
 //! Arithmetic only, for one request. [`StarLayout`] spreads the request over ranks;
-//! [`StarLayout::rank`] gives one rank's part of phase 1, and [`RankLayout::step`] its part of a step
-//! of phase 2.
+//! [`StarLayout::rank`] gives one rank's part of phase 1, and [`RankLayout::step`] its part of a
+//! step of phase 2.
 //!
-//! The context of `L` tokens is cut into blocks of `b` (the last may be short). The blocks go to the
-//! ranks contiguously and as evenly as possible; the first ranks take one more where it does not
-//! divide. A rank runs its model once over one local sequence: the anchor (unless it holds block 0,
-//! whose head the anchor is) and then its own tokens, at their positions in the context, under
-//! [`Mask::Star`].
+//! The context of `L` tokens is cut into blocks of `b` (the last may be short). The blocks go to
+//! the ranks contiguously and as evenly as possible; the first ranks take one more where it does
+//! not divide. A rank runs its model once over one local sequence: the anchor (unless it holds
+//! block 0, whose head the anchor is) and then its own tokens, at their positions in the context,
+//! under [`Mask::Star`].
 
 mod step;
 
@@ -227,8 +227,8 @@ impl RankLayout {
         self.own.clone()
     }
 
-    /// The context tokens prefixed to the own ones: empty on the rank of block 0 and on ranks without
-    /// blocks.
+    /// The context tokens prefixed to the own ones: empty on the rank of block 0 and on ranks
+    /// without blocks.
     pub fn anchor_tokens(&self) -> Range<usize> {
         if self.own.start == 0 || self.own.is_empty() { 0..0 } else { 0..self.layout.anchor_len }
     }

@@ -6,12 +6,14 @@
 //! out = Σ_i exp(lse_i - m) out_i / Σ_i exp(lse_i - m)        lse = m + ln Σ_i exp(lse_i - m)
 //! ```
 //!
-//! in f32, natural logarithm (paper section 2.2; line 19 of its Algorithm 2 misses the weights' shift). The identity is `(0, -inf)`:
-//! a partial with `lse = -inf` saw no key and counts for nothing, whatever its output holds. A NaN stays in its row.
+//! in f32, natural logarithm (paper section 2.2; line 19 of its Algorithm 2 misses the weights'
+//! shift). The identity is `(0, -inf)`: a partial with `lse = -inf` saw no key and counts for
+//! nothing, whatever its output holds. A NaN stays in its row.
 //!
-//! A log-sum-exp of `+inf` is not taken for an empty row: it is what scores beyond f32 have, so the merged row is NaN, output and log-sum-exp.
-//! FlashAttention-2 marks rows that saw no key by `+inf` (those with a NaN too): write `-inf` for it where the output is not NaN, before
-//! merging its partials. All merges do so, on every backend and over ranks.
+//! A log-sum-exp of `+inf` is not taken for an empty row: it is what scores beyond f32 have, so the
+//! merged row is NaN, output and log-sum-exp. FlashAttention-2 marks rows that saw no key by `+inf`
+//! (those with a NaN too): write `-inf` for it where the output is not NaN, before merging its
+//! partials. All merges do so, on every backend and over ranks.
 //!
 //! Partials are summed in the order given, so the same list gives the same bits.
 
@@ -74,7 +76,8 @@ pub(crate) fn check_lse(
 /// No partial at all gives the identity.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::Stride`] (last axes must be contiguous) if they do not fit together.
+/// [`Error::Shape`] or [`Error::Stride`] (last axes must be contiguous) if they do not fit
+/// together.
 pub fn merge<T: Element, O: Output>(
     partials: &[Partial<'_, T>],
     out: TensorViewMut<'_, O>,
@@ -100,7 +103,8 @@ pub(crate) fn merge_rows<T: Element, O: Output>(
 /// Merges `other` into `(out, lse)`, in place.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::Stride`] (last axes must be contiguous) if they do not fit together.
+/// [`Error::Shape`] or [`Error::Stride`] (last axes must be contiguous) if they do not fit
+/// together.
 pub fn merge_into<T: Element>(
     out: TensorViewMut<'_, f32>,
     lse: &mut [f32],

@@ -1,9 +1,11 @@
-//! From masks to work: which rows share their keys, and in which tiles they are walked. For all backends.
+//! From masks to work: which rows share their keys, and in which tiles they are walked. For all
+//! backends.
 //!
-//! Every mask cuts the query rows of a sequence into [`Segment`]s whose rows walk one list of keys: `prefix` keys from the start
-//! of the sequence (the anchor) and then the keys from `start` on. The list is never longer than what its last row sees,
-//! so that a tile of it is skipped by never being reached, and only the tiles in which visibility grows from row to row
-//! need a mask element by element.
+//! Every mask cuts the query rows of a sequence into [`Segment`]s whose rows walk one list of keys:
+//! `prefix` keys from the start of the sequence (the anchor) and then the keys from `start` on. The
+//! list is never longer than what its last row sees, so that a tile of it is skipped by never being
+//! reached, and only the tiles in which visibility grows from row to row need a mask element by
+//! element.
 
 use crate::Mask;
 use std::ops::Range;
@@ -54,14 +56,16 @@ impl Segment {
     }
 }
 
-/// Calls `emit` with the segments of `mask` over `query_len` rows and `key_len` keys; they partition the rows in order.
+/// Calls `emit` with the segments of `mask` over `query_len` rows and `key_len` keys; they
+/// partition the rows in order.
 pub(crate) fn segments(mask: Mask, query_len: usize, key_len: usize, mut emit: impl FnMut(Segment)) {
     let mut emit = |segment: Segment| {
         if !segment.rows.is_empty() {
             emit(segment);
         }
     };
-    // Rows before the first key see nothing; `row` is the first that stands at a key, and `shift` its position.
+    // Rows before the first key see nothing; `row` is the first that stands at a key, and `shift`
+    // its position.
     let blind = if mask == Mask::Full { 0 } else { query_len.saturating_sub(key_len) };
     emit(Segment { rows: 0..blind, prefix: 0, start: 0, first_visible: 0, causal: false });
     let position = |row: usize| key_len - (query_len - row);

@@ -157,11 +157,12 @@ pub(crate) struct Strided {
 }
 
 impl Strided {
-    /// Accepts strides under which every index lies inside `len` elements and no two indices meet: for tensors that are
-    /// written.
+    /// Accepts strides under which every index lies inside `len` elements and no two indices meet:
+    /// for tensors that are written.
     ///
-    /// Axes must nest: taken from the smallest stride up, each one steps over all that lies below it. Any
-    /// permutation and any padding passes; only interleaved axes, which no framework makes, are refused.
+    /// Axes must nest: taken from the smallest stride up, each one steps over all that lies below
+    /// it. Any permutation and any padding passes; only interleaved axes, which no framework makes,
+    /// are refused.
     pub(crate) fn new(
         argument: &'static str,
         len: usize,
@@ -275,11 +276,12 @@ pub struct TensorView<'a, T> {
 }
 
 impl<'a, T: Element> TensorView<'a, T> {
-    /// A view of `data` with explicit strides, in elements. An axis of stride 0 repeats its elements: one context serves
-    /// many queries without a copy.
+    /// A view of `data` with explicit strides, in elements. An axis of stride 0 repeats its
+    /// elements: one context serves many queries without a copy.
     ///
     /// # Errors
-    /// [`Error::Stride`], naming `argument`, if an index leaves `data`, or two indices meet along axes of other strides.
+    /// [`Error::Stride`], naming `argument`, if an index leaves `data`, or two indices meet along
+    /// axes of other strides.
     pub fn new(
         argument: &'static str,
         data: &'a [T],
@@ -302,7 +304,8 @@ impl<'a, T: Element> TensorView<'a, T> {
         self.layout.shape
     }
 
-    /// The strides of `[batch, seq, heads, dim]`, in elements; 0 where [`new`](Self::new) was given an axis of one element or none.
+    /// The strides of `[batch, seq, heads, dim]`, in elements; 0 where [`new`](Self::new) was given
+    /// an axis of one element or none.
     pub fn strides(&self) -> [usize; 4] {
         self.layout.strides
     }
@@ -322,7 +325,8 @@ impl<'a, T: Element> TensorView<'a, T> {
         Ok(Self { data: &self.data[offset..], layout })
     }
 
-    /// The elements `first`, `first + step`, `first + 2 step` and so on of one axis; none if there is no `first`.
+    /// The elements `first`, `first + step`, `first + 2 step` and so on of one axis; none if there
+    /// is no `first`.
     ///
     /// # Errors
     /// [`Error::Value`] if there is no such axis, or for a step of 0.
@@ -382,7 +386,8 @@ impl<'a, T: Output> TensorViewMut<'a, T> {
         self.layout.shape
     }
 
-    /// The strides of `[batch, seq, heads, dim]`, in elements; 0 where [`new`](Self::new) was given an axis of one element or none.
+    /// The strides of `[batch, seq, heads, dim]`, in elements; 0 where [`new`](Self::new) was given
+    /// an axis of one element or none.
     pub fn strides(&self) -> [usize; 4] {
         self.layout.strides
     }
@@ -435,8 +440,8 @@ pub(crate) struct SharedRows<'a, T> {
     view: std::marker::PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the only access is `row`, whose caller promises that no two threads hold the same row; `Strided::new`
-// has checked that different rows never overlap.
+// SAFETY: the only access is `row`, whose caller promises that no two threads hold the same row;
+// `Strided::new` has checked that different rows never overlap.
 unsafe impl<T: Send> Sync for SharedRows<'_, T> {}
 
 impl<'a, T: Output> SharedRows<'a, T> {
@@ -456,8 +461,9 @@ impl<'a, T: Output> SharedRows<'a, T> {
     pub(crate) unsafe fn row(&self, batch: usize, seq: usize, head: usize) -> &mut [T] {
         let [batches, seqs, heads, dim] = self.layout.shape;
         assert!(batch < batches && seq < seqs && head < heads);
-        // SAFETY: the index lies inside the shape, and `Strided::new` has checked that the shape lies inside the buffer,
-        // which `view` keeps borrowed; that nobody else holds the row is the caller's promise.
+        // SAFETY: the index lies inside the shape, and `Strided::new` has checked that the shape
+        // lies inside the buffer, which `view` keeps borrowed; that nobody else holds the row is
+        // the caller's promise.
         unsafe {
             std::slice::from_raw_parts_mut(self.data.add(self.layout.offset([batch, seq, head, 0])), dim)
         }

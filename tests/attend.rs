@@ -77,7 +77,8 @@ fn agrees<T: Bytes>(folder: &Folder, config: &AttentionConfig, options: &[&str],
         let out = file.tensor("out").unwrap();
         assert_eq!((out.dtype(), out.shape()), (T::STORED, &q.shape()[..]));
         for (bytes, exact) in out.data().chunks(T::DTYPE.size()).zip(&exact.out) {
-            // Few keys of normal values: rounding the weights and the output, each by half a unit of at most 4.
+            // Few keys of normal values: rounding the weights and the output, each by half a unit
+            // of at most 4.
             assert!((f64::from(T::load(bytes)) - exact).abs() <= 8.0 * unit);
         }
         let lse = file.tensor("lse").unwrap();
@@ -250,7 +251,8 @@ fn ways<T: Bytes>(key: &Tensor<T>, value: &Tensor<T>) -> Vec<Vec<Entry>> {
         (row < lens[sequence]).then(|| starts[sequence] + row)
     });
     let batched = placed([3, 11], &|b, s| (s < lens[b]).then(|| starts[b] + s));
-    // Pages of 4 rows, from the last to the first; a row of the table has one slot more than needed.
+    // Pages of 4 rows, from the last to the first; a row of the table has one slot more than
+    // needed.
     let table = [7, 6, 5, 4, 3, -1, 2, -1, 0].map(|page: i32| page);
     let paged = placed([8, 4], &|page, row| {
         let slot = table.iter().position(|&p| p == page as i32)?;

@@ -1,4 +1,5 @@
-//! What only a GPU has: slices and streams of cudarc and of others, graphs, threads. Needs one, and `--ignored`.
+//! What only a GPU has: slices and streams of cudarc and of others, graphs, threads. Needs one, and
+//! `--ignored`.
 
 #![cfg(feature = "cuda")]
 
@@ -20,7 +21,8 @@ const SHAPE: AttentionShape =
 
 /// A merge, launched by name.
 const KERNEL: &str = "merge_f32_f32";
-/// Parameters of a merge of no rows: a batch of 0, with one token, one head and one lane, as the kernel divides by these.
+/// Parameters of a merge of no rows: a batch of 0, with one token, one head and one lane, as the
+/// kernel divides by these.
 const NO_ROWS: [u8; 112] = {
     let mut params = [0; 112];
     (params[96], params[100], params[108]) = (1, 1, 1);
@@ -39,7 +41,7 @@ fn values(count: usize, seed: u64) -> Vec<bf16> {
         .collect()
 }
 
-/// Inputs on the host and what the definition gives for them.
+/// Inputs in CPU memory and what the definition gives for them.
 struct Case {
     query: Vec<bf16>,
     key: Vec<bf16>,
@@ -145,7 +147,8 @@ fn handles_serve_many_threads() {
     });
 }
 
-/// A captured call runs again on what its buffers then hold, also after the `Driver` that loaded its kernels was dropped.
+/// A captured call runs again on what its buffers then hold, also after the `Driver` that loaded
+/// its kernels was dropped.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn calls_can_be_captured_in_a_graph() {

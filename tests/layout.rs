@@ -42,8 +42,8 @@ proptest! {
         prop_assert_eq!(layout.to_builder().build().unwrap(), layout);
     }
 
-    /// Paper section 2.2, and its round-robin variant: one rank leads a step, each token is kept once,
-    /// and no shard needs more than it was given room for.
+    /// Paper section 2.2, and its round-robin variant: one rank leads a step, each token is kept
+    /// once, and no shard needs more than it was given room for.
     #[test]
     fn every_new_token_is_kept_by_one_rank(
         layout in layouts(), query_rank in 0..12usize, dealt in any::<bool>(),
@@ -78,6 +78,11 @@ proptest! {
             prop_assert!(keepers.iter().all(|&count| count == 1));
             first += len;
         }
+        // The room is no larger than that.
+        for (local, &held) in locals.iter().zip(&held) {
+            let while_leading = if dealt { longest - longest.div_ceil(layout.ranks()) } else { 0 };
+            prop_assert_eq!(local.room(tokens, longest), held + while_leading);
+        }
     }
 
     #[test]
@@ -95,7 +100,8 @@ proptest! {
         }
     }
 
-    /// The paper's definition: every block but the first is prefixed with the anchor, and is causal with it.
+    /// The paper's definition: every block but the first is prefixed with the anchor, and is causal
+    /// with it.
     #[test]
     fn the_local_mask_shows_each_block_its_anchor_and_itself(layout in layouts()) {
         for rank in 0..layout.ranks() {
@@ -148,4 +154,8 @@ fn arguments_out_of_range_are_named() {
         StarLayout::builder(usize::MAX).block_len(usize::MAX - 1).anchor_len(1).ranks(3).build().unwrap();
     let own: Vec<_> = (0..3).map(|rank| huge.rank(rank).unwrap().own_tokens()).collect();
     assert_eq!(own, [0..usize::MAX - 1, usize::MAX - 1..usize::MAX, usize::MAX..usize::MAX]);
+    let dealt = StarLayout::builder(8).ranks(usize::MAX).generated(GeneratedKv::RoundRobin).build().unwrap();
+    let step = dealt.rank(1).unwrap().step(3..5);
+    assert_eq!((step.leader(), step.kept().len()), (2, 0));
+    assert_eq!(dealt.rank(3).unwrap().step(3..5).kept().collect::<Vec<_>>(), [1]);
 }

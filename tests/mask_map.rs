@@ -24,8 +24,8 @@ fn the_committed_picture_is_what_it_draws() {
     assert!(drawn == committed, "run `cargo run --example mask_map`");
 }
 
-/// Blocks of 8 behind an anchor of 4: 36 cells in the triangle of each, 32 of the anchor, 4 x 8 in phase 2, and
-/// the 10 of the query's own triangle on the last rank.
+/// Blocks of 8 behind an anchor of 4: 36 cells in the triangle of each, 32 of the anchor, 4 x 8 in
+/// phase 2, and the 10 of the query's own triangle on the last rank.
 #[test]
 fn the_table_counts_cells() {
     let folder = Folder::new("mask-map-table");

@@ -1,4 +1,5 @@
-//! The engine for GPUs: on all that this machine has, be it one; and what it says where there is no NCCL.
+//! The engine for GPUs: on all that this machine has, be it one; and what it says where there is no
+//! NCCL.
 
 #![cfg(feature = "nccl")]
 

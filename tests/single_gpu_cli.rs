@@ -1,4 +1,5 @@
-//! `examples/single_gpu`: both phases within the bound on the CPU and the emulator, and one clear line for what cannot be.
+//! `examples/single_gpu`: both phases within the bound on the CPU and the emulator, and one clear
+//! line for what cannot be.
 
 mod common;
 

@@ -1,4 +1,5 @@
-//! The built example: good runs on haystacks and text, saved logits, and bad input, which gives one line and exit code 2.
+//! The built example: good runs on haystacks and text, saved logits, and bad input, which gives one
+//! line and exit code 2.
 #![cfg(feature = "candle")]
 
 // Shared with the tests of the model, which use all of it.
@@ -57,7 +58,8 @@ fn retrieval_llama() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/retrieval-llama")
 }
 
-/// The example, which `cargo test` builds beside the folder of its tests unless it was told to build this test alone.
+/// The example, which `cargo test` builds beside the folder of its tests unless it was told to
+/// build this test alone.
 fn built() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
@@ -122,7 +124,8 @@ fn every_scheme_finds_the_needles() {
     }
 }
 
-/// A checkpoint whose attention adds nothing: after a byte comes the next one, and after `g` the end.
+/// A checkpoint whose attention adds nothing: after a byte comes the next one, and after `g` the
+/// end.
 fn alphabet() -> checkpoint::Directory {
     let vocab = byte_level::EOS as usize + 1;
     let config = checkpoint::config_with(json!({
@@ -134,7 +137,8 @@ fn alphabet() -> checkpoint::Directory {
             *tensor = tensor.zeros_like().unwrap();
         }
     }
-    // The row of each token's successor is the token's own, and signs alone make rows of equal length.
+    // The row of each token's successor is the token's own, and signs alone make rows of equal
+    // length.
     let embedding = tensors["model.embed_tokens.weight"].sign().unwrap();
     let before = |token: u32| match token {
         byte_level::EOS => u32::from(b'g'),

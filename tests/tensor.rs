@@ -43,7 +43,8 @@ proptest! {
                 }
             }
             Err(Error::Stride { argument: "query", .. }) => {
-                // What nests is accepted: only interleaved axes may be refused besides what is really wrong.
+                // What nests is accepted: only interleaved axes may be refused besides what is
+                // really wrong.
                 let mut axes: Vec<_> = (0..4).filter(|&axis| once[axis] > 1).collect();
                 axes.sort_by_key(|&axis| strides[axis]);
                 let nests = axes.windows(2).all(|pair| strides[pair[1]] >= once[pair[0]] * strides[pair[0]]);

@@ -32,7 +32,8 @@ pub struct Run {
 }
 
 impl Run {
-    /// The model's attention, or that of some of its KV heads, whose number the rate of products does not depend on.
+    /// The model's attention, or that of some of its KV heads, whose number the rate of products
+    /// does not depend on.
     pub fn new(
         what: String,
         mask: Mask,

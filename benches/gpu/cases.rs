@@ -123,7 +123,7 @@ pub struct Sizes {
 impl Sizes {
     /// The heads of Llama-3-8B.
     pub const GPU: Self = Self { divisor: 1, query_heads: 32, kv_heads: 8, with_error: false };
-    /// Small enough for the host.
+    /// Small enough for the emulator.
     pub const REHEARSAL: Self = Self { divisor: 512, query_heads: 4, kv_heads: 1, with_error: true };
 
     fn len(&self, len: usize) -> usize {
@@ -160,7 +160,7 @@ impl Sizes {
         attention("full", self.call(Mask::Full, 1, len, len, 128))
     }
 
-    /// Context encoding on the first host, beside dense causal attention over `against` tokens.
+    /// Context encoding on the first rank, beside dense causal attention over `against` tokens.
     pub fn star(&self, len: usize, anchor_len: usize, block_len: usize, against: usize) -> Case {
         let [len, anchor_len, block_len] = [len, anchor_len, block_len].map(|len| self.len(len));
         let mask = Mask::Star { anchor_len, block_len, first_block_len: block_len };

@@ -20,20 +20,21 @@ pub trait Bench: Backend + Sized {
     /// As `NVIDIA H200`.
     fn name(&self) -> Result<String>;
 
-    /// Memory of `len` elements of any value, without a copy from the host.
+    /// Memory of `len` elements of any value, without a copy from CPU memory.
     fn empty<T: Plain>(&self, len: usize) -> Result<Self::Memory<T>>;
 
     /// Copies `from` to `to`, which has as many elements.
     fn copy<T: Plain>(&self, from: &Self::Memory<T>, to: &mut Self::Memory<T>) -> Result<()>;
 
-    /// Memory of `len` elements that repeats `period`, of which only one copy comes from the host.
+    /// Memory of `len` elements that repeats `period`, of which only one copy comes from CPU
+    /// memory.
     fn repeat<T: Plain>(&self, period: &[T], len: usize) -> Result<Self::Memory<T>>;
 
     /// Milliseconds that the device takes for the work asked for by `work`.
     fn ms(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
 }
 
-/// The host as a device, for rehearsals.
+/// The emulator as a device, for rehearsals.
 impl Bench for Simt {
     const EFFORT: Effort = Effort::ONCE;
 
@@ -42,7 +43,7 @@ impl Bench for Simt {
     }
 
     fn name(&self) -> Result<String> {
-        Ok("the host (SIMT)".into())
+        Ok("the SIMT emulator".into())
     }
 
     fn empty<T: Plain>(&self, len: usize) -> Result<Self::Memory<T>> {

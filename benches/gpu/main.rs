@@ -1,13 +1,13 @@
-//! The speed of the kernels: context encoding dense and star, query attention, ragged batches, merge
-//! and append.
+//! The speed of the kernels: context encoding dense and star, query attention, ragged batches,
+//! merge and append.
 //!
 //! ```sh
 //! cargo bench --features cuda --bench gpu      # on the first GPU, timed by events
-//! cargo bench --bench gpu -- --device simt     # a rehearsal: the same rows, tiny, on the host
+//! cargo bench --bench gpu -- --device simt     # a rehearsal: the same rows, tiny, on the emulator
 //! ```
 //!
-//! Every row is printed, and with `--json` appended to a file, as soon as it is measured. A row that
-//! fails is a row with an error; the rows after it are measured.
+//! Every row is printed, and with `--json` appended to a file, as soon as it is measured. A row
+//! that fails is a row with an error; the rows after it are measured.
 
 #[path = "../../tests/common/backend.rs"]
 #[allow(dead_code, reason = "shared with the tests")]
@@ -34,7 +34,8 @@ use std::time::{Duration, Instant};
 /// Times the kernels.
 #[derive(Clone, Debug, Parser)]
 struct Args {
-    /// Where kernels run: an NVIDIA GPU, or the host (tiny shapes, whose times mean nothing)
+    /// Where kernels run: an NVIDIA GPU, or the SIMT emulator (tiny shapes, whose times mean
+    /// nothing)
     #[arg(long, value_enum, default_value_t = Kind::Cuda)]
     device: Kind,
     /// Measure only the rows whose label contains this text

@@ -65,8 +65,8 @@ impl Times {
     }
 }
 
-/// Times several launches in turn: round by round, each of `ways` once. `launch(way, n)` is the n-th
-/// launch of that way.
+/// Times several launches in turn: round by round, each of `ways` once. `launch(way, n)` is the
+/// n-th launch of that way.
 pub fn alternate<B: Bench>(
     backend: &B,
     effort: &Effort,

@@ -27,7 +27,8 @@ impl Results {
         Ok(results)
     }
 
-    /// Adds a row. Whenever the process ends, the file holds the earlier rows, or these and this one.
+    /// Adds a row. Whenever the process ends, the file holds the earlier rows, or these and this
+    /// one.
     ///
     /// # Errors
     /// If the file cannot be read or written.

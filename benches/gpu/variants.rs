@@ -1,5 +1,5 @@
-//! Variants of the kernels side by side: on the same inputs, in turns, so that clocks and temperature
-//! are the same for all.
+//! Variants of the kernels side by side: on the same inputs, in turns, so that clocks and
+//! temperature are the same for all.
 
 use crate::cases::{Call, Case, Sizes, Work};
 use crate::device::Bench;
@@ -12,13 +12,13 @@ use star_attention::cuda::flash::{FEW_ROWS, Plan, variants};
 use star_attention::cuda::{Device, Properties};
 use std::time::Instant;
 
-/// The plans of a call by each kernel that it can be planned for. The first is what the library does by itself; the others are
-/// held against it.
+/// The plans of a call by each kernel that it can be planned for. The first is what the library
+/// does by itself; the others are held against it.
 fn planned(properties: &Properties, call: &Call) -> Vec<(&'static str, Result<Plan>)> {
     let mut plans = vec![("default", call.plan(properties))];
     if call.shape.query_len * call.shape.group() > FEW_ROWS && call.offsets.is_none() {
-        // A variant that needs more shared memory than the chip has is no choice there. What else is wrong with a call, the
-        // default says.
+        // A variant that needs more shared memory than the chip has is no choice there. What else
+        // is wrong with a call, the default says.
         let variant =
             |name| Some((name, Ok(Plan::variant(properties, &call.config, &call.shape, name).ok()?)));
         plans.extend(variants(call.shape.head_dim).filter_map(variant));

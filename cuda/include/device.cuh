@@ -1,6 +1,6 @@
-// What the kernels ask of a GPU, each with the PTX that it wraps. The host's stand-ins in simt/device.h have the same names.
+// What the kernels ask of a GPU, each with the PTX that it wraps. The emulator's stand-ins in simt/device.h have the same names.
 //
-// Kernels touch memory through these functions alone: on the host each access is checked.
+// Kernels touch memory through these functions alone: on the emulator each access is checked.
 #pragma once
 
 #include "../params.h"

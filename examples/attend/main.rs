@@ -134,8 +134,8 @@ fn attend(args: &Args) -> Result<()> {
     write_whole(&args.output, &bytes).map_err(|e| format!("--output {}: {e}", args.output.display()))
 }
 
-/// Writes beside `path` and renames, so that a file never holds half of it. What is no plain file (a
-/// link, a device, a pipe) is written to as it is.
+/// Writes beside `path` and renames, so that a file never holds half of it. What is no plain file
+/// (a link, a device, a pipe) is written to as it is.
 fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let existing = fs::symlink_metadata(path).ok();
     if existing.as_ref().is_some_and(|existing| !existing.is_file()) {

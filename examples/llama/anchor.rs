@@ -1,4 +1,5 @@
-//! What stands before a block while it is encoded: the anchor, and what the paper puts in its place to find out why it works.
+//! What stands before a block while it is encoded: the anchor, and what the paper puts in its place
+//! to find out why it works.
 
 use super::error::{Error, Result};
 use super::model::Llama;
@@ -7,7 +8,8 @@ use super::run::Scheme;
 use star_attention::comm::AnchorKv;
 use star_attention::{RankLayout, StarLayout};
 
-/// Content and positions of the anchor block (paper section 4.1). Block 0 has none in any case, and the length is that of the layout's anchor.
+/// Content and positions of the anchor block (paper section 4.1). Block 0 has none in any case, and
+/// the length is that of the layout's anchor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AnchorBlock {
     /// The context's first tokens at their own positions: Star Attention.
@@ -21,16 +23,19 @@ pub enum AnchorBlock {
     FirstAtRandom { seed: u64 },
     /// One token throughout, at the first positions.
     Constant(u32),
-    /// Random tokens at the first positions, the same for every block: ids from `from` to the vocabulary's last.
+    /// Random tokens at the first positions, the same for every block: ids from `from` to the
+    /// vocabulary's last.
     Random { seed: u64, from: u32 },
-    /// The context's first tokens in random order, the same for every block, at the first positions.
+    /// The context's first tokens in random order, the same for every block, at the first
+    /// positions.
     Shuffled { seed: u64 },
     /// The previous block's first tokens at their own positions.
     Previous,
 }
 
 impl AnchorBlock {
-    /// The tokens before a rank's own, and their positions. `layout` and `rank` are of a [`Scheme`] that was [`checked`](Scheme::checked).
+    /// The tokens before a rank's own, and their positions. `layout` and `rank` are of a [`Scheme`]
+    /// that was [`checked`](Scheme::checked).
     pub fn rows(
         self,
         layout: &StarLayout,
@@ -61,7 +66,8 @@ impl AnchorBlock {
         (tokens, positions)
     }
 
-    /// Whether a rank can have several blocks: they share one anchor, and on rank 0 that is the head of block 0 itself.
+    /// Whether a rank can have several blocks: they share one anchor, and on rank 0 that is the
+    /// head of block 0 itself.
     fn is_shared(self) -> bool {
         matches!(self, Self::First | Self::None)
     }
@@ -71,8 +77,9 @@ impl Scheme {
     /// The scheme, its layout without an anchor where the anchor block is none.
     ///
     /// # Errors
-    /// [`Error::Input`] for an anchor block other than the first that is to be received; for content or positions of its own while a rank has several
-    /// blocks; for a token outside the vocabulary.
+    /// [`Error::Input`] for an anchor block other than the first that is to be received; for
+    /// content or positions of its own while a rank has several blocks; for a token outside the
+    /// vocabulary.
     pub fn checked(mut self, model: &Llama) -> Result<Self> {
         let Self { layout, anchor, anchor_block, .. } = self;
         if anchor_block != AnchorBlock::First && anchor == AnchorKv::Received {

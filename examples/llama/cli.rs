@@ -6,7 +6,8 @@ use super::threads::tame_candle;
 use clap::Parser;
 use std::process::ExitCode;
 
-/// The program: parses options and does the work with them. What went wrong is told in one line, with exit code 2.
+/// The program: parses options and does the work with them. What went wrong is told in one line,
+/// with exit code 2.
 ///
 /// # Safety
 /// Called first in `main`: the caller is the only thread.

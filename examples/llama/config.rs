@@ -41,7 +41,8 @@ impl Config {
     /// Reads a `config.json`.
     ///
     /// # Errors
-    /// [`Error::Input`] for a file that cannot be read, another architecture, or extents that do not fit together.
+    /// [`Error::Input`] for a file that cannot be read, another architecture, or extents that do
+    /// not fit together.
     pub fn read(path: &Path) -> Result<Self> {
         let json = read_json(path)?;
         let fields = Fields { path, json: &json };
@@ -103,7 +104,8 @@ impl RopeScaling {
     fn apply(self, frequency: f64) -> f64 {
         match self {
             Self::Linear { factor } => frequency / factor,
-            // Frequencies that turn often within the original length stay, slow ones are divided, and those between are blended.
+            // Frequencies that turn often within the original length stay, slow ones are divided,
+            // and those between are blended.
             Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let turns = original_max_position_embeddings * frequency / std::f64::consts::TAU;
                 let kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
@@ -232,7 +234,8 @@ impl Fields<'_> {
     }
 }
 
-/// The tokens that end an answer: `eos_token_id` of the checkpoint's `generation_config.json`, or else of its `config.json`. None if neither has any.
+/// The tokens that end an answer: `eos_token_id` of the checkpoint's `generation_config.json`, or
+/// else of its `config.json`. None if neither has any.
 ///
 /// # Errors
 /// [`Error::Input`] for a file that cannot be read, or ids that are none.

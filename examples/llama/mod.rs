@@ -1,7 +1,10 @@
-//! A Llama on Star Attention, for the examples: a Hugging Face checkpoint is loaded, and a group of ranks answers queries about a context.
+//! A Llama on Star Attention, for the examples: a Hugging Face checkpoint is loaded, and a group of
+//! ranks answers queries about a context.
 //!
-//! [`Llama`](model::Llama) leaves its attention to the caller; [`Rank`](rank::Rank) is the caller, and does what the crate is for; [`run`](run::run) starts the ranks
-//! and asks. Text goes through a [`Tokenizer`](tokenizer::Tokenizer). An example includes the directory as a module: `#[path = "../llama/mod.rs"] mod llama;`.
+//! [`Llama`](model::Llama) leaves its attention to the caller; [`Rank`](rank::Rank) is the caller,
+//! and does what the crate is for; [`run`](run::run) starts the ranks and asks. Text goes through a
+//! [`Tokenizer`](tokenizer::Tokenizer). An example includes the directory as a module: `#[path =
+//! "../llama/mod.rs"] mod llama;`.
 
 // No example uses all of it.
 #![allow(dead_code)]

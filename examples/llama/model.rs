@@ -1,6 +1,7 @@
 //! A Llama, or a model of its shape, that leaves its attention to the caller.
 //!
-//! Activations and linear layers are in f32; queries, keys and values are rounded to the model's dtype.
+//! Activations and linear layers are in f32; queries, keys and values are rounded to the model's
+//! dtype.
 
 use super::config::Config;
 use super::error::{Error, Result};
@@ -11,12 +12,12 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
 
-/// Rows that go through the linear layers at a time. Enough to use each weight often, few enough that a long context's
-/// intermediate activations stay small; chunks run in parallel.
+/// Rows that go through the linear layers at a time. Enough to use each weight often, few enough
+/// that a long context's intermediate activations stay small; chunks run in parallel.
 const CHUNK: usize = 512;
 
-/// The attention of one layer: from the layer's index, queries `[1, n, heads, dim]`, keys and values `[1, n, kv_heads, dim]`, rotated
-/// to their positions, to outputs `[1, n, heads, dim]`.
+/// The attention of one layer: from the layer's index, queries `[1, n, heads, dim]`, keys and
+/// values `[1, n, kv_heads, dim]`, rotated to their positions, to outputs `[1, n, heads, dim]`.
 pub type Attention<'a> = &'a mut dyn FnMut(usize, [Tensor; 3]) -> Result<Tensor>;
 
 /// A Llama (RMSNorm, RoPE, grouped-query attention, SwiGLU).
@@ -84,7 +85,8 @@ impl Llama {
         }
     }
 
-    /// Runs `tokens` at `positions` through all layers; returns the logits of the last `logit_rows` rows, `[logit_rows, vocab]`.
+    /// Runs `tokens` at `positions` through all layers; returns the logits of the last `logit_rows`
+    /// rows, `[logit_rows, vocab]`.
     ///
     /// # Errors
     /// [`Error::Input`] for ids outside the vocabulary; errors of the attention.

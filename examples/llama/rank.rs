@@ -28,8 +28,8 @@ pub struct Rank<'a, T: Element, C: ?Sized> {
 }
 
 impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
-    /// A rank with room for its context tokens and its share of `tokens` of query and generation, in steps of at most `step`.
-    /// The scheme is one that was [`checked`](Scheme::checked).
+    /// A rank with room for its context tokens and its share of `tokens` of query and generation,
+    /// in steps of at most `step`. The scheme is one that was [`checked`](Scheme::checked).
     ///
     /// # Errors
     /// Those of a rank that the layout has not.
@@ -53,7 +53,8 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         })
     }
 
-    /// Phase 1: runs the local sequence under `mask` once and keeps the KV of the rank's own tokens. Calls `tick` after each layer.
+    /// Phase 1: runs the local sequence under `mask` once and keeps the KV of the rank's own
+    /// tokens. Calls `tick` after each layer.
     pub fn encode(&mut self, context: &[u32], mask: Mask, tick: impl Fn()) -> Result<()> {
         let mut anchor = Anchor::new(self.model, &self.scheme, &self.layout)?;
         let Self { model, scheme, layout, group, shard, sequence, workspace, .. } = self;
@@ -97,8 +98,9 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         Ok(())
     }
 
-    /// Phase 2 for `tokens` that come behind `before` others of query and generation: attention over the shards of all ranks. Returns the logits of the
-    /// last `logit_rows` tokens on the query rank, and no rows on the others.
+    /// Phase 2 for `tokens` that come behind `before` others of query and generation: attention
+    /// over the shards of all ranks. Returns the logits of the last `logit_rows` tokens on the
+    /// query rank, and no rows on the others.
     pub fn attend(&mut self, tokens: &[u32], before: usize, logit_rows: usize) -> Result<Tensor> {
         let is_query_rank = self.is_query_rank();
         let Self { model, layout, group, shard, sequence, workspace, checksum, .. } = self;
@@ -133,7 +135,8 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         Ok(logits)
     }
 
-    /// The most likely token of the last row of `logits`: chosen on the query rank, and sent to all.
+    /// The most likely token of the last row of `logits`: chosen on the query rank, and sent to
+    /// all.
     pub fn choose(&self, logits: &Tensor) -> Result<u32> {
         let mut token = [0; 4];
         if self.is_query_rank() {
@@ -211,7 +214,8 @@ impl<T: Element> Anchor<T> {
         })
     }
 
-    /// Sends the head of rank 0's keys and values, or receives them; returns those of this rank's local sequence.
+    /// Sends the head of rank 0's keys and values, or receives them; returns those of this rank's
+    /// local sequence.
     fn share<'a>(
         &'a mut self,
         group: &(impl Collective + ?Sized),

@@ -1,4 +1,5 @@
-//! A group of ranks that answers queries about a context: threads of this process, or processes of which this is one.
+//! A group of ranks that answers queries about a context: threads of this process, or processes of
+//! which this is one.
 
 use super::anchor::AnchorBlock;
 use super::error::{Error, Result};
@@ -70,8 +71,8 @@ pub struct Answer {
     pub logits: Option<Tensor>,
 }
 
-/// How long threads wait for each other: one with a shorter share of a long context is done much earlier. One that fails or
-/// panics is noticed at once.
+/// How long threads wait for each other: one with a shorter share of a long context is done much
+/// earlier. One that fails or panics is noticed at once.
 const PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Steps of the progress bar for a job: those of all threads, or of one process.

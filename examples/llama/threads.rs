@@ -9,8 +9,9 @@ pub fn threads_per_rank(ranks: usize) -> usize {
 
 /// Keeps candle's own threads out of the ranks' way.
 ///
-/// Its element-wise operations share one pool of spinning threads, for which the ranks would queue, and every matrix product counts the
-/// machine's cores anew, by parsing a file. Both can be changed only through the environment.
+/// Its element-wise operations share one pool of spinning threads, for which the ranks would queue,
+/// and every matrix product counts the machine's cores anew, by parsing a file. Both can be changed
+/// only through the environment.
 ///
 /// # Safety
 /// The caller is the only thread: another could read the environment meanwhile.

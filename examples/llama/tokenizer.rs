@@ -33,7 +33,8 @@ impl Tokenizer {
         Ok(Self { tokenizer, path, start })
     }
 
-    /// The ids of a text that begins a sequence: the special tokens that the tokenizer puts before a text, and the text. None follow it.
+    /// The ids of a text that begins a sequence: the special tokens that the tokenizer puts before
+    /// a text, and the text. None follow it.
     ///
     /// # Errors
     /// [`Error::Input`] for a text that the tokenizer has no tokens for.

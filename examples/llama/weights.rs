@@ -1,4 +1,5 @@
-//! The tensors of a Hugging Face checkpoint directory: one `model.safetensors`, or shards with an index.
+//! The tensors of a Hugging Face checkpoint directory: one `model.safetensors`, or shards with an
+//! index.
 
 use super::config::read_json;
 use super::error::{Error, Result};
@@ -19,7 +20,8 @@ impl Weights {
     /// Reads all tensors and rounds them to `dtype`, by default that of the checkpoint.
     ///
     /// # Errors
-    /// [`Error::Input`], naming the file, if one is missing, truncated, foreign, or holds other than f32, f16 or bf16.
+    /// [`Error::Input`], naming the file, if one is missing, truncated, foreign, or holds other
+    /// than f32, f16 or bf16.
     pub fn read(directory: &Path, dtype: Option<DType>) -> Result<Self> {
         let mut stored = HashMap::new();
         for file in files(directory)? {

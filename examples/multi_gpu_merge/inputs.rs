@@ -56,8 +56,14 @@ impl Sizes {
 
     pub fn shard<T: Element>(&self, rank: usize) -> Shard<T> {
         let len = self.shards[rank % self.shards.len()];
-        let rows =
-            |part| Rows::random(self.seed + 1 + 2 * rank as u64 + part, len, self.kv_heads, self.head_dim);
+        let rows = |part| {
+            Rows::random(
+                self.seed.wrapping_add(1 + 2 * rank as u64 + part),
+                len,
+                self.kv_heads,
+                self.head_dim,
+            )
+        };
         Shard { len, key: rows(0), value: rows(1) }
     }
 }

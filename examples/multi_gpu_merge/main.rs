@@ -1,9 +1,11 @@
-//! Query attention over many ranks: each rank attends to a shard of its own, and one merge makes the softmax over all of them, on every rank.
+//! Query attention over many ranks: each rank attends to a shard of its own, and one merge makes
+//! the softmax over all of them, on every rank.
 //!
 //!     cargo run --release --example multi_gpu_merge -- --engine threads --device cpu
 //!     mpirun -n 4 target/release/examples/multi_gpu_merge --engine mpi --device cpu
 //!
-//! Rank 0 compares rows of the merged output with one attention over all keys, in f64, and all ranks compare their bits.
+//! Rank 0 compares rows of the merged output with one attention over all keys, in f64, and all
+//! ranks compare their bits.
 
 #[path = "../single_gpu/check.rs"]
 #[allow(dead_code, reason = "shared with another example")]

@@ -1,4 +1,5 @@
-//! What the anchor is made of: the paper's nine settings (Table 3, Llama-3.1-8B-Instruct on RULER's needles at 64K tokens), and a control.
+//! What the anchor is made of: the paper's nine settings (Table 3, Llama-3.1-8B-Instruct on RULER's
+//! needles at 64K tokens), and a control.
 
 use super::llama::anchor::AnchorBlock;
 use super::llama::table::table;
@@ -16,8 +17,9 @@ pub struct Ablation {
 /// Of what is drawn.
 const SEED: u64 = 0;
 
-/// The nine settings, blocks of a quarter of the context, each on a rank of its own; `constant` is the token of the constant anchor. Where no id
-/// from `first_word` on is a marker that means something to the model, random words are the control of random tokens.
+/// The nine settings, blocks of a quarter of the context, each on a rank of its own; `constant` is
+/// the token of the constant anchor. Where no id from `first_word` on is a marker that means
+/// something to the model, random words are the control of random tokens.
 pub fn settings(constant: u32, first_word: Option<u32>) -> Vec<Ablation> {
     let star =
         |anchor, anchor_block| Setting::Star(Star { block: Extent::Part(4), anchor, ranks: 4, anchor_block });

@@ -1,5 +1,5 @@
-//! The tasks in English: RULER's templates (for base models) and bAbI's sentences. Essays and word lists are procedural, where the
-//! originals download them.
+//! The tasks in English: RULER's templates (for base models) and bAbI's sentences. Essays and word
+//! lists are procedural, where the originals download them.
 
 use super::language::{Language, Sentences};
 use super::llama::random::Random;

@@ -22,7 +22,8 @@ pub struct Fit {
 const PROBE: [usize; 2] = [128, 256];
 
 impl Fit {
-    /// The sample with the most hay that fits, where `tokens` counts those of a text. `None` if even the least does not.
+    /// The sample with the most hay that fits, where `tokens` counts those of a text. `None` if
+    /// even the least does not.
     pub fn sample(&self, language: &dyn Language, tokens: &dyn Fn(&str) -> usize) -> Option<Sample> {
         let draw = |size| sample(self.task, language, size, self.questions, self.seed);
         let len =

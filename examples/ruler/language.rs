@@ -1,4 +1,5 @@
-//! How tasks are put into words: in English, as RULER and bAbI have them, or in the few words of the small model.
+//! How tasks are put into words: in English, as RULER and bAbI have them, or in the few words of
+//! the small model.
 
 use super::llama::random::Random;
 use super::task::{Haystack, Kind};
@@ -76,6 +77,7 @@ pub trait Language {
     fn ask_object(&self, object: &str) -> String;
     /// Asks where an object was before it came to a place.
     fn ask_before(&self, object: &str, place: &str) -> String;
-    /// The answer; `person` is who took the object last, or who brought it to the place asked about.
+    /// The answer; `person` is who took the object last, or who brought it to the place asked
+    /// about.
     fn place_answer(&self, person: Option<&str>, place: &str) -> String;
 }

@@ -1,4 +1,5 @@
-//! The long end: how time and memory grow with the context, and where dense attention is left behind.
+//! The long end: how time and memory grow with the context, and where dense attention is left
+//! behind.
 
 use super::chart::{Chart, Point, Series};
 use super::llama::config::Config;
@@ -28,8 +29,8 @@ pub struct Measured {
     pub score: f64,
 }
 
-/// Star at each of `lens`, the shortest first, for what a longer one leaves behind is not given back; then dense, until it takes as long as star took
-/// for the longest.
+/// Star at each of `lens`, the shortest first, for what a longer one leaves behind is not given
+/// back; then dense, until it takes as long as star took for the longest.
 ///
 /// # Errors
 /// Those of the samples and the model.

@@ -1,6 +1,8 @@
-//! How accurate Star Attention is beside dense attention: RULER's and bAbI's tasks, over lengths, blocks, anchors and ranks.
+//! How accurate Star Attention is beside dense attention: RULER's and bAbI's tasks, over lengths,
+//! blocks, anchors and ranks.
 //!
-//! Without options of a checkpoint: the small Llama of this repository, in its own words. Any other Hugging Face Llama is asked in English.
+//! Without options of a checkpoint: the small Llama of this repository, in its own words. Any other
+//! Hugging Face Llama is asked in English.
 
 mod ablation;
 mod chart;

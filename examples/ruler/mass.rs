@@ -1,7 +1,8 @@
 //! How much attention the starts of blocks draw in phase 1.
 //!
-//! The paper explains what anchors do by attention sinks: without an anchor every block has a sink of its own at its start, which the query then
-//! meets once for each block. The share of a row's softmax that some keys have is `exp(lse_some - lse_all)`, both of which the attention gives.
+//! The paper explains what anchors do by attention sinks: without an anchor every block has a sink
+//! of its own at its start, which the query then meets once for each block. The share of a row's
+//! softmax that some keys have is `exp(lse_some - lse_all)`, both of which the attention gives.
 
 use super::llama::error::Result;
 use super::llama::model::Llama;
@@ -13,8 +14,8 @@ use star_attention::cpu::flash::Plan;
 use star_attention::{AttentionConfig, Inputs, Mask, StarLayout, TensorView, TensorViewMut};
 use std::ops::{Add, Mul, Range};
 
-/// The mean share, over heads and over the rows of all blocks but the first, that a layer's attention gives to the first tokens of
-/// the anchor, and to those of the rows' own block.
+/// The mean share, over heads and over the rows of all blocks but the first, that a layer's
+/// attention gives to the first tokens of the anchor, and to those of the rows' own block.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Mass {
     pub anchor: f64,
@@ -37,7 +38,8 @@ impl Mul<f64> for Mass {
     }
 }
 
-/// Each layer's masses on the first `width` tokens; `layout` has one block for each rank, blocks longer than that, and the model is in f32.
+/// Each layer's masses on the first `width` tokens; `layout` has one block for each rank, blocks
+/// longer than that, and the model is in f32.
 ///
 /// # Errors
 /// Those of the model and the attention.
@@ -86,7 +88,8 @@ fn attend(
     Ok((out, lse))
 }
 
-/// The sum over heads and `rows` of the share that `keys`, seen by all of these rows, have of the softmax whose log-sum-exp is `lse`.
+/// The sum over heads and `rows` of the share that `keys`, seen by all of these rows, have of the
+/// softmax whose log-sum-exp is `lse`.
 fn mass(
     model: &Llama,
     q: TensorView<'_, f32>,

@@ -4,8 +4,9 @@ use super::chart::{Chart, Point, Series};
 use super::report::Row;
 use super::setting::{Setting, Star};
 
-/// Accuracy of all tasks together (of the task, if there is one), as SVG: over lengths, a line for each setting; or for one length
-/// over the blocks or anchors of `settings`, with dense attention and star without an anchor as lines across. `None` without points.
+/// Accuracy of all tasks together (of the task, if there is one), as SVG: over lengths, a line for
+/// each setting; or for one length over the blocks or anchors of `settings`, with dense attention
+/// and star without an anchor as lines across. `None` without points.
 pub fn accuracy(rows: &[Row], settings: &[Setting]) -> Option<String> {
     let one = rows.iter().all(|row| row.task.is_some());
     let rows: Vec<&Row> = rows.iter().filter(|row| one || row.task.is_none()).collect();

@@ -1,4 +1,5 @@
-//! What came of one sample under one setting, kept as a line of JSON: a run that was interrupted goes on where it stopped.
+//! What came of one sample under one setting, kept as a line of JSON: a run that was interrupted
+//! goes on where it stopped.
 
 use super::llama::error::{Error, Result};
 use super::task::Task;
@@ -73,10 +74,12 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens a file, or creates it, and reads what it holds. A last line that was not written to its end is dropped.
+    /// Opens a file, or creates it, and reads what it holds. A last line that was not written to
+    /// its end is dropped.
     ///
     /// # Errors
-    /// [`Error::Input`] for a file that cannot be read or written, or with a line that is no record.
+    /// [`Error::Input`] for a file that cannot be read or written, or with a line that is no
+    /// record.
     pub fn open(path: &Path) -> Result<Self> {
         let refuse = |reason: String| Error::input("--out", format!("{}: {reason}", path.display()));
         if let Some(parent) = path.parent() {

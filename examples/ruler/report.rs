@@ -15,7 +15,8 @@ pub struct Row {
     pub task: Option<Task>,
     pub samples: usize,
     pub accuracy: Estimate,
-    /// Against dense attention on the same samples, if that was run: the difference, and the share of its accuracy.
+    /// Against dense attention on the same samples, if that was run: the difference, and the share
+    /// of its accuracy.
     pub difference: Option<Estimate>,
     pub share: Option<Estimate>,
     /// Dense's time of phase 1 for the time it took here.
@@ -25,7 +26,8 @@ pub struct Row {
 /// A sample: its task and seed.
 type Which = (Task, u64);
 
-/// A row for each setting, length and task, and one for all tasks together; in the order in which settings came.
+/// A row for each setting, length and task, and one for all tasks together; in the order in which
+/// settings came.
 pub fn rows(records: &[Record]) -> Vec<Row> {
     let mut settings: Vec<&str> = Vec::new();
     let mut groups: BTreeMap<(usize, usize), BTreeMap<Which, &Record>> = BTreeMap::new();
@@ -91,7 +93,8 @@ fn optional<T>(value: &Option<T>, text: impl Fn(&T) -> String) -> String {
     value.as_ref().map_or_else(|| "-".to_owned(), text)
 }
 
-/// All rows: accuracy and its interval in percent, difference to dense in points, share of dense, speed-up of phase 1.
+/// All rows: accuracy and its interval in percent, difference to dense in points, share of dense,
+/// speed-up of phase 1.
 pub fn text(rows: &[Row]) -> String {
     let heading =
         ["tokens", "setting", "task", "samples", "accuracy, %", "to dense, points", "of dense, %", "phase 1"];

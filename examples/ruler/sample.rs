@@ -50,7 +50,8 @@ impl Sample {
 }
 
 impl Question {
-    /// The share of what was expected that `answer` has in it, without regard to case (RULER's `string_match_all`).
+    /// The share of what was expected that `answer` has in it, without regard to case (RULER's
+    /// `string_match_all`).
     pub fn score(&self, answer: &str) -> f64 {
         let answer = answer.to_lowercase();
         let found = self.expected.iter().filter(|expected| answer.contains(&expected.to_lowercase()));

@@ -29,8 +29,9 @@ pub struct Samples {
     pub questions: usize,
 }
 
-/// Writes a line for each sample: `{"task", "context", "facts", "questions": [{"query", "answer"}]}` in token ids, where `facts` are
-/// the half-open ranges of context tokens that belong together.
+/// Writes a line for each sample: `{"task", "context", "facts", "questions": [{"query",
+/// "answer"}]}` in token ids, where `facts` are the half-open ranges of context tokens that belong
+/// together.
 ///
 /// # Errors
 /// Those of `to`; and of a task that has no sample of the length.

@@ -1,4 +1,5 @@
-//! The small model's language: some 300 words, each a token; a statement is a marker and its arguments.
+//! The small model's language: some 300 words, each a token; a statement is a marker and its
+//! arguments.
 //!
 //! | statement | means |
 //! |---|---|

@@ -15,8 +15,8 @@ pub struct Estimate {
     pub high: f64,
 }
 
-/// Mean of scores between 0 and 1, with Wilson's interval: exact enough for scores of 0 and 1, and too wide rather than too narrow for
-/// those between. `None` without scores.
+/// Mean of scores between 0 and 1, with Wilson's interval: exact enough for scores of 0 and 1, and
+/// too wide rather than too narrow for those between. `None` without scores.
 pub fn accuracy(scores: &[f64]) -> Option<Estimate> {
     let n = scores.len() as f64;
     if scores.is_empty() {
@@ -44,8 +44,8 @@ pub fn difference(pairs: &[(f64, f64)]) -> Option<Estimate> {
     Some(Estimate { value: mean, low: mean - half, high: mean + half })
 }
 
-/// Share of dense's mean that star's is, over pairs `(star, dense)` of the same samples; its interval by drawing pairs anew. `None` if dense's
-/// mean is 0.
+/// Share of dense's mean that star's is, over pairs `(star, dense)` of the same samples; its
+/// interval by drawing pairs anew. `None` if dense's mean is 0.
 pub fn share(pairs: &[(f64, f64)]) -> Option<Estimate> {
     let ratio = |pairs: &mut dyn Iterator<Item = (f64, f64)>| {
         let (star, dense) = pairs.fold((0.0, 0.0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1));

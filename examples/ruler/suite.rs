@@ -44,7 +44,8 @@ pub struct Suite<'a> {
 }
 
 impl Subject {
-    /// Loads a Hugging Face checkpoint with its tokenizer. One that knows the small model's words is asked in them, any other in English.
+    /// Loads a Hugging Face checkpoint with its tokenizer. One that knows the small model's words
+    /// is asked in them, any other in English.
     ///
     /// # Errors
     /// Those of the checkpoint's files.
@@ -73,7 +74,8 @@ impl Subject {
             .ok_or_else(|| Error::input("--model", format!("its tokenizer has no token for {hay:?}")))
     }
 
-    /// The first id of a word where markers come before all words, as in the small model's vocabulary.
+    /// The first id of a word where markers come before all words, as in the small model's
+    /// vocabulary.
     pub fn first_word(&self) -> Option<u32> {
         self.small.then(Small::first_word)
     }

@@ -1,5 +1,5 @@
-//! The tasks: those of RULER (Hsieh et al., arXiv 2404.06654) that can be made without downloads, and bAbI's first three (Weston et al.,
-//! arXiv 1502.05698) in a long text.
+//! The tasks: those of RULER (Hsieh et al., arXiv 2404.06654) that can be made without downloads,
+//! and bAbI's first three (Weston et al., arXiv 1502.05698) in a long text.
 
 /// A task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]

@@ -1,5 +1,6 @@
-//! Rows against the oracle, by FlashAttention's rule: `max|out - ref| <= 2 max|lowp - ref| + atol`, where `lowp` is the same maths done naively with
-//! probabilities and output rounded to the element type.
+//! Rows against the oracle, by FlashAttention's rule: `max|out - ref| <= 2 max|lowp - ref| + atol`,
+//! where `lowp` is the same maths done naively with probabilities and output rounded to the element
+//! type.
 
 use star_attention::cpu::reference;
 use star_attention::{AttentionConfig, Element, Result, TensorView};

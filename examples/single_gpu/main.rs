@@ -1,7 +1,9 @@
-//! Both phases of Star Attention on one device that plays several ranks, for one layer of random queries, keys and values.
+//! Both phases of Star Attention on one device that plays several ranks, for one layer of random
+//! queries, keys and values.
 //!
-//! Phase 1 encodes each rank's blocks under its star mask and appends what the rank keeps to its shard. Phase 2 lets query tokens attend to every shard
-//! and merges the partials. Rows of both are checked against the oracle in f64.
+//! Phase 1 encodes each rank's blocks under its star mask and appends what the rank keeps to its
+//! shard. Phase 2 lets query tokens attend to every shard and merges the partials. Rows of both are
+//! checked against the oracle in f64.
 
 mod check;
 #[path = "../llama/fail.rs"]
@@ -23,8 +25,8 @@ use std::process::ExitCode;
 /// Both phases of Star Attention on one device, checked against the oracle.
 #[derive(Clone, Debug, Parser)]
 pub struct Args {
-    /// Where attention runs: an NVIDIA GPU, the CPU, or the kernels on the SIMT emulator (slow, with
-    /// every access checked)
+    /// Where attention runs: an NVIDIA GPU, the CPU, or the kernels on the SIMT emulator (slow,
+    /// with every access checked)
     #[arg(long, value_enum, default_value_t = Kind::Cuda)]
     device: Kind,
     /// Element type of queries, keys and values

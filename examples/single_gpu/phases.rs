@@ -82,10 +82,10 @@ pub fn run<B: Backend, T: Element>(backend: &B, device: &str, sizes: &Sizes) -> 
         .build()?;
     // Refuses what no call could take, before memory is filled.
     let Sizes { context_len, query_len, heads, kv_heads, head_dim, .. } = *sizes;
-    let all = [1, context_len + query_len, kv_heads, head_dim];
+    let all = [1, context_len.saturating_add(query_len), kv_heads, head_dim];
     backend.plan_for(&PlanConfig::new(), &Batch::new([1, query_len, heads, head_dim], all)?)?;
     println!("{device}: {}", sizes.describe(T::DTYPE));
-    let bar = ProgressBar::new(2 * sizes.ranks as u64 + 2).with_style(
+    let bar = ProgressBar::new((sizes.ranks as u64).saturating_mul(2).saturating_add(2)).with_style(
         ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}")
             .unwrap_or(ProgressStyle::default_bar()),
     );
@@ -202,7 +202,7 @@ fn attend<B: Backend, T: Element>(
         })?;
         partials.push((out, lse));
         // A row of the leader does not see the step's rows behind it.
-        let unseen = if step.leads() { query_len * (query_len - 1) / 2 } else { 0 };
+        let unseen = if step.leads() { query_len * query_len.saturating_sub(1) / 2 } else { 0 };
         steps.push(Step {
             name: format!("phase 2, rank {}", local.rank()),
             seconds,

@@ -9,7 +9,8 @@ use std::time::Instant;
 /// Tokens on which the linear layers are timed.
 const SAMPLE: usize = 256;
 
-/// The cheaper way for one layer, by the time that this rank's linear layers take on a sample of the anchor. Its attention is left out.
+/// The cheaper way for one layer, by the time that this rank's linear layers take on a sample of
+/// the anchor. Its attention is left out.
 pub fn cheapest_anchor(model: &Llama, layout: &StarLayout, link: &Link, context: &[u32]) -> Result<AnchorKv> {
     let anchor = layout.anchor_len().min(context.len());
     let sample = &context[..anchor.min(SAMPLE)];

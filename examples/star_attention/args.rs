@@ -8,7 +8,8 @@ use std::path::PathBuf;
 /// Answers from a long context with Star Attention, and with dense attention beside it.
 #[derive(Parser)]
 pub struct Args {
-    /// Directory of a Hugging Face Llama checkpoint [default: the retrieval Llama of this repository]
+    /// Directory of a Hugging Face Llama checkpoint [default: the retrieval Llama of this
+    /// repository]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Tokens of the haystack
@@ -26,7 +27,8 @@ pub struct Args {
     /// What carries messages between ranks
     #[arg(long, value_enum, default_value_t = Engine::Threads)]
     pub engine: Engine,
-    /// Seconds that a process waits for another: longer than dense attention takes, if that is run as well
+    /// Seconds that a process waits for another: longer than dense attention takes, if that is run
+    /// as well
     #[arg(long, default_value_t = 600.0, value_name = "S")]
     pub timeout: f64,
     /// How ranks come by the anchor's keys and values
@@ -65,7 +67,8 @@ pub struct Args {
     /// Query as a JSON array of token ids
     #[arg(long, value_name = "FILE", requires = "context_ids")]
     pub query_ids: Option<PathBuf>,
-    /// Writes the logits of all query and generated tokens, f32 [tokens, vocab], as tensors `star` and `dense`
+    /// Writes the logits of all query and generated tokens, f32 [tokens, vocab], as tensors `star`
+    /// and `dense`
     #[arg(long, value_name = "FILE", requires = "prompt")]
     pub save_logits: Option<PathBuf>,
 }

@@ -1,4 +1,5 @@
-//! Prompts of the retrieval Llama: a haystack of repeated noise with facts in it (its README says how it was trained).
+//! Prompts of the retrieval Llama: a haystack of repeated noise with facts in it (its README says
+//! how it was trained).
 
 use super::llama::error::{Error, Result};
 use super::llama::random::Random;
@@ -37,7 +38,8 @@ pub struct Needle {
 }
 
 impl Haystack {
-    /// `context_len` tokens that hold `needles` needles of distinct keys, at random places; the same for the same seed.
+    /// `context_len` tokens that hold `needles` needles of distinct keys, at random places; the
+    /// same for the same seed.
     ///
     /// # Errors
     /// [`Error::Input`] for more needles than keys, or than fit.
@@ -58,7 +60,8 @@ impl Haystack {
         let sentence: Vec<u32> = (0..random.within(SENTENCE)).map(|_| random.within(WORDS)).collect();
         let noise = sentence.into_iter().cycle();
         let mut context: Vec<u32> = [BOS].into_iter().chain(noise).take(context_len).collect();
-        // Distinct places among the tokens that are left when each needle shrinks to one token never overlap.
+        // Distinct places among the tokens that are left when each needle shrinks to one token
+        // never overlap.
         let mut places = random.distinct(0..places, needles);
         places.sort_unstable();
         let keys = random.distinct(KEYS, needles);

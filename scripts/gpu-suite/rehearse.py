@@ -145,7 +145,7 @@ def deadline(out):
     subprocess.run([*BENCH, "simt", "--seconds", "0", "--json", none], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     results = json.loads(none.read_text())
     rows = results["rows"]
-    assert results["chip"] == "the host (SIMT)" and len(rows) > 40, results
+    assert results["chip"] == "the SIMT emulator" and len(rows) > 40, results
     assert all(row["error"] == "not run: deadline" for row in rows), rows
 
 

@@ -8,7 +8,7 @@
 #
 #   --out FOLDER       for results.json and what the steps print [results, beside this script]
 #   --seconds N        another deadline
-#   --rehearse         tiny, on the host instead of a GPU: proves this script, measures nothing
+#   --rehearse         tiny, on the emulator instead of a GPU: proves this script, measures nothing
 #
 # Needs python3. Where a step lacks anything else, the step fails. `measure` begins a new results.json
 # and keeps an earlier one as results.json.old; the others add to it. Every row is in the file as soon as it is known. A step that
@@ -103,7 +103,7 @@ step() {
 
 commit=$(cat "$here/commit")
 if [ "$what" = measure ] || [ ! -e "$results" ]; then
-    record begin "$commit" ${rehearse:+"a rehearsal on the host"} || exit 2
+    record begin "$commit" ${rehearse:+"a rehearsal on the emulator"} || exit 2
 fi
 
 # What differs in a rehearsal.

@@ -1,6 +1,6 @@
 //! New keys and values to their places in a cache of candle tensors.
 
-use super::borrow::{Locked, axes, table};
+use super::borrow::{axes, table};
 use super::memory::{Home, Number, dtype};
 use super::{by_dtype, in_place, on_device};
 use crate::{Append, Backend, Element, Result, Rotation};
@@ -9,7 +9,7 @@ use candle_core::Tensor;
 /// Stores new keys and values `[batch, seq, kv_heads, head_dim]` in a cache of two tensors `[pages,
 /// page_len, kv_heads, head_dim]`, in place.
 ///
-/// Places and positions are u32 `[batch, seq]`; the rotation's cos and sin are f32 `[positions,
+/// Rows of the cache must start at multiples of 16 bytes on a GPU. Places and positions are u32 `[batch, seq]`; the rotation's cos and sin are f32 `[positions,
 /// rotated / 2]`. Rows are of the cache's dtype, or on the CPU of any.
 ///
 /// # Errors
@@ -60,8 +60,7 @@ fn append_in<H: Home, T: Element + Number, C: Element + Number>(
     }
     let starts = caches.map(|(_, cache)| cache.layout().start_offset()..usize::MAX);
 
-    in_place::write_two(caches, &read, |to_key, to_value| {
-        let read = Locked::new(home, &read)?;
+    in_place::write_two(home, caches, &read, |to_key, to_value, read| {
         let mut rows = Append::new(
             read.view::<H, T>(home, 0)?,
             read.view::<H, T>(home, 1)?,

@@ -7,7 +7,8 @@ use candle_core::{Layout, StorageRef, Tensor, WithDType};
 
 /// A candle tensor of the CPU, borrowed so that [`TensorView`]s of it can be made.
 ///
-/// While it lives, the tensor's storage is locked against candle's in-place writes.
+/// While it lives, the tensor's storage is locked against candle's in-place writes, which wait until it
+/// is dropped: also those of this thread.
 pub struct Borrowed<'a> {
     argument: &'static str,
     storage: StorageRef<'a>,
@@ -44,20 +45,46 @@ pub struct Locked<'a> {
     tensors: Vec<(&'static str, usize, &'a Layout)>,
 }
 
-impl<'a> Locked<'a> {
-    /// Locks tensors of one device. Each storage is locked once, and all in the order of their
-    /// addresses, as those that are written: so that no two threads wait for each other.
+/// Tensors of a call, whose storages are still to be locked. Each is locked once, and all in the
+/// order of their addresses, with those that are written between them: so that no two threads wait
+/// for each other.
+pub struct Locks<'a> {
+    order: Vec<(usize, &'a Tensor)>,
+    locked: Locked<'a>,
+}
+
+impl<'a> Locks<'a> {
+    /// Tensors of one device, none of which is locked yet.
     pub fn new(home: &impl Home, tensors: &[(&'static str, &'a Tensor)]) -> Result<Self> {
         tensors.iter().try_for_each(|(argument, tensor)| home.check(argument, tensor))?;
         let ids: Vec<_> = tensors.iter().map(|(_, tensor)| storage_id(tensor)).collect();
         let mut order: Vec<_> = ids.iter().copied().zip(tensors.iter().map(|(_, tensor)| *tensor)).collect();
         order.sort_by_key(|(id, _)| *id);
         order.dedup_by_key(|(id, _)| *id);
-        let storages = order.iter().map(|(_, tensor)| tensor.storage_and_layout().0).collect();
         let tensors = tensors.iter().zip(&ids).map(|((argument, tensor), id)| {
             (*argument, order.partition_point(|(before, _)| before < id), tensor.layout())
         });
-        Ok(Self { storages, tensors: tensors.collect() })
+        Ok(Self { locked: Locked { storages: Vec::new(), tensors: tensors.collect() }, order })
+    }
+
+    /// Locks the storages before an address.
+    pub fn lock_before(&mut self, id: usize) {
+        let next = self.locked.storages.len();
+        let rest = self.order[next..].iter().take_while(|(own, _)| *own < id);
+        self.locked.storages.extend(rest.map(|(_, tensor)| tensor.storage_and_layout().0));
+    }
+
+    /// Locks all that are left.
+    pub fn lock(mut self) -> Locked<'a> {
+        self.lock_before(usize::MAX);
+        self.locked
+    }
+}
+
+impl<'a> Locked<'a> {
+    /// Locks tensors of one device.
+    pub fn new(home: &impl Home, tensors: &[(&'static str, &'a Tensor)]) -> Result<Self> {
+        Ok(Locks::new(home, tensors)?.lock())
     }
 
     /// The elements of a tensor in place, as a view of a device's backend.
@@ -90,6 +117,10 @@ pub fn table(home: &impl Home, argument: &'static str, tensor: &Tensor, extents:
     home.check(argument, tensor)?;
     if tensor.dims() != extents {
         return Err(Error::shape(argument, format!("{extents:?}"), format!("{:?}", tensor.dims())));
+    }
+    // A broadcast tensor may stand for more than memory has.
+    if extents.iter().try_fold(8usize, |n, &extent| n.checked_mul(extent)).is_none() {
+        return Err(Error::shape(argument, "extents that can be addressed", format!("{extents:?}")));
     }
     Ok(tensor.contiguous()?)
 }

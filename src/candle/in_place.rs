@@ -1,29 +1,40 @@
 //! Writes to tensors in place: candle lends a storage to be written only to an [`InplaceOp1`].
 
-use super::borrow::storage_id;
-use super::memory::StorageMut;
+use super::borrow::{Locked, Locks, storage_id};
+use super::memory::{Home, StorageMut};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
 use std::cell::Cell;
 
-/// Calls `write` with the storages of two tensors, which no one else then reads or writes.
+/// Calls `write` with the storages of two tensors, which no one else then reads or writes, and the
+/// tensors of `read`, which no one else writes.
 ///
 /// # Errors
-/// [`Error::Value`] if a storage is that of the other tensor or of one of `read`, which the caller
-/// has borrowed or will borrow, [`Error::Stride`] for a broadcast tensor; those of `write`.
-pub fn write_two(
+/// [`Error::Value`] if a storage is that of the other tensor or of one of `read`, or a tensor is on
+/// another device, [`Error::Stride`] for a broadcast tensor; those of `write`.
+pub fn write_two<'a>(
+    home: &impl Home,
     [first, second]: [(&'static str, &Tensor); 2],
-    read: &[(&'static str, &Tensor)],
-    write: impl FnOnce(StorageMut<'_>, StorageMut<'_>) -> Result<()>,
+    read: &[(&'static str, &'a Tensor)],
+    write: impl FnOnce(StorageMut<'_>, StorageMut<'_>, Locked<'a>) -> Result<()>,
 ) -> Result<()> {
     check_apart(first, &[second])?;
     check_apart(first, read)?;
     check_apart(second, read)?;
+    let mut locks = Locks::new(home, read)?;
+    let [first_id, second_id] = [storage_id(first.1), storage_id(second.1)];
     // In one order in all threads, so that no two of them wait for each other.
-    if storage_id(first.1) < storage_id(second.1) {
-        write_one(first, |to_first| write_one(second, |to_second| write(to_first, to_second)))
+    locks.lock_before(first_id.min(second_id));
+    if first_id < second_id {
+        write_one(first, |to_first| {
+            locks.lock_before(second_id);
+            write_one(second, |to_second| write(to_first, to_second, locks.lock()))
+        })
     } else {
-        write_one(second, |to_second| write_one(first, |to_first| write(to_first, to_second)))
+        write_one(second, |to_second| {
+            locks.lock_before(first_id);
+            write_one(first, |to_first| write(to_first, to_second, locks.lock()))
+        })
     }
 }
 

@@ -65,8 +65,8 @@ pub trait Home {
         range: Range<usize>,
     ) -> Result<SliceMut<'a, Self, T>>;
 
-    /// Memory for `len` elements. They hold 0, or if `written` whatever they hold: the caller writes
-    /// all of them before anything reads them.
+    /// Memory for `len` elements. They hold 0, or if `written` whatever they hold: the caller
+    /// writes all of them before anything reads them.
     fn allocate<T: Number>(&self, len: usize, written: bool) -> Result<Self::Owned<T>>;
 
     /// `len` times -inf.
@@ -134,8 +134,8 @@ impl Home for Cpu {
     }
 
     fn allocate<T: Number>(&self, len: usize, _written: bool) -> Result<Vec<T>> {
-        // Vectors of zeros take pages from the system when they are touched, but end the process where
-        // there are none.
+        // Vectors of zeros take pages from the system when they are touched, but end the process
+        // where there are none.
         if Vec::<T>::new().try_reserve_exact(len).is_err() {
             return Err(Error::value("len", "a size that memory has room for", len));
         }
@@ -206,8 +206,8 @@ fn unsupported(argument: &'static str, got: DType) -> Error {
     Error::value(argument, "a tensor of f32, f16 or bf16", got.as_str())
 }
 
-/// An output of this shape and its log-sum-exp `[batch, heads, seq]`, which `write` writes. Where it
-/// leaves rows alone (`padded`) they hold 0 and -inf.
+/// An output of this shape and its log-sum-exp `[batch, heads, seq]`, which `write` writes. Where
+/// it leaves rows alone (`padded`) they hold 0 and -inf.
 pub fn write_pair<H: Home, O: Element + Number>(
     home: &H,
     shape: [usize; 4],

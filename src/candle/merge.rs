@@ -4,6 +4,7 @@ use super::borrow::{Locked, axes, table};
 use super::memory::{self, Home, Number, dtype, write_pair};
 use super::{by_dtype, on_device};
 use crate::comm::{self, Collective};
+use crate::config::check_addressable;
 use crate::cpu::Cpu;
 use crate::merge::{Partial, PartialOf};
 use crate::{Backend, Element, Error, Result};
@@ -11,8 +12,8 @@ use candle_core::Tensor;
 #[cfg(feature = "candle-cuda")]
 use {
     super::cuda::Gpu,
-    crate::cuda::driver::Driver,
-    crate::cuda::{DeviceCollective, RanksMerge, Staged},
+    crate::comm::{DeviceCollective, MergePlan, Staged},
+    crate::cuda::{DevicePartial, driver::Driver},
     candle_core::Device,
 };
 
@@ -20,8 +21,8 @@ use {
 /// given, into one such pair of the partials' dtype.
 ///
 /// # Errors
-/// [`Error::Value`] for no partial at all, and on a GPU for more than 32; as [`Backend::merge`], and
-/// [`Error::Value`] for a tensor on another device than the first output, or of another dtype.
+/// [`Error::Value`] for no partial at all, and on a GPU for more than 32; as [`Backend::merge`],
+/// and [`Error::Value`] for a tensor on another device than the first output, or of another dtype.
 pub fn merge(partials: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
     let Some((first, _)) = partials.first() else {
         return Err(Error::value("partials", "at least 1", 0));
@@ -36,6 +37,7 @@ fn merge_in<H: Home, T: Element + Number>(
     partials: &[(Tensor, Tensor)],
 ) -> Result<(Tensor, Tensor)> {
     let [shape @ [batch, seq, heads, _], _] = axes("partial", partials[0].0.layout())?;
+    check_addressable("partial", shape)?;
     let lses = partials.iter().map(|(_, lse)| table(home, "lse", lse, &[batch, heads, seq]));
     let lses = lses.collect::<Result<Vec<_>>>()?;
     let outs = partials.iter().map(|(out, _)| ("partial", out));
@@ -52,13 +54,13 @@ fn merge_in<H: Home, T: Element + Number>(
 }
 
 /// Merges every rank's partial `(out [batch, seq, heads, dim], lse [batch, heads, seq] f32)` into
-/// one such pair of its dtype, on every rank and with the same bits. Messages go through CPU memory;
-/// with the feature `candle-cuda`, `merge_over_gpus` has them go between GPUs.
+/// one such pair of its dtype, on every rank and with the same bits. Messages go through CPU
+/// memory; with the feature `candle-cuda`, `merge_over_gpus` has them go between GPUs.
 ///
 /// # Errors
-/// [`Error::Value`], [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, are
-/// of other dtypes or on different devices (the ranks that wait for this one then return an error as
-/// well); errors of the collective.
+/// [`Error::Value`], [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together,
+/// are of other dtypes or on different devices (the ranks that wait for this one then return an
+/// error as well); errors of the collective.
 pub fn merge_over(
     group: &(impl Collective + ?Sized),
     partial: &(Tensor, Tensor),
@@ -107,17 +109,16 @@ fn merge_over_gpus_in<T: Element + Number>(
     group: &impl DeviceCollective<Driver>,
     (out, lse): &(Tensor, Tensor),
 ) -> Result<(Tensor, Tensor)> {
-    let [shape @ [batch, seq, heads, dim], _] = axes("partial", out.layout())?;
-    // Heads before tokens, without gaps, is what ranks send.
-    let out = table(home, "partial", &out.transpose(1, 2)?, &[batch, heads, seq, dim])?;
+    let [shape @ [batch, seq, heads, _], _] = axes("partial", out.layout())?;
     let lse = table(home, "lse", lse, &[batch, heads, seq])?;
-    let locked = Locked::new(home, &[("partial", &out), ("lse", &lse)])?;
-    let (out, lse) = (locked.elements::<_, T>(home, 0)?, locked.elements(home, 1)?);
-    let merge = RanksMerge::<T, T>::new(shape, group.size(), &group.link())?;
-    let mut scratch = home.allocate::<u8>(merge.scratch_len(), true)?;
-    let scratch = home.owned_mut(&mut scratch, merge.scratch_len());
-    let mut merge = merge.prepare(&**home.backend().device(), home.backend().stream(), scratch)?;
+    let locked = Locked::new(home, &[("partial", out), ("lse", &lse)])?;
+    let (out, lse) = (locked.view::<_, T>(home, 0)?, locked.elements(home, 1)?);
+    let partial = DevicePartial { out, lse };
+    let plan = MergePlan::<T, T>::new(shape, group.size(), &group.link())?;
+    let mut scratch = home.allocate::<u8>(plan.device_scratch_bytes(), true)?;
+    let scratch = home.owned_mut(&mut scratch, plan.device_scratch_bytes());
+    let mut merge = plan.on_device(&**home.backend().device(), home.backend().stream(), scratch)?;
     write_pair(home, shape, false, |mut to: memory::ViewMut<'_, Gpu, T>, mut to_lse| {
-        merge.run(group, (&out, &lse), &mut to, Some(&mut to_lse))
+        merge.merge(group, &partial, &mut to, Some(&mut to_lse))
     })
 }

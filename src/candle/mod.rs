@@ -8,8 +8,8 @@
 //! - [`attention`], [`partial`]: one call under one mask.
 //!
 //! Tensors are borrowed where they lie: any strides do whose last axis is contiguous, so a
-//! transposed, narrowed or broadcast tensor costs no copy. Only on a GPU one is copied whose rows do
-//! not start at multiples of 16 bytes. No gradient flows through these calls.
+//! transposed, narrowed or broadcast tensor costs no copy. Only on a GPU one is copied whose rows
+//! do not start at multiples of 16 bytes. No gradient flows through these calls.
 //!
 //! On a GPU the work is asked for on candle's stream, and outputs are allocated there, as candle's
 //! own operations do.

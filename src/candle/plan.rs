@@ -104,8 +104,8 @@ impl Plan {
     /// log-sum-exp `[batch, query_heads, seq]` in f32. A row that sees no key, or belongs to no
     /// sequence, gets 0 and `-inf`.
     ///
-    /// All are f32, f16 or bf16, keys and values of one dtype. On the CPU queries may be of another;
-    /// on a GPU all are f16 or all bf16.
+    /// All are f32, f16 or bf16, keys and values of one dtype. On the CPU queries may be of
+    /// another; on a GPU all are f16 or all bf16.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride) or

@@ -27,7 +27,8 @@ impl Agreement {
     fn fields(&self, ranks: usize, link: Link) -> Fields {
         let number = |text: &str| text.parse().unwrap_or(u64::MAX);
         [
-            // "star" in ASCII, as a little-endian number: a peer that says something else speaks another language or byte order.
+            // "star" in ASCII, as a little-endian number: a peer that says something else speaks
+            // another language or byte order.
             ("protocol", 0x7261_7473),
             ("major version", number(env!("CARGO_PKG_VERSION_MAJOR"))),
             ("minor version", number(env!("CARGO_PKG_VERSION_MINOR"))),
@@ -54,8 +55,9 @@ impl Agreement {
 /// Tells the other ranks what this one runs, and compares: to be called before anything else.
 ///
 /// # Errors
-/// [`Error::Value`] if the layout is for another number of ranks (nothing was sent); [`Error::Peer`] on every rank if any two differ, naming what differs;
-/// and the collective's errors.
+/// [`Error::Value`] if the layout is for another number of ranks (nothing was sent);
+/// [`Error::Peer`] on every rank if any two differ, naming what differs; and the collective's
+/// errors.
 pub fn agree(group: &(impl Collective + ?Sized), agreement: &Agreement) -> Result<()> {
     if agreement.layout.ranks() != group.size() {
         return Err(Error::value("layout", format!("of {} ranks", group.size()), agreement.layout.ranks()));

@@ -8,20 +8,26 @@ use crate::config::check_rows;
 use crate::cuda::{Device, DeviceTensorMut, SpanMut};
 use crate::{Element, Error, Result, TensorViewMut};
 
-/// Elements of the scratch that [`share_anchor`] needs for keys of `shape` `[batch, anchor_len, kv_heads, head_dim]`.
+/// Elements of the scratch that [`share_anchor`] needs for keys of `shape` `[batch, anchor_len,
+/// kv_heads, head_dim]`.
 pub fn anchor_scratch_len(shape: [usize; 4]) -> usize {
-    2 * shape.iter().product::<usize>()
+    // Beside an axis without elements the others may have any extents.
+    if shape.contains(&0) { 0 } else { 2 * shape.iter().product::<usize>() }
 }
 
-/// Copies rank 0's keys and values of the anchor, one layer's, over every other rank's: one message of both.
+/// Copies rank 0's keys and values of the anchor, one layer's, over every other rank's: one message
+/// of both.
 ///
-/// Both are `[batch, anchor_len, kv_heads, head_dim]`, already rotated to their positions. A rank that received them encodes its own
-/// tokens only: queries of its rows [`kept`](crate::RankLayout::kept), against keys and values of all local rows, under the same
-/// [`mask`](crate::RankLayout::mask), which counts positions from the end. What the scratch holds does not matter.
+/// Both are `[batch, anchor_len, kv_heads, head_dim]`, already rotated to their positions. A rank
+/// that received them encodes its own tokens only: queries of its rows
+/// [`kept`](crate::RankLayout::kept), against keys and values of all local rows, under the same
+/// [`mask`](crate::RankLayout::mask), which counts positions from the end. What the scratch holds
+/// does not matter.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Workspace`] for a scratch shorter than
-/// [`anchor_scratch_len`] (nothing was sent then); and the collective's errors. Nothing was written to keys and values.
+/// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Workspace`]
+/// for a scratch shorter than [`anchor_scratch_len`] (nothing was sent then); and the collective's
+/// errors. Nothing was written to keys and values.
 pub fn share_anchor<T: Element>(
     group: &(impl Collective + ?Sized),
     mut key: TensorViewMut<'_, T>,
@@ -65,14 +71,17 @@ fn each_row<T: Element>(
     }
 }
 
-/// As [`share_anchor`], for keys and values in device memory, in the order of a stream: one collective of both.
+/// As [`share_anchor`], for keys and values in device memory, in the order of a stream: one
+/// collective of both.
 ///
-/// Each sequence's piece of memory without gaps goes as it lies, without a scratch: one of keys and one of values, or one for each head where heads come before
-/// tokens. Within a sequence all ranks' tensors must have their gaps at the same places.
+/// Each sequence's piece of memory without gaps goes as it lies, without a scratch: one of keys and
+/// one of values, or one for each head where heads come before tokens. Within a sequence all ranks'
+/// tensors must have their gaps at the same places.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Value`] for memory of another stream (nothing was sent then); and the
-/// errors of the collective and of the driver.
+/// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Value`] for
+/// memory of another stream (nothing was sent then); and the errors of the collective and of the
+/// driver.
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub fn share_anchor_on_device<D: Device, T: Element>(
     group: &impl DeviceCollective<D>,
@@ -97,11 +106,12 @@ pub fn share_anchor_on_device<D: Device, T: Element>(
     group.broadcast(stream, 0, &mut parts)
 }
 
-/// The pieces without gaps that each sequence of a tensor lies in: where each starts, and its elements.
+/// The pieces without gaps that each sequence of a tensor lies in: where each starts, and its
+/// elements.
 #[cfg(any(feature = "cuda", feature = "simt"))]
 fn pieces([batch, seq, heads, dim]: [usize; 4], strides: [usize; 4]) -> Vec<(usize, usize)> {
     let mut pieces: Vec<(usize, usize)> = Vec::new();
-    if dim == 0 {
+    if [batch, seq, heads, dim].contains(&0) {
         return pieces;
     }
     for row in 0..batch * seq * heads {

@@ -26,7 +26,8 @@ impl Call {
 pub(super) enum Header {
     /// The `number`-th exchange of the group, and the collective that it is a part of.
     Call { call: Call, number: u64 },
-    /// The sender has left the group after so many exchanges, because of `cause`: another rank that failed, or itself.
+    /// The sender has left the group after so many exchanges, because of `cause`: another rank that
+    /// failed, or itself.
     Left { cause: usize, number: u64, failed: bool },
 }
 

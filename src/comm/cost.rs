@@ -12,7 +12,8 @@ use crate::{Error, Result};
 
 /// What sending between the ranks of a group takes.
 ///
-/// Ways are chosen by it, so it must be the same on every rank: [`agree`](super::agree) compares it.
+/// Ways are chosen by it, so it must be the same on every rank: [`agree`](super::agree) compares
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link {
     /// Seconds that a collective takes whatever its length.
@@ -25,7 +26,8 @@ impl Link {
     /// A link.
     ///
     /// # Errors
-    /// [`Error::Value`] for a latency that is negative or not finite, or a bandwidth that is not above 0.
+    /// [`Error::Value`] for a latency that is negative or not finite, or a bandwidth that is not
+    /// above 0.
     pub fn new(latency: f64, bandwidth: f64) -> Result<Self> {
         if !(latency >= 0.0 && latency.is_finite()) {
             return Err(Error::value("latency", "a finite number of seconds, not negative", latency));
@@ -65,10 +67,12 @@ fn others(ranks: usize) -> f64 {
 /// How the partials of all ranks become one on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MergeWay {
-    /// One all-gather of every partial; every rank merges all rows. The fewest steps: for few query tokens.
+    /// One all-gather of every partial; every rank merges all rows. The fewest steps: for few query
+    /// tokens.
     AllGather,
-    /// An all-to-all that gives each rank its share of every partial's rows (by heads, where there is one query token and the ranks divide the
-    /// heads); it merges them, and an all-gather of what is merged. The fewest bytes: for many query tokens.
+    /// An all-to-all that gives each rank its share of every partial's rows (by heads, where there
+    /// is one query token and the ranks divide the heads); it merges them, and an all-gather of
+    /// what is merged. The fewest bytes: for many query tokens.
     ByRows,
 }
 
@@ -104,9 +108,11 @@ pub enum AnchorKv {
 }
 
 impl AnchorKv {
-    /// The cheaper one for a layer whose anchor has `bytes` of keys and values, and takes a rank `encode_seconds` to encode.
+    /// The cheaper one for a layer whose anchor has `bytes` of keys and values, and takes a rank
+    /// `encode_seconds` to encode.
     ///
-    /// Ranks reach a layer at the same time either way, as rank 0 never has more rows than the others.
+    /// Ranks reach a layer at the same time either way, as rank 0 never has more rows than the
+    /// others.
     pub fn cheapest(link: &Link, ranks: usize, bytes: usize, encode_seconds: f64) -> Self {
         if ranks > 1 && link.broadcast(ranks, bytes) < encode_seconds {
             Self::Received

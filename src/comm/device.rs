@@ -7,7 +7,8 @@ use crate::{Error, Result};
 /// Bytes in device memory that are sent, and those that are received in return.
 pub type Exchange<'a, D> = (Span<'a, D, u8>, SpanMut<'a, D, u8>);
 
-/// What a group of ranks can do together with device memory, in the order of a stream. As [`Collective`], but for that.
+/// What a group of ranks can do together with device memory, in the order of a stream. As
+/// [`Collective`], but for that.
 pub trait DeviceCollective<D: Device> {
     /// This rank's number, below [`size`](Self::size).
     fn rank(&self) -> usize;
@@ -40,8 +41,8 @@ pub trait DeviceCollective<D: Device> {
     fn traffic(&self) -> Traffic;
 }
 
-/// Any collective, through CPU memory: for GPUs on machines without NCCL, and for tests. Every call waits for the stream, so
-/// none can be captured in a graph.
+/// Any collective, through CPU memory: for GPUs on machines without NCCL, and for tests. Every call
+/// waits for the stream, so none can be captured in a graph.
 #[derive(Clone, Copy, Debug)]
 pub struct Staged<'a, D, C: ?Sized> {
     /// The device whose memory is sent.
@@ -103,7 +104,8 @@ impl<D: Device, C: Collective + ?Sized> Staged<'_, D, C> {
     }
 }
 
-/// Refuses memory of another stream, or lengths that do not fit a message that is cut into `pieces`, over `size` ranks.
+/// Refuses memory of another stream, or lengths that do not fit a message that is cut into
+/// `pieces`, over `size` ranks.
 pub(super) fn check_exchange<D: Device>(
     (send, receive): &Exchange<'_, D>,
     pieces: usize,
@@ -171,9 +173,11 @@ impl<D: Device, C: Collective + ?Sized> DeviceCollective<D> for Staged<'_, D, C>
     }
 }
 
-/// Device memory that a call in progress reads and writes: a part of its scratch, or memory of the caller.
+/// Device memory that a call in progress reads and writes: a part of its scratch, or memory of the
+/// caller.
 ///
-/// Both are borrowed, and all work on them is in the order of one stream; each step reads what steps before it wrote, and writes another region.
+/// Both are borrowed, and all work on them is in the order of one stream; each step reads what
+/// steps before it wrote, and writes another region.
 #[derive(Clone, Copy)]
 pub(super) struct Region {
     address: u64,

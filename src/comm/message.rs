@@ -55,7 +55,8 @@ impl DerefMut for Bytes {
     }
 }
 
-/// A message of a rank: regions of bytes, one after another without gaps, in memory of its own at a multiple of 16.
+/// A message of a rank: regions of bytes, one after another without gaps, in memory of its own at a
+/// multiple of 16.
 ///
 /// A clone is the same memory. It can be written while nobody else has a clone.
 #[derive(Clone, Debug)]
@@ -146,8 +147,8 @@ impl Message {
     }
 }
 
-/// An exchange that was started. It has no borrowed memory: one that is forgotten does no harm but that its group
-/// takes part in nothing else.
+/// An exchange that was started. It has no borrowed memory: one that is forgotten does no harm but
+/// that its group takes part in nothing else.
 #[derive(Debug)]
 #[must_use = "a group does nothing else until what was started is finished"]
 pub struct Started {
@@ -158,7 +159,8 @@ pub struct Started {
 }
 
 impl Started {
-    /// The exchange by a blocking collective of `size` ranks from borrowed memory to borrowed memory.
+    /// The exchange by a blocking collective of `size` ranks from borrowed memory to borrowed
+    /// memory.
     pub(super) fn blocking(
         &self,
         size: usize,
@@ -215,7 +217,8 @@ pub(super) fn range_of<'a>(slices: &[&'a [u8]], range: &Range<usize>) -> Vec<&'a
     slices.iter().map(part).collect()
 }
 
-/// What an exchange has brought: the regions of every rank's message, or this rank's parts of them, where they lie.
+/// What an exchange has brought: the regions of every rank's message, or this rank's parts of them,
+/// where they lie.
 #[derive(Debug)]
 pub struct Received<'a> {
     regions: usize,
@@ -234,7 +237,7 @@ impl<'a> Received<'a> {
         if region >= self.regions {
             return None;
         }
-        self.slices.get(rank * self.regions + region).copied()
+        self.slices.get(rank.checked_mul(self.regions)?.checked_add(region)?).copied()
     }
 
     /// A region as so many elements.

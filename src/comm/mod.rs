@@ -1,7 +1,8 @@
 //! Many ranks: collectives between them, and what Star Attention does with these.
 //!
-//! The library opens no connections of its own. An engine brings the transport behind [`Collective`]: [`ThreadGroup`] for threads of one process, `Mpi` (feature
-//! `mpi`) for processes and machines, `Nccl` (feature `nccl`) for GPUs.
+//! The library opens no connections of its own. An engine brings the transport behind
+//! [`Collective`]: [`ThreadGroup`] for threads of one process, `Mpi` (feature `mpi`) for processes
+//! and machines, `Nccl` (feature `nccl`) for GPUs.
 //!
 //! ```text
 //! at the start   agree          all ranks have the same layout, extents, types and version
@@ -52,7 +53,8 @@ use crate::{Error, Result};
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
-/// What a group of ranks can do together. Every rank makes the same calls in the same order with the same lengths.
+/// What a group of ranks can do together. Every rank makes the same calls in the same order with
+/// the same lengths.
 ///
 /// After an error a rank has left the group: its later calls fail, and so do its peers'.
 pub trait Collective: Send {
@@ -65,44 +67,53 @@ pub trait Collective: Send {
     /// What sending takes. The same on every rank.
     fn link(&self) -> Link;
 
-    /// Sends `send` to every rank; `receive`, of `size * send.len()` bytes, gets each rank's bytes in rank order.
+    /// Sends `send` to every rank; `receive`, of `size * send.len()` bytes, gets each rank's bytes
+    /// in rank order.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a `receive` of another length (the group is as it was), or a peer that left, differs, or is late.
+    /// [`Error::Shape`] for a `receive` of another length (the group is as it was), or a peer that
+    /// left, differs, or is late.
     fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()>;
 
-    /// Sends the `r`-th of `size` equal parts of `send` to rank `r`; `receive`, as long as `send`, gets the parts meant for this
-    /// rank, in rank order.
+    /// Sends the `r`-th of `size` equal parts of `send` to rank `r`; `receive`, as long as `send`,
+    /// gets the parts meant for this rank, in rank order.
     ///
     /// # Errors
-    /// [`Error::Shape`] for lengths that do not fit (the group is as it was), or a peer that left, differs, or is late.
+    /// [`Error::Shape`] for lengths that do not fit (the group is as it was), or a peer that left,
+    /// differs, or is late.
     fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()>;
 
-    /// Copies `buffer` of rank `root` over every other rank's. The root may return before the others have it.
+    /// Copies `buffer` of rank `root` over every other rank's. The root may return before the
+    /// others have it.
     ///
     /// # Errors
-    /// [`Error::Value`] for a root out of range (the group is as it was), or a peer that left, differs, or is late.
+    /// [`Error::Value`] for a root out of range (the group is as it was), or a peer that left,
+    /// differs, or is late.
     fn broadcast(&self, root: usize, buffer: &mut [u8]) -> Result<()>;
 
-    /// Sends a message that the group shares until all have read it, and returns at once. Until [`finish`](Self::finish) the group refuses other calls. The others
-    /// are waited for from there on.
+    /// Sends a message that the group shares until all have read it, and returns at once. Until
+    /// [`finish`](Self::finish) the group refuses other calls. The others are waited for from there
+    /// on.
     ///
-    /// An engine that implements the calls on borrowed memory alone has this as well: it then sends in [`finish`](Self::finish).
+    /// An engine that implements the calls on borrowed memory alone has this as well: it then sends
+    /// in [`finish`](Self::finish), and does not refuse other calls before that.
     ///
     /// # Errors
-    /// [`Error::Shape`] for regions that do not fit, [`Error::Value`] while another exchange is under way (the group is as it was); and the
-    /// engine's errors.
+    /// [`Error::Shape`] for regions that do not fit, [`Error::Value`] while another exchange is
+    /// under way (the group is as it was); and the engine's errors.
     fn start(&self, pattern: Pattern, message: Message) -> Result<Started> {
         message.check(pattern, self.size())?;
         Ok(Started { pattern, message })
     }
 
-    /// Waits for what was started, and shows `read` every rank's bytes where they lie. After an error it has shown nothing.
+    /// Waits for what was started, and shows `read` every rank's bytes where they lie. After an
+    /// error it has shown nothing.
     ///
     /// `read` may not call the group.
     ///
     /// # Errors
-    /// [`Error::Value`] if no exchange is under way (the group is as it was); a peer that left, differs, or is late.
+    /// [`Error::Value`] if no exchange is under way (the group is as it was); a peer that left,
+    /// differs, or is late.
     fn finish(&self, started: Started, read: &mut dyn FnMut(&Received<'_>)) -> Result<()> {
         let collective = |send: &[u8], receive: &mut [u8]| match started.pattern {
             Pattern::AllGather => self.all_gather(send, receive),

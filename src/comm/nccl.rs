@@ -1,4 +1,5 @@
-//! The engine for GPUs, over NCCL: messages go from device memory to device memory, in the order of a stream.
+//! The engine for GPUs, over NCCL: messages go from device memory to device memory, in the order of
+//! a stream.
 //!
 //! NCCL is loaded when it is first asked for; nothing of it is needed to build.
 //!
@@ -38,16 +39,17 @@ const LINK: Link = Link { latency: 10e-6, bandwidth: 200e9 };
 
 /// One rank of a group of GPUs.
 ///
-/// Calls only ask for work. [`wait`](Self::wait) tells whether it was done, and has a deadline. A rank leaves the group with its first
-/// error: NCCL then aborts its work under way.
+/// Calls only ask for work. [`wait`](Self::wait) tells whether it was done, and has a deadline. A
+/// rank leaves the group with its first error: NCCL then aborts its work under way.
 ///
-/// Dropping a group waits for its work, up to the timeout, and aborts what is not done then. Work of graphs is not waited for.
-/// A group whose thread panics aborts at once. NCCL itself may hang as it aborts or frees a group: it does so on a thread of its own,
-/// which is left behind, with what it would have freed, if it takes longer than the timeout. So neither `wait` nor a drop takes longer
-/// than twice the timeout.
+/// Dropping a group waits for its work, up to the timeout, and aborts what is not done then. Work
+/// of graphs is not waited for. A group whose thread panics aborts at once. NCCL itself may hang as
+/// it aborts or frees a group: it does so on a thread of its own, which is left behind, with what
+/// it would have freed, if it takes longer than the timeout. So neither `wait` nor a drop takes
+/// longer than twice the timeout.
 ///
-/// What has no deadline: NCCL connects the ranks in [`over`](Self::over) and in the first collective, and waits there for
-/// all of them.
+/// What has no deadline: NCCL connects the ranks in [`over`](Self::over) and in the first
+/// collective, and waits there for all of them.
 #[derive(Debug)]
 pub struct Nccl {
     communicator: Guarded<Handle>,
@@ -176,7 +178,8 @@ impl Nccl {
     /// A group of the GPUs that the ranks of `group` bring, one each: all its ranks must come here.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] on every rank where one has no NCCL; [`Error::Transport`] for what NCCL answers; errors of `group`.
+    /// [`Error::Unavailable`] on every rank where one has no NCCL; [`Error::Transport`] for what
+    /// NCCL answers; errors of `group`.
     pub fn over(group: &(impl Collective + ?Sized), device: &Driver, config: &GroupConfig) -> Result<Self> {
         let context = device.context().clone();
         // All ranks are here, and have NCCL: from here on NCCL itself waits, without a deadline.
@@ -212,12 +215,14 @@ impl Nccl {
         })
     }
 
-    /// Waits until all that was asked for on a stream has been done, up to the timeout: in place of `stream.synchronize()`.
+    /// Waits until all that was asked for on a stream has been done, up to the timeout: in place of
+    /// `stream.synchronize()`.
     ///
     /// # Errors
-    /// [`Error::Value`] for a stream of another device, or one that is being captured in a graph; the group is as it was then.
-    /// [`Error::Transport`] if a peer failed, or the work is not done in time; [`Error::Disconnected`] after an earlier error;
-    /// [`Error::Driver`] for what the driver answers.
+    /// [`Error::Value`] for a stream of another device, or one that is being captured in a graph;
+    /// the group is as it was then. [`Error::Transport`] if a peer failed, or the work is not done
+    /// in time; [`Error::Disconnected`] after an earlier error; [`Error::Driver`] for what the
+    /// driver answers.
     pub fn wait(&self, stream: &Arc<CudaStream>) -> Result<()> {
         check_stream(&self.context, stream)?;
         check_not_capturing::<Driver>(stream)?;
@@ -270,7 +275,8 @@ impl DeviceCollective<Driver> for Nccl {
         self.together(stream, Traffic::of(self.size - 1, bytes), |communicator| {
             parts.iter().try_for_each(|(send, receive)| {
                 let (from, to) = (address(send, 0), address_mut(receive, 0));
-                // SAFETY: the spans are of this device, of the lengths that this call needs, and are borrowed for the stream.
+                // SAFETY: the spans are of this device, of the lengths that this call needs, and
+                // are borrowed for the stream.
                 check("all-gather", unsafe {
                     result::all_gather(from, to, send.len(), BYTES, communicator, stream.cu_stream().cast())
                 })

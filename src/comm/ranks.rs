@@ -37,8 +37,8 @@ pub trait Ranks<B: Backend> {
     /// This rank, and how many there are.
     fn rank_and_size(&self) -> (usize, usize);
 
-    /// Partials with outputs `[batch, seq, heads, dim]` of `T`, merged into outputs of `O` by the way
-    /// that is cheapest on the group's link.
+    /// Partials with outputs `[batch, seq, heads, dim]` of `T`, merged into outputs of `O` by the
+    /// way that is cheapest on the group's link.
     ///
     /// # Errors
     /// As [`MergePlan::new`].
@@ -54,8 +54,9 @@ pub trait Ranks<B: Backend> {
         plan: &MergePlan<T, O>,
     ) -> Result<Self::Merge<T, O>>;
 
-    /// The place of this rank's next partial in the message: an output `[batch, seq, heads, dim]`, and
-    /// a log-sum-exp `[batch, heads, seq]`. Attention writes both, and [`run`](Self::run) sends them.
+    /// The place of this rank's next partial in the message: an output `[batch, seq, heads, dim]`,
+    /// and a log-sum-exp `[batch, heads, seq]`. Attention writes both, and [`run`](Self::run) sends
+    /// them.
     ///
     /// # Errors
     /// [`Error::Value`](crate::Error::Value) if memory has no room for the message;
@@ -66,13 +67,13 @@ pub trait Ranks<B: Backend> {
         merge: &'a mut Self::Merge<T, O>,
     ) -> Result<(B::ViewMut<'a, T>, B::SliceMut<'a, f32>)>;
 
-    /// Merges every rank's written partial into `out` `[batch, seq, heads, dim]` and, if given, `lse`
-    /// `[batch, heads, seq]`, on every rank and with the same bits.
+    /// Merges every rank's written partial into `out` `[batch, seq, heads, dim]` and, if given,
+    /// `lse` `[batch, heads, seq]`, on every rank and with the same bits.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride) or
-    /// [`Error::Value`](crate::Error::Value) for what does not fit the plan; errors of the collective
-    /// and of the driver.
+    /// [`Error::Value`](crate::Error::Value) for what does not fit the plan; errors of the
+    /// collective and of the driver.
     fn run<T: Element, O: Element>(
         &self,
         backend: &B,

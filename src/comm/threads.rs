@@ -1,8 +1,10 @@
 //! The engine for threads of one process.
 //!
-//! Each rank posts its message in a slot and waits until all have posted theirs: one synchronisation for each collective. Messages are shared,
-//! not copied: each rank reads the others' where they lie. A rank has two slots, used in turn: it can post message `n + 2` only after
-//! all have posted `n + 1`, and so after all have read message `n`, which then is free to be written again.
+//! Each rank posts its message in a slot and waits until all have posted theirs: one
+//! synchronisation for each collective. Messages are shared, not copied: each rank reads the
+//! others' where they lie. A rank has two slots, used in turn: it can post message `n + 2` only
+//! after all have posted `n + 1`, and so after all have read message `n`, which then is free to be
+//! written again.
 
 use super::call::Call;
 use super::message::{Message, Pattern, Received, Started};
@@ -14,15 +16,18 @@ use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Bandwidth as measured between threads on two cores. The latency is not that of a message (10 us): it is what makes the ways of merging take the same time where they did,
-/// at partials of 1 MB, as a second step copies in memory what a network would have carried.
+/// Bandwidth as measured between threads on two cores. The latency is not that of a message (10
+/// us): it is what makes the ways of merging take the same time where they did, at partials of 1
+/// MB, as a second step copies in memory what a network would have carried.
 const LINK: Link = Link { latency: 1e-3, bandwidth: 1.4e9 };
 
 /// One rank of a group of threads: hand each to its thread.
 ///
-/// A rank that is dropped, by a panic too, has left the group: the others get [`Error::Disconnected`] from the first collective that it
-/// has not posted its part of, and at once; what it has posted they still receive. A rank that is late makes the others
-/// return [`Error::Timeout`]. Ranks that call different collectives, or with different lengths, all get [`Error::Peer`].
+/// A rank that is dropped, by a panic too, has left the group: the others get
+/// [`Error::Disconnected`] from the first collective that it has not posted its part of, and at
+/// once; what it has posted they still receive. A rank that is late makes the others return
+/// [`Error::Timeout`]. Ranks that call different collectives, or with different lengths, all get
+/// [`Error::Peer`].
 #[derive(Debug)]
 pub struct ThreadGroup {
     rank: usize,

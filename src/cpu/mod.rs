@@ -1,4 +1,5 @@
-//! Attention on the CPU: [`flash`], the default backend, and [`mod@reference`], the oracle it is tested against.
+//! Attention on the CPU: [`flash`], the default backend, and [`mod@reference`], the oracle it is
+//! tested against.
 
 mod append;
 mod backend;

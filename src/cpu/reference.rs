@@ -5,7 +5,8 @@
 //! lse = ln Σ_j exp(s_j)          out = Σ_j exp(s_j - lse) v_j
 //! ```
 //!
-//! It shares no code with the backends: neither their tiles nor their view of the mask. Slow; made to be right.
+//! It shares no code with the backends: neither their tiles nor their view of the mask. Slow; made
+//! to be right.
 
 use crate::{AttentionConfig, AttentionShape, Element, Mask, Result, TensorView};
 
@@ -33,7 +34,8 @@ pub fn sees(mask: Mask, query_len: usize, key_len: usize, row: usize, key: usize
     }
 }
 
-/// Attention of `query` `[batch, seq, heads, dim]` over `key` and `value` `[batch, keys, kv_heads, dim]`.
+/// Attention of `query` `[batch, seq, heads, dim]` over `key` and `value` `[batch, keys, kv_heads,
+/// dim]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride) or

@@ -10,8 +10,8 @@ use crate::{Append, DType, Element, Error, Result};
 type NewRows<'v, 'f, 'u, D, T> = Append<DeviceTensor<'v, D, T>, Span<'f, D, f32>, Span<'u, D, u32>>;
 
 /// Stores new keys and values in a cache of two tensors `[pages, page_len, kv_heads, head_dim]` of
-/// f16 or bf16, as the new rows are. Head dims are multiples of 8; where keys are rotated, `rotated`
-/// is a multiple of 16.
+/// f16 or bf16, as the new rows are. Head dims are multiples of 8; where keys are rotated,
+/// `rotated` is a multiple of 16.
 ///
 /// Places and positions are read by the kernel: a row whose place is outside of the cache, or whose
 /// position is outside of the rotation's table, is left out, which serves rows that another rank

@@ -2,7 +2,7 @@
 //!
 //! A [`Device`] is what plans need of a GPU: its extents, copies to and from its memory, events,
 //! launches by name, and whether a stream is being captured. It is a GPU through its driver, or the
-//! host itself.
+//! SIMT emulator.
 
 use crate::tensor::Strided;
 use crate::{Element, Error, Result, bf16, f16};
@@ -50,7 +50,7 @@ pub trait Device: Send + Sync {
     type Guard<'a>: std::fmt::Debug;
     /// Owned memory of the device. It is freed when dropped, after all work of its stream.
     type Memory: Send + std::fmt::Debug;
-    /// Memory of the host that the device copies from while the host goes on. Freed when dropped.
+    /// CPU memory that the device copies from while the CPU goes on. Freed when dropped.
     type Pinned: AsMut<[u8]> + Send + std::fmt::Debug;
     /// A point in the order of a stream. One that was never recorded has passed.
     type Event: Send + std::fmt::Debug;
@@ -82,23 +82,28 @@ pub trait Device: Send + Sync {
     /// [`Error::Value`] if the kernel was not built; errors of the driver.
     ///
     /// # Safety
-    /// The parameters are those of the kernel, and all memory that they name lives, and is left alone by others, until the kernel has ended.
+    /// The parameters are those of the kernel, and all memory that they name lives, and is left
+    /// alone by others, until the kernel has ended.
     unsafe fn launch(&self, stream: &Self::Stream, launch: &Launch<'_>) -> Result<()>;
 
-    /// Copies `bytes` to device memory after all earlier work of the stream. They are read before this returns.
+    /// Copies `bytes` to device memory after all earlier work of the stream. They are read before
+    /// this returns.
     ///
     /// # Errors
-    /// [`Error::Value`] if the stream is being captured: a graph would read `bytes` whenever it is replayed. Errors of the driver.
+    /// [`Error::Value`] if the stream is being captured: a graph would read `bytes` whenever it is
+    /// replayed. Errors of the driver.
     ///
     /// # Safety
-    /// `to..to + bytes.len()` is memory of this device, left alone by others until the copy has ended.
-    /// `bytes` are not [`Pinned`](Self::Pinned).
+    /// `to..to + bytes.len()` is memory of this device, left alone by others until the copy has
+    /// ended. `bytes` are not [`Pinned`](Self::Pinned).
     unsafe fn upload(&self, stream: &Self::Stream, to: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Copies device memory to `bytes` after all earlier work of the stream, and waits until that is done.
+    /// Copies device memory to `bytes` after all earlier work of the stream, and waits until that
+    /// is done.
     ///
     /// # Errors
-    /// [`Error::Value`] if the stream is being captured: nothing would be done to wait for. Errors of the driver.
+    /// [`Error::Value`] if the stream is being captured: nothing would be done to wait for. Errors
+    /// of the driver.
     ///
     /// # Safety
     /// `from..from + bytes.len()` is memory of this device, written by nobody until this returns.
@@ -158,7 +163,7 @@ pub trait Device: Send + Sync {
     fn wait(event: &Self::Event) -> Result<()>;
 }
 
-/// Refuses a stream that is being captured in a graph, for copies from or to the host's memory.
+/// Refuses a stream that is being captured in a graph, for copies from or to CPU memory.
 pub(crate) fn check_not_capturing<D: Device>(stream: &D::Stream) -> Result<()> {
     if D::is_capturing(stream)? {
         return Err(Error::value("stream", "one that is not being captured in a graph", "one that is"));
@@ -197,8 +202,8 @@ impl<'a, D: Device, T> Span<'a, D, T> {
     /// `len` elements at a device address: the way in for memory of other frameworks.
     ///
     /// # Safety
-    /// For `'a`, and until all work asked for with it has ended, they are initialised elements in memory of the device `D` stands for,
-    /// and nothing writes them.
+    /// For `'a`, and until all work asked for with it has ended, they are initialised elements in
+    /// memory of the device `D` stands for, and nothing writes them.
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
         Self { address, len, stream: None, _guard: None, _borrow: PhantomData }
     }
@@ -208,8 +213,8 @@ impl<'a, D: Device, T> SpanMut<'a, D, T> {
     /// `len` elements at a device address: the way in for memory of other frameworks.
     ///
     /// # Safety
-    /// For `'a`, and until all work asked for with it has ended, they are memory of the device `D` stands for, and nothing else reads or
-    /// writes them.
+    /// For `'a`, and until all work asked for with it has ended, they are memory of the device `D`
+    /// stands for, and nothing else reads or writes them.
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
         Self { address, len, stream: None, _guard: None, _borrow: PhantomData }
     }
@@ -348,7 +353,8 @@ macro_rules! tensor {
                 Ok(Self { layout, ..self })
             }
 
-            /// The elements `first`, `first + step`, `first + 2 step` and so on of one axis; none if there is no `first`.
+            /// The elements `first`, `first + step`, `first + 2 step` and so on of one axis; none
+            /// if there is no `first`.
             ///
             /// # Errors
             /// [`Error::Value`] if there is no such axis, or for a step of 0.
@@ -406,6 +412,7 @@ tensor!(DeviceTensorMut, SpanMut, new, "[`TensorViewMut::new`](crate::TensorView
 
 /// The bytes of a parameter struct.
 pub(crate) fn bytes_of<P: Copy>(params: &[P]) -> &[u8] {
-    // SAFETY: the structs of params.rs are of integers and floats, without padding (params.rs asserts their sizes).
+    // SAFETY: the structs of params.rs are of integers and floats, without padding (params.rs
+    // asserts their sizes).
     unsafe { std::slice::from_raw_parts(params.as_ptr().cast(), size_of_val(params)) }
 }

@@ -1,4 +1,5 @@
-//! NVIDIA GPUs, through cudarc and the CUDA driver. Neither a toolkit nor a CUDA library is needed to run.
+//! NVIDIA GPUs, through cudarc and the CUDA driver. Neither a toolkit nor a CUDA library is needed
+//! to run.
 //!
 //! ```no_run
 //! use star_attention::cuda::driver::Driver;
@@ -52,13 +53,15 @@ pub fn kernels() -> impl Iterator<Item = &'static str> {
 /// The lowest compute capability that the kernels' instructions have.
 const CAPABILITY: (i32, i32) = (8, 0);
 
-/// The kernels of this process. Handles keep their contexts alive, so that no other context takes the address of one.
+/// The kernels of this process. Handles keep their contexts alive, so that no other context takes
+/// the address of one.
 static FUNCTIONS: LazyLock<Functions<CudaFunction>> = LazyLock::new(Functions::default);
 
 /// A GPU.
 ///
-/// Kernels are loaded when they are first launched in a context, once for all threads and all `Driver`s of that context. They and
-/// the context then stay until the process ends: a graph that captured a launch may be replayed after its `Driver` was dropped.
+/// Kernels are loaded when they are first launched in a context, once for all threads and all
+/// `Driver`s of that context. They and the context then stay until the process ends: a graph that
+/// captured a launch may be replayed after its `Driver` was dropped.
 #[derive(Debug)]
 pub struct Driver {
     context: Arc<CudaContext>,
@@ -121,7 +124,8 @@ impl Driver {
     /// The GPU of this number.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] without a driver or such a GPU, [`Error::Value`] if it is too old, [`Error::Driver`] for what the driver answers.
+    /// [`Error::Unavailable`] without a driver or such a GPU, [`Error::Value`] if it is too old,
+    /// [`Error::Driver`] for what the driver answers.
     pub fn open(ordinal: usize) -> Result<Self> {
         let count = Self::count()?;
         if ordinal >= count {
@@ -167,7 +171,8 @@ impl Driver {
         self.context.name().map_err(driver("ask for the name"))
     }
 
-    /// For streams and memory. Streams of other frameworks come in by [`CudaContext::wrap_borrowed_stream`].
+    /// For streams and memory. Streams of other frameworks come in by
+    /// [`CudaContext::wrap_borrowed_stream`].
     pub fn context(&self) -> &Arc<CudaContext> {
         &self.context
     }
@@ -175,7 +180,8 @@ impl Driver {
     /// Loads kernels before their first launch, which may otherwise not be captured in a graph.
     ///
     /// # Errors
-    /// [`Error::Value`] for a name that was not built, [`Error::Driver`] for what the driver answers.
+    /// [`Error::Value`] for a name that was not built, [`Error::Driver`] for what the driver
+    /// answers.
     pub fn load<'a>(&self, kernels: impl IntoIterator<Item = &'a str>) -> Result<()> {
         kernels.into_iter().try_for_each(|kernel| self.function(kernel).map(|_| ()))
     }
@@ -220,7 +226,7 @@ impl Memory {
     }
 }
 
-/// Memory of the host whose pages stay where they are, so that a GPU copies from it by itself.
+/// CPU memory whose pages stay where they are, so that a GPU copies from it by itself.
 #[derive(Debug)]
 pub struct Pinned {
     start: *mut u8,
@@ -278,7 +284,8 @@ impl Device for Driver {
         let function = self.function(launch.kernel)?;
         self.context.bind_to_thread().map_err(driver("bind the context"))?;
         let mut params = [launch.params.as_ptr().cast_mut().cast()];
-        // SAFETY: the kernel takes one struct, whose bytes these are; the rest is the caller's promise.
+        // SAFETY: the kernel takes one struct, whose bytes these are; the rest is the caller's
+        // promise.
         let launched = unsafe {
             result::launch_kernel(
                 function.cu_function(),

@@ -1,4 +1,5 @@
-//! The exact softmax over several sets of keys on a GPU: [`crate::merge`] in one pass over device memory.
+//! The exact softmax over several sets of keys on a GPU: [`crate::merge`] in one pass over device
+//! memory.
 
 use super::device::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Span, SpanMut, bytes_of};
 use super::params::{StarMergeParams, StarPartial, StarTensor};
@@ -26,10 +27,12 @@ pub const MOST_PARTIALS: usize = 32;
 // The kernel has room for as many.
 const _: fn(&StarMergeParams) -> &[StarPartial; MOST_PARTIALS] = |params| &params.each;
 
-/// Partials one after another in device memory: of the splits of one call, or of ranks after an all-gather.
+/// Partials one after another in device memory: of the splits of one call, or of ranks after an
+/// all-gather.
 #[derive(Debug)]
 pub struct Partials<'a, D: Device, T> {
-    /// `[n · batch, seq, heads, dim]`, the last axis contiguous: the first partial's batch, then the next one's.
+    /// `[n · batch, seq, heads, dim]`, the last axis contiguous: the first partial's batch, then
+    /// the next one's.
     pub out: DeviceTensor<'a, D, T>,
     /// `[batch, heads, seq]` for each partial, natural logarithm.
     pub lse: Span<'a, D, f32>,
@@ -37,15 +40,18 @@ pub struct Partials<'a, D: Device, T> {
     pub lse_stride: usize,
 }
 
-/// Merges `n` partials into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`.
+/// Merges `n` partials into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads,
+/// seq]`.
 ///
-/// In f32; f32 partials merge into any type, others into their own or f32. Rows at multiples of 16 bytes, of dims that are multiples of 8, are
-/// read at full speed, all others too. No partial at all gives the identity, (0, -inf); a log-sum-exp of `+inf` makes its row NaN, as [`crate::merge`] says. To merge in place, into one of the partials, make
-/// `out` and `lse` of the same memory with [`SpanMut::from_raw`].
+/// In f32; f32 partials merge into any type, others into their own or f32. Rows at multiples of 16
+/// bytes, of dims that are multiples of 8, are read at full speed, all others too. No partial at
+/// all gives the identity, (0, -inf); a log-sum-exp of `+inf` makes its row NaN, as
+/// [`crate::merge`] says. To merge in place, into one of the partials, make `out` and `lse` of the
+/// same memory with [`SpanMut::from_raw`].
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together, [`Error::DType`] for types that are not merged; errors of
-/// the driver.
+/// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together,
+/// [`Error::DType`] for types that are not merged; errors of the driver.
 pub fn merge<D: Device, T: Element, O: Element>(
     device: &D,
     stream: &D::Stream,
@@ -156,7 +162,8 @@ pub(crate) fn check_len(argument: &'static str, expected: usize, got: usize) -> 
     Err(Error::shape(argument, format!("{expected} elements"), got.to_string()))
 }
 
-/// Rows of a tensor. Beside an axis without elements the others may have any extents, whose product may be out of range.
+/// Rows of a tensor. Beside an axis without elements the others may have any extents, whose product
+/// may be out of range.
 fn rows_of(shape: [usize; 4]) -> usize {
     if shape.contains(&0) { 0 } else { shape[..3].iter().product() }
 }

@@ -1,13 +1,14 @@
-//! The GPU backend: hand-written kernels for compute capability 8.0 and up, under plans made on the CPU.
+//! The GPU backend: hand-written kernels for compute capability 8.0 and up, under plans made on the
+//! CPU.
 //!
 //! - [`flash`]: context encoding and query attention, under every mask of the crate;
 //! - [`merge()`]: n partials to one, of the splits of one call or of many ranks;
 //! - [`append()`]: new keys and values to a cache, in rows or pages;
 //! - [`Staging`]: tables that change from step to step, copied without waiting.
 //!
-//! Kernels run on a [`Device`]: a GPU (`driver`, feature `cuda`), or the SIMT emulator, slowly and with every access checked (`simt`, feature `simt`).
-//! Memory comes as a [`Span`], for work on one stream: of the device's own buffers safely, of other frameworks' by
-//! [`Span::from_raw`].
+//! Kernels run on a [`Device`]: a GPU (`driver`, feature `cuda`), or the SIMT emulator, slowly and
+//! with every access checked (`simt`, feature `simt`). Memory comes as a [`Span`], for work on one
+//! stream: of the device's own buffers safely, of other frameworks' by [`Span::from_raw`].
 
 mod append;
 mod backend;

@@ -1,4 +1,5 @@
-//! How the attention kernels divide their work, for each head dim. build.rs compiles what stands here, and the plans launch it.
+//! How the attention kernels divide their work, for each head dim. build.rs compiles what stands
+//! here, and the plans launch it.
 
 /// The head dims that kernels can be built for.
 pub const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
@@ -40,10 +41,11 @@ const PLAIN: Policy = Policy {
 impl Policy {
     /// For tiles of many rows, bound by products.
     ///
-    /// Up to a head dim of 128 a warp has 32 rows, so that each square read from shared memory serves two products (with 16 rows the
-    /// reads take as long as the products), and so many keys that the accumulators of both products just fit 255 registers: what a step
-    /// costs beyond products is then shared by most of them. Larger heads leave registers for 16 rows. Two blocks fit a multiprocessor,
-    /// one where it has 100 KB of shared memory.
+    /// Up to a head dim of 128 a warp has 32 rows, so that each square read from shared memory
+    /// serves two products (with 16 rows the reads take as long as the products), and so many keys
+    /// that the accumulators of both products just fit 255 registers: what a step costs beyond
+    /// products is then shared by most of them. Larger heads leave registers for 16 rows. Two
+    /// blocks fit a multiprocessor, one where it has 100 KB of shared memory.
     pub const fn encode(head_dim: usize) -> Self {
         let row_tiles = if head_dim <= 128 { 2 } else { 1 };
         let keys = match head_dim {
@@ -54,19 +56,21 @@ impl Policy {
         Self { kernel: "encode", head_dim, row_tiles, row_warps: 4, keys, ..PLAIN }
     }
 
-    /// For 33 to 64 rows, where tiles of `encode` have 128: as that with half the rows and the same tiles of keys. The products of a row
-    /// accumulate in the same order, so both give it the same bits.
+    /// For 33 to 64 rows, where tiles of `encode` have 128: as that with half the rows and the same
+    /// tiles of keys. The products of a row accumulate in the same order, so both give it the same
+    /// bits.
     pub const fn encode_64(head_dim: usize) -> Option<Self> {
         let encode = Self::encode(head_dim);
         if encode.rows() == 128 { Some(Self { kernel: "encode_64", row_tiles: 1, ..encode }) } else { None }
     }
 
-    /// Other divisions of `encode`, which only a GPU can tell the worth of. They are built with the feature
-    /// `variants` and timed side by side by the bench `gpu`.
+    /// Other divisions of `encode`, which only a GPU can tell the worth of. They are built with the
+    /// feature `variants` and timed side by side by the bench `gpu`.
     ///
-    /// - `encode_values_first`: between the softmax and the second product there is no barrier, so that exponentials of
-    ///   one warp run beside products of another;
-    /// - `encode_wide`: eight warps share each tile of keys, so that it is read from the L2 cache half as often;
+    /// - `encode_values_first`: between the softmax and the second product there is no barrier, so
+    ///   that exponentials of one warp run beside products of another;
+    /// - `encode_wide`: eight warps share each tile of keys, so that it is read from the L2 cache
+    ///   half as often;
     /// - `encode_staged_f32`: outputs of f32 are written in whole lines.
     #[cfg(feature = "variants")]
     pub fn variants(head_dim: usize) -> Vec<Self> {
@@ -82,8 +86,9 @@ impl Policy {
         }
     }
 
-    /// For up to 16 rows, bound by reading keys and values: four warps walk keys of their own, without a barrier, and as many slots as fit
-    /// a multiprocessor of 100 KB keep copies on their way.
+    /// For up to 16 rows, bound by reading keys and values: four warps walk keys of their own,
+    /// without a barrier, and as many slots as fit a multiprocessor of 100 KB keep copies on their
+    /// way.
     pub const fn query(head_dim: usize) -> Self {
         let keys = if head_dim <= 64 { 32 } else { 16 };
         let mut policy = Self { kernel: "query", head_dim, key_warps: 4, keys, slots: 6, ..PLAIN };
@@ -107,8 +112,8 @@ impl Policy {
         32 * self.row_warps * self.key_warps
     }
 
-    /// What is kept of the list of keys (its ends, each row's limit, for each thread two addresses and a flag), then the queries and
-    /// each ring's slots in 16 bits.
+    /// What is kept of the list of keys (its ends, each row's limit, for each thread two addresses
+    /// and a flag), then the queries and each ring's slots in 16 bits.
     pub const fn shared_bytes(&self) -> usize {
         let list_bytes = (16 + 4 * self.rows() + (16 + 4) * self.threads()).next_multiple_of(128);
         list_bytes + 2 * self.head_dim * (self.rows() + self.key_warps * self.slots * self.keys)

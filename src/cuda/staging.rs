@@ -1,11 +1,11 @@
-//! Copies from the host's memory that the host does not wait for.
+//! Copies from CPU memory that the CPU does not wait for.
 
 use super::device::{Device, SpanMut, check_not_capturing};
 use crate::{Error, Result};
 
 /// A ring of slots of pinned memory, for tables that change while a stream works.
 ///
-/// A copy from pageable memory may keep the host until the stream comes to it. Here the bytes are
+/// A copy from pageable memory may keep the CPU until the stream comes to it. Here the bytes are
 /// written to a slot of pinned memory, the device copies them from there in the order of the
 /// stream, and an event behind the copies tells when the slot is free again. So a call neither
 /// waits nor allocates. As many slots are enough as updates may be under way at a time.

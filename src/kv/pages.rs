@@ -2,12 +2,17 @@
 
 use crate::{Error, Keys, Result};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A sequence of a [`KvStore`](super::KvStore). One that was closed is refused ever after.
+/// Sequences that were opened in all stores.
+static OPENED: AtomicU64 = AtomicU64::new(0);
+
+/// A sequence of a [`KvStore`](super::KvStore). One that was closed is refused ever after, and by all
+/// other stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SequenceId {
     slot: usize,
-    /// The count of sequences that were opened before this one.
+    /// The count of sequences that were opened before this one, in all stores.
     serial: u64,
 }
 
@@ -23,7 +28,6 @@ pub(super) struct PageTable {
     free: Vec<u32>,
     slots: Vec<Option<Held>>,
     vacant: Vec<usize>,
-    opened: u64,
 }
 
 /// What an open sequence holds.
@@ -58,7 +62,10 @@ pub(super) struct PageCopy {
 
 impl PageTable {
     /// `pages` pages of `page_len` rows, fewer than 2³² rows in all.
-    pub(super) fn new(pages: usize, page_len: usize, in_rows: bool) -> Self {
+    ///
+    /// # Errors
+    /// As [`reserve`](Self::reserve).
+    pub(super) fn new(pages: usize, page_len: usize, in_rows: bool) -> Result<Self> {
         let mut table = Self {
             page_len,
             in_rows,
@@ -66,13 +73,23 @@ impl PageTable {
             free: Vec::new(),
             slots: Vec::new(),
             vacant: Vec::new(),
-            opened: 0,
         };
+        table.reserve(pages)?;
         table.grow(pages, page_len);
-        table
+        Ok(table)
     }
 
-    /// More pages, or longer ones where each sequence has one.
+    /// Memory for so many pages in all.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if there is not so much.
+    pub(super) fn reserve(&mut self, pages: usize) -> Result<()> {
+        let more = pages.saturating_sub(self.users.len());
+        let reserved = self.users.try_reserve_exact(more).and_then(|()| self.free.try_reserve_exact(more));
+        reserved.map_err(|_| Error::value("pages", "a count that memory has room for", pages))
+    }
+
+    /// More pages, or longer ones where each sequence has one. Memory was reserved.
     pub(super) fn grow(&mut self, pages: usize, page_len: usize) {
         let before = self.users.len();
         self.page_len = page_len;
@@ -136,8 +153,7 @@ impl PageTable {
     }
 
     fn insert(&mut self, len: usize, pages: Vec<u32>) -> SequenceId {
-        let serial = self.opened;
-        self.opened += 1;
+        let serial = OPENED.fetch_add(1, Ordering::Relaxed);
         let slot = self.vacant.pop().unwrap_or_else(|| {
             self.slots.push(None);
             self.slots.len() - 1

@@ -1,9 +1,10 @@
 //! What a step of phase 2 does to a sequence of a store.
 
 use super::{KvStore, SequenceId};
-use crate::{Backend, Element, LEFT_OUT, Result, StepLayout};
+use crate::{Backend, Element, Error, LEFT_OUT, Result, StepLayout};
 
-/// The places of a step's rows in a sequence's store: the same in all layers.
+/// The places of a step's rows in a sequence's store: the same in all layers, until the sequence is
+/// extended, truncated or shared, or the store grows.
 ///
 /// An engine with several sequences writes their places one behind the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,13 +62,14 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     pub fn begin_step(&mut self, backend: &B, id: SequenceId, step: &StepLayout) -> Result<StepRows> {
         let held = self.len(id)?;
         let (appended, kept) = (step.appended(), step.kept());
+        let [appended_places, kept_places] = [left_out(step)?, left_out(step)?];
         self.extend(backend, id, appended.len().max(kept.len()))?;
         let mut rows = StepRows {
             held,
             attended: held + appended.len(),
             kept: held + kept.len(),
-            appended_places: vec![LEFT_OUT; step.tokens().len()],
-            kept_places: vec![LEFT_OUT; step.tokens().len()],
+            appended_places,
+            kept_places,
         };
         for (row, place) in appended.zip(self.places(id, held..rows.attended)?) {
             rows.appended_places[row] = place;
@@ -77,4 +79,13 @@ impl<B: Backend, T: Element> KvStore<B, T> {
         }
         Ok(rows)
     }
+}
+
+/// A place for each token of a step, of which none is stored yet.
+fn left_out(step: &StepLayout) -> Result<Vec<u32>> {
+    let (mut places, len) = (Vec::new(), step.tokens().len());
+    let reserved = places.try_reserve_exact(len);
+    reserved.map_err(|_| Error::value("step", "a count of tokens that memory has room for", len))?;
+    places.resize(len, LEFT_OUT);
+    Ok(places)
 }

@@ -11,10 +11,11 @@ use std::ops::Range;
 /// to every call.
 ///
 /// Each layer has a tensor of keys and one of values, [`shape`](Self::shape) `[pages, page_len,
-/// kv_heads, head_dim]`. In memory heads come before rows, so that the keys of a head are contiguous.
+/// kv_heads, head_dim]`. In memory heads come before rows, so that the keys of a head are
+/// contiguous.
 ///
-/// What a sequence holds is its length alone, the same in all layers; `extend` and `truncate` change
-/// it. The rows of new tokens hold anything until they are appended.
+/// What a sequence holds is its length alone, the same in all layers; `extend` and `truncate`
+/// change it. The rows of new tokens hold anything until they are appended.
 ///
 /// In rows an open sequence has its page from the start: there are as many sequences as pages, and
 /// more where they share.
@@ -32,9 +33,9 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     /// driver.
     pub fn new(backend: &B, config: KvConfig) -> Result<Self> {
         config.validate()?;
-        let layers = allocate(backend, &config)?;
         let [pages, page_len, ..] = config.shape();
-        Ok(Self { config, table: PageTable::new(pages, page_len, config.in_rows_mode()), layers })
+        let table = PageTable::new(pages, page_len, config.in_rows_mode())?;
+        Ok(Self { config, table, layers: allocate(backend, &config)? })
     }
 
     /// What there is room for.
@@ -50,7 +51,8 @@ impl<B: Backend, T: Element> KvStore<B, T> {
 
     /// Bytes of the keys and values of one token, over all layers.
     pub fn row_bytes(&self) -> usize {
-        2 * self.config.layers * self.config.kv_heads * self.config.head_dim * T::DTYPE.size()
+        let KvConfig { layers, kv_heads, head_dim, .. } = self.config;
+        [layers, kv_heads, head_dim, T::DTYPE.size()].iter().fold(2, |n: usize, &x| n.saturating_mul(x))
     }
 
     /// Pages that no sequence has.
@@ -88,7 +90,8 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     /// # Errors
     /// [`Error::Pages`] if too few pages are free, [`Error::Capacity`] for a sequence in rows that
     /// has no room; [`Error::Value`], naming `sequence`, for one that is not open; errors of
-    /// [`Backend::append`] for the copy. The sequence is then as it was.
+    /// [`Backend::buffer`] and [`Backend::append`] for the copy, which is refused in a stream that is
+    /// being captured. The sequence is then as it was.
     pub fn extend(&mut self, backend: &B, id: SequenceId, rows: usize) -> Result<()> {
         let extension = self.table.extension(id, rows)?;
         self.copy(backend, &extension)?;
@@ -150,10 +153,11 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     }
 
     /// The places of some of a sequence's tokens, as [`Append`] takes them: the same in all layers,
-    /// until the sequence is truncated, shared or extended.
+    /// until the sequence is truncated, shared or extended, or the store grows.
     ///
     /// # Errors
-    /// [`Error::Value`], naming `rows`, for tokens that it has not, or `sequence`, if it is not open.
+    /// [`Error::Value`], naming `rows`, for tokens that it has not, or `sequence`, if it is not
+    /// open.
     pub fn places(
         &self,
         id: SequenceId,
@@ -211,7 +215,8 @@ impl<B: Backend, T: Element> KvStore<B, T> {
         Ok([view("key", key)?, view("value", value)?])
     }
 
-    /// Stores new rows of any sequences in a layer.
+    /// Stores new rows of any sequences in a layer. A token that sequences share is written for all
+    /// of them; [`extend`](Self::extend) keeps new tokens apart.
     ///
     /// # Errors
     /// As [`Backend::append`]; [`Error::Value`], naming `layer`, if there is no such layer.
@@ -234,8 +239,8 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     /// Stores keys and values, each `[1, rows.len(), kv_heads, head_dim]`, as the tokens `rows` of
     /// one sequence in a layer.
     ///
-    /// The places go to the backend's memory in each call: an engine of many layers makes them once,
-    /// for [`append`](Self::append).
+    /// The places go to the backend's memory in each call: an engine of many layers makes them
+    /// once, for [`append`](Self::append).
     ///
     /// # Errors
     /// As [`append`](Self::append) and [`places`](Self::places).
@@ -258,6 +263,9 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     /// Makes room for more: more pages, or in rows more sequences or longer ones. All else in
     /// `config` is as it was. Sequences stay as they are, with new places in rows. Memory is taken
     /// for all of `config` before that in use is given back.
+    ///
+    /// Plans are made anew, for the new shape. A graph that has captured calls on the store must not
+    /// be launched any more: it has the addresses of memory that was given back.
     ///
     /// # Errors
     /// [`Error::Value`] for a config that differs in more than room, or has less; as
@@ -285,6 +293,7 @@ impl<B: Backend, T: Element> KvStore<B, T> {
             }
         }
         config.validate()?;
+        self.table.reserve(more_pages)?;
         let mut grown = allocate(backend, &config)?;
         let planes = (Planes { first: 0, len: page_len }, Planes { first: 0, len: longer });
         let used = self.table.used_rows();

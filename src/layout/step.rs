@@ -7,9 +7,9 @@ use std::ops::Range;
 /// One rank's part of a step over new tokens: the query, a chunk of it, or one generated token
 /// (paper section 2.2).
 ///
-/// One rank, the leader, appends the KV of all tokens of the step to its shard and attends causally;
-/// the others attend to all that they hold. Every key is seen on one rank, so the merge is exact.
-/// Afterwards each rank holds what it [keeps](Self::kept) of the step:
+/// One rank, the leader, appends the KV of all tokens of the step to its shard and attends
+/// causally; the others attend to all that they hold. Every key is seen on one rank, so the merge
+/// is exact. Afterwards each rank holds what it [keeps](Self::kept) of the step:
 ///
 /// ```
 /// # use star_attention::{GeneratedKv, Mask, StarLayout};
@@ -47,18 +47,23 @@ impl StepLayout {
         self.tokens.clone()
     }
 
-    /// The positions of the step's tokens, for RoPE.
+    /// The positions of the step's tokens, for RoPE, as far as they fit the address space.
     pub fn positions(&self) -> Range<usize> {
         let position = self.layout.query_position();
         position.saturating_add(self.tokens.start)..position.saturating_add(self.tokens.end)
     }
 
-    /// The rank that appends the KV of all tokens of the step: the one that keeps the first of them.
+    /// The rank that appends the KV of all tokens of the step: the one that keeps the first of
+    /// them.
     pub fn leader(&self) -> usize {
         let StarLayout { ranks, query_rank, generated, .. } = self.layout;
         match generated {
             GeneratedKv::QueryRank => query_rank,
-            GeneratedKv::RoundRobin => (query_rank + self.tokens.start % ranks) % ranks,
+            GeneratedKv::RoundRobin => {
+                let before_the_end = ranks - query_rank;
+                let ahead = self.tokens.start % ranks;
+                if ahead < before_the_end { query_rank + ahead } else { ahead - before_the_end }
+            }
         }
     }
 
@@ -84,13 +89,16 @@ impl StepLayout {
         let (first, every) = match self.layout.generated {
             GeneratedKv::QueryRank if self.leads() => (0, 1),
             GeneratedKv::QueryRank => (len, 1),
-            GeneratedKv::RoundRobin => ((self.rank + ranks - self.leader()) % ranks, ranks),
+            GeneratedKv::RoundRobin => {
+                let (rank, leader) = (self.rank, self.leader());
+                (if rank >= leader { rank - leader } else { ranks - (leader - rank) }, ranks)
+            }
         };
         (first.min(len)..len).step_by(every)
     }
 
-    /// Whether the rank keeps exactly what it appended, so that its shard is as it should be when it
-    /// has attended. Always so in a step of one token.
+    /// Whether the rank keeps exactly what it appended, so that its shard is as it should be when
+    /// it has attended. Always so in a step of one token.
     pub fn keeps_appended(&self) -> bool {
         self.kept().len() == self.appended().len()
     }

@@ -208,8 +208,8 @@ fn a_strided_cache_is_written_in_place() {
     }
 }
 
-/// Threads that append to one cache and attend to it, each to pages of its own, do not wait for each
-/// other for ever, whichever of the two tensors each calls keys.
+/// Threads that append to one cache and attend to it, each to pages of its own, do not wait for
+/// each other for ever, whichever of the two tensors each calls keys.
 #[test]
 fn threads_share_a_cache() {
     let [one, other] = [(); 2].map(|()| Tensor::zeros((2, 8, 1, 16), DType::F32, &Device::Cpu).unwrap());

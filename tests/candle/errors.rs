@@ -3,10 +3,7 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use star_attention::comm::ThreadGroup;
-use star_attention::{
-    Append, AttentionConfig, Batch, Capacity, Error, Inputs, Keys, Mask, PlanConfig, Rotation, Sequence,
-    candle,
-};
+use star_attention::{Append, AttentionConfig, Capacity, Error, Inputs, Mask, PlanConfig, Rotation, candle};
 
 const CONFIG: AttentionConfig = AttentionConfig { mask: Mask::Causal, scale: None, softcap: None };
 
@@ -196,12 +193,4 @@ fn ranks_that_differ() {
             assert_refused!(rank.join().unwrap(), Error::Peer { .. } | Error::Disconnected { .. });
         }
     });
-}
-
-/// Sequences are refused by the batch, before any tensor is.
-#[test]
-fn sequences_of_a_batch() {
-    let mut batch = Batch::new(QUERY, PAGES).unwrap();
-    let outside = Sequence::new(0, 0..1, Keys::pages(1, [9]), Mask::Full);
-    assert_refused!(batch.push(outside), Error::Sequence { index: 0, .. });
 }

@@ -80,7 +80,8 @@ fn whatever_differs_is_named_on_every_rank() {
 fn links_that_differ_are_found() {
     let config =
         |latency| GroupConfig { link: Some(Link { latency, bandwidth: 1e9 }), ..GroupConfig::default() };
-    // A rank of one group that holds the link of another: as two processes with other options would.
+    // A rank of one group that holds the link of another: as two processes with other options
+    // would.
     struct Linked(ThreadGroup, Link);
     impl Collective for Linked {
         fn rank(&self) -> usize {

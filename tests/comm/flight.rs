@@ -1,4 +1,5 @@
-//! Messages under way: what a rank may do meanwhile, and what becomes of those that nobody waits for.
+//! Messages under way: what a rank may do meanwhile, and what becomes of those that nobody waits
+//! for.
 
 use crate::common::named;
 use crate::programs::PROGRAMS;

@@ -1,4 +1,5 @@
-//! Many ranks: what holds over any engine (`programs`), and what each engine does when a rank fails.
+//! Many ranks: what holds over any engine (`programs`), and what each engine does when a rank
+//! fails.
 
 mod agree;
 #[path = "../common/mod.rs"]

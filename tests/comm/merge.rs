@@ -65,7 +65,8 @@ fn extents_that_no_message_could_have_are_refused() {
 
 #[test]
 fn few_query_tokens_go_by_all_gather_and_many_by_rows() {
-    // Field figures: 10 us and 200 GB/s, 8 ranks, 32 heads of 128 in bf16: the ways take the same time at 46 tokens.
+    // Field figures: 10 us and 200 GB/s, 8 ranks, 32 heads of 128 in bf16: the ways take the same
+    // time at 46 tokens.
     let link = Link::new(10e-6, 200e9).unwrap();
     let way =
         |tokens| MergePlan::<half::bf16, half::bf16>::new([1, tokens, 32, 128], 8, &link).unwrap().way();

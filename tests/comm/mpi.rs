@@ -1,4 +1,5 @@
-//! The engine for processes. Each test starts `mpirun` (or what `MPIRUN` names) on this very binary, whose ignored test `rank` is one process's share.
+//! The engine for processes. Each test starts `mpirun` (or what `MPIRUN` names) on this very
+//! binary, whose ignored test `rank` is one process's share.
 
 use crate::common::named;
 use crate::programs::PROGRAMS;
@@ -215,7 +216,8 @@ fn rank() {
                     match way {
                         "panic" => std::panic::resume_unwind(Box::new("a rank's panic")),
                         "leave" => return false,
-                        // In the last phase it is caught in the middle of its work, in others before.
+                        // In the last phase it is caught in the middle of its work, in others
+                        // before.
                         _ if phase != "generate" => std::thread::sleep(PATIENCE),
                         _ => {}
                     }
@@ -233,7 +235,8 @@ fn rank() {
     }
 }
 
-/// The root sends each part once, and its own to all; each other rank passes its part on to all but the root.
+/// The root sends each part once, and its own to all; each other rank passes its part on to all but
+/// the root.
 fn long_broadcasts_go_in_parts(group: &dyn Collective) {
     const PART: usize = 100_000;
     let (rank, size) = (group.rank() as u64, group.size() as u64);
@@ -249,7 +252,8 @@ fn long_broadcasts_go_in_parts(group: &dyn Collective) {
     assert_eq!(group.traffic() - before, sent);
 }
 
-/// What is longer than one message of MPI (16 MiB) is put together again, whatever region a cut goes through; meanwhile the group does nothing else.
+/// What is longer than one message of MPI (16 MiB) is put together again, whatever region a cut
+/// goes through; meanwhile the group does nothing else.
 fn long_messages_go_in_pieces(group: &dyn Collective) {
     const LENS: [usize; 2] = [4004, 17 << 20];
     let (rank, size) = (group.rank(), group.size());

@@ -1,4 +1,4 @@
-//! Devices that kernels are tested on: the rank, and a GPU where there is one.
+//! Devices that kernels are tested on: the emulator, and a GPU where there is one.
 
 use half::vec::HalfBitsVecExt;
 use star_attention::cuda::simt::{self, Simt};
@@ -65,7 +65,8 @@ impl Backend for Simt {
     fn room(&self, len: usize) -> Option<Self::Memory<f16>> {
         // The device may leave some out, for the alignment of the first.
         let len = len + 128;
-        // A vector of zeros takes pages from the system when they are touched, but ends the process where there are none.
+        // A vector of zeros takes pages from the system when they are touched, but ends the process
+        // where there are none.
         Vec::<u16>::new().try_reserve_exact(len).ok()?;
         Some(self.adopt(vec![0u16; len].reinterpret_into()))
     }

@@ -1,4 +1,5 @@
-//! What the integration tests share: seeded values, owned tensors of any strides, and running examples.
+//! What the integration tests share: seeded values, owned tensors of any strides, and running
+//! examples.
 
 #![allow(dead_code)] // every test binary takes what it needs
 
@@ -85,7 +86,8 @@ pub struct Tensor<T> {
 }
 
 impl<T: Element> Tensor<T> {
-    /// The elements are drawn from `value` in row-major order; everything between them is `padding`.
+    /// The elements are drawn from `value` in row-major order; everything between them is
+    /// `padding`.
     pub fn new(
         name: &'static str,
         shape: [usize; 4],

@@ -9,7 +9,8 @@ use star_attention::{AttentionConfig, AttentionShape, Error, Inputs, Mask, Tenso
 const STAR: Mask = Mask::Star { anchor_len: 3, block_len: 8, first_block_len: 3 };
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
 
-/// A call on normal f32 values on all instructions, compared with the oracle; gives output and log-sum-exp of the last.
+/// A call on normal f32 values on all instructions, compared with the oracle; gives output and
+/// log-sum-exp of the last.
 fn check(
     mask: Mask,
     [batch, query_len, key_len]: [usize; 3],
@@ -168,8 +169,8 @@ fn strides_that_are_never_taken_may_be_anything() {
     }
 }
 
-/// Extents are numbers until tensors come with them: those that no tensor can have are refused, without overflow and without
-/// planning work for them.
+/// Extents are numbers until tensors come with them: those that no tensor can have are refused,
+/// without overflow and without planning work for them.
 #[test]
 fn extents_that_no_tensor_can_have_are_refused() {
     const MAX: usize = usize::MAX;

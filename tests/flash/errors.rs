@@ -42,7 +42,8 @@ fn strides([_, seq, heads, dim]: [usize; 4], scattered: bool) -> [usize; 4] {
 }
 
 impl Call {
-    /// Makes the call by way of the convenience and of a plan for the right shape; asserts that nothing was written.
+    /// Makes the call by way of the convenience and of a plan for the right shape; asserts that
+    /// nothing was written.
     fn run(&self) -> [Result<()>; 2] {
         [true, false].map(|convenience| {
             let input = vec![0.5f32; 2048];

@@ -1,5 +1,5 @@
-//! What must hold for attention on the CPU: the default backend against the oracle, Star Attention's two phases against
-//! their definitions, and the edges.
+//! What must hold for attention on the CPU: the default backend against the oracle, Star
+//! Attention's two phases against their definitions, and the edges.
 //!
 //! Every property runs 256 cases; `PROPTEST_CASES=100000` asks for more.
 

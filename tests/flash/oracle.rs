@@ -6,8 +6,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use star_attention::cpu::InstructionSet;
 use star_attention::{Element, bf16, f16};
 
-/// On any instructions the call gives what the definition says, writes nothing else, and does not depend on what it
-/// finds in the workspace or on whether the log-sum-exp is asked for.
+/// On any instructions the call gives what the definition says, writes nothing else, and does not
+/// depend on what it finds in the workspace or on whether the log-sum-exp is asked for.
 fn equals_the_oracle<T: Element, O: Element>(case: &Case) -> Result<(), TestCaseError> {
     let inputs = case.inputs::<T>();
     let expected = case.expected(&inputs);

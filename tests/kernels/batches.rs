@@ -92,8 +92,8 @@ on_each_device! {
     }
 }
 
-/// 128 query heads on one KV head, and 16,777,216 packed keys of 64 sequences: 2³¹ elements of keys,
-/// and positions that no 32-bit product with the head dim holds.
+/// 128 query heads on one KV head, and 16,777,216 packed keys of 64 sequences: 2³¹ elements of
+/// keys, and positions that no 32-bit product with the head dim holds.
 #[test]
 fn many_packed_keys_of_one_head_can_be_planned() {
     let batch = many_packed_keys_of_one_head();

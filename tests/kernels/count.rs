@@ -1,4 +1,4 @@
-//! How much was run on the host, told when the tests are done.
+//! How much was run on the emulator, told when the tests are done.
 
 use std::io::Write;
 use std::sync::Once;
@@ -21,7 +21,7 @@ extern "C" fn report() {
     // The test harness keeps what `println` prints.
     let _ = writeln!(
         std::io::stdout(),
-        "kernel cases on the host: {} launches of {ran} kernels (of {} built)",
+        "kernel cases on the emulator: {} launches of {ran} kernels (of {} built)",
         launches.iter().sum::<u64>(),
         launches.len()
     );

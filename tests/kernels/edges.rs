@@ -1,4 +1,5 @@
-//! Every kernel by name; nothing to see, nothing to do, one of everything, uneven tails, and strides far larger than the data.
+//! Every kernel by name; nothing to see, nothing to do, one of everything, uneven tails, and
+//! strides far larger than the data.
 
 use crate::backend::Backend;
 use crate::call::{Memory, Variant, merge_on, on_each_device};
@@ -128,7 +129,8 @@ on_each_device! {
         }
     }
 
-    /// One row, one key, and one more or less than tiles of rows (128, 16) and keys (128, 64, 32, 16) hold.
+    /// One row, one key, and one more or less than tiles of rows (128, 16) and keys (128, 64, 32,
+    /// 16) hold.
     fn extents_around_the_tiles() {
         for (query_len, key_len) in [(1, 1), (1, 63), (1, 65), (16, 64), (17, 257), (127, 127), (129, 129), (129, 191)] {
             for mask in MASKS {

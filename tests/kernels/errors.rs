@@ -58,7 +58,8 @@ impl Call {
         [seq * heads * row, heads * row, row, self.steps[tensor]]
     }
 
-    /// Makes the call with an output of type `O`; asserts that nothing was written if it is refused.
+    /// Makes the call with an output of type `O`; asserts that nothing was written if it is
+    /// refused.
     fn run<B: Backend, O: Element>(&self) -> Result<()> {
         let backend = B::open(0);
         let plan = Plan::new(&backend.device().properties(), &AttentionConfig::default(), &SHAPE).unwrap();

@@ -1,4 +1,4 @@
-//! The host device finds what it is there to find: each test plants a bug into kernels that are right.
+//! The emulator finds what it is there to find: each test plants a bug into kernels that are right.
 
 use crate::backend::Backend;
 use crate::call::{Memory, run_plan};
@@ -30,7 +30,8 @@ fn case(mask: Mask, query_len: usize, key_len: usize, head_dim: usize) -> Case {
     }
 }
 
-/// Context encoding, whose warps share keys, and query attention, whose warps have keys of their own.
+/// Context encoding, whose warps share keys, and query attention, whose warps have keys of their
+/// own.
 fn both_kernels() -> [Case; 2] {
     [case(Mask::Causal, 130, 130, 128), case(Mask::Full, 4, 400, 64)]
 }
@@ -68,7 +69,8 @@ fn without_a_fault_any_order_gives_the_same_bits() {
     }
 }
 
-/// Each of the barriers that a block comes to is needed. A thread that runs ahead meets what others have not written, or still use.
+/// Each of the barriers that a block comes to is needed. A thread that runs ahead meets what others
+/// have not written, or still use.
 #[test]
 fn a_missing_barrier() {
     let [encode, query] = both_kernels();
@@ -79,7 +81,8 @@ fn a_missing_barrier() {
     // Before outputs take the place of queries that were never used.
     let blind = case(Mask::Full, 70, 0, 64);
     found_in::<bf16>(&blind, Fault::SkipBarrier(1), "shared memory: ");
-    // After the queries' copy, before the rings are used for the warps' results, and before those are read.
+    // After the queries' copy, before the rings are used for the warps' results, and before those
+    // are read.
     for barrier in 0..3 {
         found(&query, Fault::SkipBarrier(barrier), "shared memory: ");
     }
@@ -138,7 +141,8 @@ fn global_memory_out_of_bounds() {
                 .collect();
             let out = simt.buffer(&vec![RUBBISH; cut(3, query.len())]);
             let address = |i: usize| buffers[i].span().address();
-            // SAFETY: they are not as long as they claim: the device must refuse to touch what is beyond.
+            // SAFETY: they are not as long as they claim: the device must refuse to touch what is
+            // beyond.
             let (q, k, v, out) = unsafe {
                 (
                     Span::<Simt, bf16>::from_raw(address(0), query.len()),
@@ -173,7 +177,8 @@ struct Edge {
     applies: fn(&StarTile) -> bool,
 }
 
-/// All edges of the mask and of the tile's rows. A limit that is too high shows where no row's own limit, the tile's end, comes before it.
+/// All edges of the mask and of the tile's rows. A limit that is too high shows where no row's own
+/// limit, the tile's end, comes before it.
 fn edges() -> Vec<Edge> {
     let edge = |name, up, field, applies| Edge { name, up, field, applies };
     vec![
@@ -192,7 +197,8 @@ fn edges() -> Vec<Edge> {
     ]
 }
 
-/// Runs a case with one tile of its plan changed by `change`; whether the result is what it ought to be.
+/// Runs a case with one tile of its plan changed by `change`; whether the result is what it ought
+/// to be.
 fn is_right(case: &Case, plan: &Plan, at: usize, change: impl FnOnce(&mut StarTile)) -> bool {
     let simt = Simt::new(0);
     let inputs = case.inputs::<bf16>();
@@ -202,7 +208,8 @@ fn is_right(case: &Case, plan: &Plan, at: usize, change: impl FnOnce(&mut StarTi
     let mut out_memory = Memory::of(&simt, &out);
     let mut lse = simt.buffer(&vec![RUBBISH; case.shape.lse_len()]);
     let mut workspace = simt.buffer(&vec![0u8; plan.workspace_bytes()]);
-    // SAFETY: the buffer lives; between the upload of the tiles and the launch nothing else uses it.
+    // SAFETY: the buffer lives; between the upload of the tiles and the launch nothing else uses
+    // it.
     let span = unsafe { SpanMut::from_raw(workspace.span().address(), workspace.as_slice().len()) };
     let mut prepared = plan.prepare(&simt, &(), span).unwrap();
     let bytes = &mut workspace.as_mut_slice()[at * size_of::<StarTile>()..][..size_of::<StarTile>()];

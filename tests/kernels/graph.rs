@@ -1,5 +1,5 @@
-//! One captured graph serves a batch that grows, joins and leaves: what it attends to is the batch of
-//! the plan's last update.
+//! One captured graph serves a batch that grows, joins and leaves: what it attends to is the batch
+//! of the plan's last update.
 
 use crate::common::Rng;
 use crate::recording::{Captures, Recording};
@@ -213,7 +213,8 @@ fn graphs_of_decodes<B: Captures>(backend: &B, counts: [usize; 3]) {
     }
 }
 
-/// Steps of up to so many rows of a sequence, which take the kernel for few rows and the one for 64.
+/// Steps of up to so many rows of a sequence, which take the kernel for few rows and the one for
+/// 64.
 fn graphs_of_a_few_rows<B: Captures>(backend: &B, count: usize) {
     let plain = PlanConfig::new();
     for (rows, paged) in [(1, false), (5, true), (20, true), (20, false)] {

@@ -1,7 +1,8 @@
-//! What must hold for attention by kernels: on the host always; on a GPU, with `--ignored`, where there is one.
+//! What must hold for attention by kernels: on the emulator always; on a GPU, with `--ignored`,
+//! where there is one.
 //!
 //! Every property runs 256 cases, those of engines a quarter; `PROPTEST_CASES=100000` asks for
-//! more. At the end stands how many kernels were launched on the host.
+//! more. At the end stands how many kernels were launched on the emulator.
 
 #[path = "../common/mod.rs"]
 mod common;

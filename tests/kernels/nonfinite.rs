@@ -16,7 +16,8 @@ use star_attention::{bf16, f16};
 on_each_device! {
     fn what_is_not_finite_stays_in_its_rows(spotted in spotted(kernel_cases()), dtypes in 0..4usize) {
         let (mut case, spots) = spotted;
-        // The kernels take the smallest positive number for a scale of 0: it times infinity is no NaN.
+        // The kernels take the smallest positive number for a scale of 0: it times infinity is no
+        // NaN.
         case.config.scale = case.config.scale.filter(|&scale| scale > 0.0);
         let by = On(B::cuda(case.seed));
         match dtypes {

@@ -1,6 +1,8 @@
-//! Tensors that reach 2³² elements and further: no offset may be cut to 32 bits, with or without a sign.
+//! Tensors that reach 2³² elements and further: no offset may be cut to 32 bits, with or without a
+//! sign.
 //!
-//! Each is a few rows in memory that is not touched elsewhere, and on the host not even taken from the system.
+//! Each is a few rows in memory that is not touched elsewhere, and on the emulator not even taken
+//! from the system.
 
 use crate::backend::Backend;
 use crate::call::{Memory, on_each_device};
@@ -18,7 +20,8 @@ type Far<B> = Memory<B, f16>;
 /// Tests take turns, so that their tensors fit a GPU together.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// A call on tensors that are far along the axis batch, seq or heads; none if there is no memory for them.
+/// A call on tensors that are far along the axis batch, seq or heads; none if there is no memory
+/// for them.
 fn along_each_axis(mut call: impl FnMut(usize) -> Option<()>) {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     for axis in 0..3 {

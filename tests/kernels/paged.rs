@@ -10,7 +10,8 @@ use star_attention::bf16;
 use star_attention::cuda::flash::{PageTable, Plan};
 use star_attention::cuda::{Device, HalfElement};
 
-/// Any pages for the sequences' keys, some pages of no one, and now and then more pages than a sequence needs.
+/// Any pages for the sequences' keys, some pages of no one, and now and then more pages than a
+/// sequence needs.
 fn page_table(lens: &[(usize, usize)], page_len: usize, seed: u64) -> PageTable {
     let mut rng = Rng::new(seed);
     let counts: Vec<usize> =

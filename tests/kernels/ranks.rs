@@ -1,4 +1,5 @@
-//! The merge over ranks whose partials are in device memory, against the merge of all of them in one place.
+//! The merge over ranks whose partials are in device memory, against the merge of all of them in
+//! one place.
 
 use crate::backend::Backend;
 use crate::call::on_each_device;
@@ -22,7 +23,8 @@ fn partial<T: Element>(rank: usize, shape: [usize; 4]) -> (Tensor<T>, Vec<f32>) 
     (out, lse.collect())
 }
 
-/// Strides of `[batch, seq, heads, dim]` with heads before tokens, or with tokens first and room between rows.
+/// Strides of `[batch, seq, heads, dim]` with heads before tokens, or with tokens first and room
+/// between rows.
 fn strides([_, seq, heads, dim]: [usize; 4], heads_first: bool) -> [usize; 4] {
     match heads_first {
         true => [heads * seq * dim, dim, seq * dim, 1],
@@ -40,8 +42,8 @@ fn laid_out<T: Element>(tensor: &Tensor<T>, strides: [usize; 4]) -> Vec<T> {
     data
 }
 
-/// One rank's merged output and log-sum-exp as bits, the same in four calls: of partials that lie as one of the ways wants them, that do not,
-/// and that attention has written into the message.
+/// One rank's merged output and log-sum-exp as bits, the same in four calls: of partials that lie
+/// as one of the ways wants them, that do not, and that attention has written into the message.
 fn merged<B: Backend, T: Element, O: Element>(
     group: &ThreadGroup,
     shape: [usize; 4],
@@ -156,7 +158,8 @@ on_each_device! {
         }
     }
 
-    /// An infinite log-sum-exp is no mark of an empty row: the row is NaN on every rank, and no other is.
+    /// An infinite log-sum-exp is no mark of an empty row: the row is NaN on every rank, and no
+    /// other is.
     fn an_infinite_lse_makes_its_row_nan() {
         const SHAPE: [usize; 4] = [1, 5, 1, 8];
         for way in [MergeWay::AllGather, MergeWay::ByRows] {

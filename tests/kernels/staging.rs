@@ -1,5 +1,5 @@
 //! Copies through pinned memory: their order, their slots, and what errors leave behind. On a
-//! device whose work is done when the test says so, on the host, and on a GPU.
+//! device whose work is done when the test says so, on the emulator, and on a GPU.
 
 use crate::backend::Backend;
 use crate::call::on_each_device;

@@ -106,10 +106,7 @@ fn sequences_that_are_not_open() {
     // In the same slot.
     let again = store.open().unwrap();
     assert_ne!(stale, again);
-    let unknown = {
-        let (mut other, _) = in_pages(3, 4, 6);
-        [(); 2].map(|()| other.open().unwrap())[1]
-    };
+    let unknown = in_pages(3, 4, 6).1;
     let ones = Tensor::<f32>::contiguous("ones", [1, 0, 2, 8], |_| 1.0);
     for id in [stale, unknown] {
         let wrong = ("value", "sequence");

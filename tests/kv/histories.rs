@@ -224,7 +224,8 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
         Ok(())
     }
 
-    /// Each sequence's rows attend to its keys in the store, all in one call; in rows also one by one.
+    /// Each sequence's rows attend to its keys in the store, all in one call; in rows also one by
+    /// one.
     fn check_attention(&self, layer: usize, group: usize) -> Result<(), TestCaseError> {
         let [_, _, kv_heads, head_dim] = self.store.shape();
         let (backend, heads) = (self.backend, kv_heads * group);

@@ -66,7 +66,8 @@ fn every_anchor_block_equals_the_literal_encoding() {
     let model = Llama::load(directory.path(), None).unwrap();
     let literal = Literal::new(&config, &tensors);
     let queries = [ids(1, VOCAB, 1), ids(4, VOCAB, 3)];
-    // A block for each rank, a rank without one, a short last block, a short anchor; several blocks on a rank.
+    // A block for each rank, a rank without one, a short last block, a short anchor; several blocks
+    // on a rank.
     for (context_len, block_len, anchor_len, ranks) in
         [(64, 16, 16, 4), (61, 16, 16, 6), (61, 16, 5, 4), (20, 20, 20, 1), (61, 16, 5, 2)]
     {

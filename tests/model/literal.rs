@@ -1,6 +1,8 @@
-//! Star Attention to the letter: a Llama in f64 with naive loops, run on one (anchor, block) pair after another.
+//! Star Attention to the letter: a Llama in f64 with naive loops, run on one (anchor, block) pair
+//! after another.
 //!
-//! It knows nothing of ranks, masks, shards or merges, and shares no code with the crate or the example.
+//! It knows nothing of ranks, masks, shards or merges, and shares no code with the crate or the
+//! example.
 
 use candle_core::{DType, Tensor};
 use serde_json::Value;
@@ -49,7 +51,8 @@ impl Literal {
         }
     }
 
-    /// Logits of `inputs` behind a context that is encoded block by block, each with the anchor before it.
+    /// Logits of `inputs` behind a context that is encoded block by block, each with the anchor
+    /// before it.
     pub fn star(&self, context: &[u32], block: usize, anchor: usize, inputs: &[u32]) -> Vec<Row> {
         let first = || (context[..anchor].to_vec(), (0..anchor).collect());
         let anchors: Vec<Anchor> = (1..context.len().div_ceil(block)).map(|_| first()).collect();
@@ -83,7 +86,8 @@ impl Literal {
         self.logits(&hidden[context.len()..])
     }
 
-    /// Runs a causal sequence that also sees all of `past`; returns its keys and values, and the last layer's outputs.
+    /// Runs a causal sequence that also sees all of `past`; returns its keys and values, and the
+    /// last layer's outputs.
     fn run(&self, tokens: &[u32], positions: &[usize], past: &[Cache]) -> (Vec<Cache>, Vec<Row>) {
         let embedding = &self.weights["model.embed_tokens.weight"];
         let embed = |&token: &u32| embedding[token as usize * self.hidden..][..self.hidden].to_vec();

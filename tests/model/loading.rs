@@ -17,7 +17,8 @@ fn assert_loads(config: &Value, stored: DType, dtype: Option<DType>, tolerance: 
     assert_equals_literal(&directory, config, &tensors, dtype, tolerance);
 }
 
-/// Dense and star logits of a checkpoint are those of the literal model of the same config and tensors.
+/// Dense and star logits of a checkpoint are those of the literal model of the same config and
+/// tensors.
 fn assert_equals_literal(
     directory: &Directory,
     config: &Value,
@@ -103,8 +104,8 @@ fn half_checkpoints_load() {
     for (stored, unit) in [(DType::F16, 2f64.powi(-11)), (DType::BF16, 2f64.powi(-8))] {
         // Widened, only the weights as stored count.
         assert_loads(&config(), stored, Some(DType::F32), 1e-4);
-        // As stored, queries, keys and values are rounded too, in each of two layers with steep attention: the logits,
-        // of size 10, then move by several units.
+        // As stored, queries, keys and values are rounded too, in each of two layers with steep
+        // attention: the logits, of size 10, then move by several units.
         assert_loads(&config(), stored, None, 20.0 * unit);
     }
 }

@@ -1,5 +1,5 @@
-//! The examples' model: star attention through the crate against Star Attention to the letter, on the same weights; its
-//! loader, its tokenizer, and its haystacks.
+//! The examples' model: star attention through the crate against Star Attention to the letter, on
+//! the same weights; its loader, its tokenizer, and its haystacks.
 #![cfg(feature = "candle")]
 
 mod byte_level;
@@ -52,7 +52,8 @@ fn answers(
     Ok(run(model, None, mode, &job, &ProgressBar::hidden())?.answers)
 }
 
-/// Each row of the logits against the literal implementation's, run on the query and the answer's tokens.
+/// Each row of the logits against the literal implementation's, run on the query and the answer's
+/// tokens.
 fn assert_logits(answer: &Answer, query: &[u32], tolerance: f64, literal: impl Fn(&[u32]) -> Vec<Vec<f64>>) {
     let inputs = [query, &answer.tokens].concat();
     let logits = answer.logits.as_ref().unwrap().to_vec2::<f32>().unwrap();
@@ -83,7 +84,8 @@ fn star_equals_the_literal_per_block_encoding() {
     let model = Llama::load(directory.path(), None).unwrap();
     let literal = Literal::new(&config, &tensors);
     let queries = [ids(1, 50, 1), ids(2, 50, 2), ids(7, 50, 3)];
-    // Context, block and anchor: even, uneven tails, short anchors, none, one block, a block of one token, no context.
+    // Context, block and anchor: even, uneven tails, short anchors, none, one block, a block of one
+    // token, no context.
     for (context_len, block_len, anchor_len) in [
         (64, 16, 16),
         (61, 16, 16),
@@ -115,7 +117,8 @@ fn star_equals_the_literal_per_block_encoding() {
     }
 }
 
-/// The anchor encoded or received, and new keys on one rank or dealt: with fewer blocks than ranks, without an anchor, without a context.
+/// The anchor encoded or received, and new keys on one rank or dealt: with fewer blocks than ranks,
+/// without an anchor, without a context.
 #[test]
 fn every_scheme_equals_the_literal_per_block_encoding() {
     let config = config();

@@ -59,7 +59,8 @@ impl AppendCase {
             .collect()
     }
 
-    /// The element of a turned key, and what rounding may change; `angle` gives cosine and sine of a pair.
+    /// The element of a turned key, and what rounding may change; `angle` gives cosine and sine of
+    /// a pair.
     fn turned<T: Element, C: Element>(
         &self,
         key: &Tensor<T>,

@@ -22,7 +22,8 @@ pub enum Values {
 }
 
 impl Values {
-    /// Whether many terms of a sum are the same, so that their rounding errors add up instead of averaging out.
+    /// Whether many terms of a sum are the same, so that their rounding errors add up instead of
+    /// averaging out.
     pub fn correlated(self) -> bool {
         matches!(self, Self::ConstantRows | Self::EqualKeys)
     }
@@ -55,7 +56,8 @@ pub fn head_dims() -> impl Strategy<Value = usize> {
     prop_oneof![2 => 1..=160usize, 3 => prop::sample::select(vec![64, 96, 128, 192, 256])]
 }
 
-/// Multiply-adds of QKᵀ in the largest case: what the oracle, one row at a time in f64, does in some 20 ms.
+/// Multiply-adds of QKᵀ in the largest case: what the oracle, one row at a time in f64, does in
+/// some 20 ms.
 const WORK: usize = 3_000_000;
 
 pub fn shapes() -> impl Strategy<Value = AttentionShape> {

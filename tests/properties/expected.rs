@@ -1,20 +1,26 @@
 //! What a call must give, and how far from it rounding may lead.
 //!
-//! The values are the oracle's, in f64. With weights `w_j = exp(s_j - lse)` an error `δ_j` of the score `s_j` moves the output by
-//! `Σ w_j δ_j (v_j - out)` and the log-sum-exp by `Σ w_j δ_j`. In f32, with `u = 2⁻²⁴` the unit roundoff:
+//! The values are the oracle's, in f64. With weights `w_j = exp(s_j - lse)` an error `δ_j` of the
+//! score `s_j` moves the output by `Σ w_j δ_j (v_j - out)` and the log-sum-exp by `Σ w_j δ_j`. In
+//! f32, with `u = 2⁻²⁴` the unit roundoff:
 //!
 //! - the dot product of `d` terms: `growth(d) u |q||k|` times the scale;
-//! - scaling, the shift by the maximum `m` and the argument of exp: a few `u (|s_j| + |m|)`; exp itself a few `u`;
-//! - the softcap: 16 `u |s_j|`, as tanh is right to a few units of its own magnitude, whatever the cap;
-//! - the sums over `n` keys, rescaled now and then: `growth(n) u Σ w_j |v_j|`, and rounding the output.
+//! - scaling, the shift by the maximum `m` and the argument of exp: a few `u (|s_j| + |m|)`; exp
+//!   itself a few `u`;
+//! - the softcap: 16 `u |s_j|`, as tanh is right to a few units of its own magnitude, whatever the
+//!   cap;
+//! - the sums over `n` keys, rescaled now and then: `growth(n) u Σ w_j |v_j|`, and rounding the
+//!   output.
 //!
-//! `growth(n)` is n where the terms repeat and their errors add up (the worst case), and `3 √n` where they are random: a walk of n
-//! steps. (Higham and Mary, A new approach to probabilistic rounding error analysis, 2019.)
+//! `growth(n)` is n where the terms repeat and their errors add up (the worst case), and `3 √n`
+//! where they are random: a walk of n steps. (Higham and Mary, A new approach to probabilistic
+//! rounding error analysis, 2019.)
 //!
-//! For f16 and bf16 the rule is FlashAttention's: `max|out - ref| <= 2 max|lowp - ref| + atol`, where `lowp` is the same maths done naively
-//! with the probabilities and the output rounded to the type. Scores and log-sum-exp get no such allowance:
-//! they are accumulated in f32 whatever the type. `atol` is for tensors of so few elements that
-//! `lowp` may be exact by luck: four standard deviations of the rounding of probabilities and output.
+//! For f16 and bf16 the rule is FlashAttention's: `max|out - ref| <= 2 max|lowp - ref| + atol`,
+//! where `lowp` is the same maths done naively with the probabilities and the output rounded to the
+//! type. Scores and log-sum-exp get no such allowance: they are accumulated in f32 whatever the
+//! type. `atol` is for tensors of so few elements that `lowp` may be exact by luck: four standard
+//! deviations of the rounding of probabilities and output.
 
 use crate::common::Tensor;
 use proptest::prelude::*;
@@ -135,7 +141,8 @@ impl Expected {
                     })
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                // Per output element: error through the scores, Σ w|v|, Σ (w v)², and the naive low-precision sum.
+                // Per output element: error through the scores, Σ w|v|, Σ (w v)², and the naive
+                // low-precision sum.
                 let mut through = vec![0.0; dim];
                 let mut magnitude = vec![0.0; dim];
                 let mut squares = vec![0.0; dim];
@@ -199,7 +206,8 @@ impl Expected {
         }
     }
 
-    /// The same values with every tolerance `factor` times as wide, for results that went through several steps.
+    /// The same values with every tolerance `factor` times as wide, for results that went through
+    /// several steps.
     pub fn widened(mut self, factor: f64) -> Self {
         self.out_tolerance.iter_mut().for_each(|t| *t *= factor);
         self.lse_tolerance.iter_mut().for_each(|t| *t *= factor);
@@ -207,7 +215,8 @@ impl Expected {
         self
     }
 
-    /// Compares an output, in row-major order; NaN must be where the definition has it, and nowhere else.
+    /// Compares an output, in row-major order; NaN must be where the definition has it, and nowhere
+    /// else.
     pub fn check_out(&self, out: impl Iterator<Item = f32>) -> Result<(), TestCaseError> {
         let [_, seqs, heads, dim] = self.shape;
         let mut elements = 0;

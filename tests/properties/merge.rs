@@ -62,8 +62,8 @@ pub fn exact(parts: &[&Data], index: usize, dim: usize) -> (Vec<f64>, f64) {
     (out, max + sum.ln())
 }
 
-/// `merges` is how many times a log-sum-exp was rounded to f32 on the way and then weighed against others: each time the weights move
-/// by as much, relatively, as it was rounded by.
+/// `merges` is how many times a log-sum-exp was rounded to f32 on the way and then weighed against
+/// others: each time the weights move by as much, relatively, as it was rounded by.
 pub fn assert_close(result: &Data, parts: &[&Data], merges: usize) {
     for index in 0..result.lse.len() {
         let (out, lse) = exact(parts, index, result.shape[3]);
@@ -178,7 +178,8 @@ pub fn takes_the_far_larger(merged: Merge<'_>) {
     }
 }
 
-/// An infinite log-sum-exp is no mark of an empty row, whatever it stands beside: the row is NaN, not passed over.
+/// An infinite log-sum-exp is no mark of an empty row, whatever it stands beside: the row is NaN,
+/// not passed over.
 pub fn takes_no_infinite_lse_for_empty(merged: Merge<'_>) {
     let shape = [1, 2, 1, 2];
     // As FlashAttention-2 leaves a row that saw no key, before one that has.

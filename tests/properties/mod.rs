@@ -23,7 +23,8 @@ use star_attention::{AttentionConfig, Element};
 
 /// Whoever computes attention on elements of `T`.
 pub trait Attend<T: Element> {
-    /// Attention into `out` and, if given, its log-sum-exp `[batch, heads, seq]`; of packed sequences if they have offsets of queries and keys.
+    /// Attention into `out` and, if given, its log-sum-exp `[batch, heads, seq]`; of packed
+    /// sequences if they have offsets of queries and keys.
     fn attend<O: Element>(
         &self,
         config: &AttentionConfig,

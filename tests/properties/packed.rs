@@ -117,7 +117,8 @@ pub fn each_sequence_stands_alone<T: Element, O: Element>(
     Ok(())
 }
 
-/// What is not finite in the keys and values of one of the sequences changes no bit of another's rows.
+/// What is not finite in the keys and values of one of the sequences changes no bit of another's
+/// rows.
 pub fn a_sequence_of_nan_stays_alone<T: Element, O: Element>(
     by: &impl Attend<T>,
     packed: &Packed,

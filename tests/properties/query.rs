@@ -1,4 +1,5 @@
-//! Phase 2: partial attention over shards, merged, against the dense softmax; and both phases together.
+//! Phase 2: partial attention over shards, merged, against the dense softmax; and both phases
+//! together.
 
 use super::Attend;
 use super::cases::Inputs;
@@ -8,8 +9,8 @@ use crate::common::{Layout, Rng, Tensor, indices, layouts};
 use proptest::prelude::*;
 use star_attention::{AttentionConfig, Element, Mask};
 
-/// One shard's share of the attention, in f32 whatever the type of the keys. Query rows are the last keys of the shard that holds their
-/// KV, and see all of any other.
+/// One shard's share of the attention, in f32 whatever the type of the keys. Query rows are the
+/// last keys of the shard that holds their KV, and see all of any other.
 fn partial<T: Element>(
     by: &impl Attend<T>,
     config: &AttentionConfig,
@@ -138,7 +139,8 @@ pub fn merged_shards_equal_dense<T: Element>(
     check_merged(by, &partials, &expected)
 }
 
-/// Encodes a random context, keeps the KV of a next layer made from the outputs, and asks random queries of it.
+/// Encodes a random context, keeps the KV of a next layer made from the outputs, and asks random
+/// queries of it.
 pub fn both_phases<T: Element>(
     by: &impl Attend<T>,
     context: &Context,
@@ -150,7 +152,8 @@ pub fn both_phases<T: Element>(
     let Inputs { query, key, value } = context.inputs::<T>(&mut rng, len, len);
     let asked = context.inputs::<T>(&mut rng, query_len, query_len);
 
-    // Phase 1. The next layer's keys and values are the values, and the outputs of the first query heads.
+    // Phase 1. The next layer's keys and values are the values, and the outputs of the first query
+    // heads.
     let next_shape = [batch, len, kv_heads, head_dim];
     let mut next = Tensor::<T>::contiguous("next", next_shape, |_| f32::NAN);
     let mut shards = Vec::new();

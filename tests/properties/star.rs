@@ -1,4 +1,5 @@
-//! Phase 1: one call under the star mask against the paper's definition, which encodes every (anchor, block) pair by itself.
+//! Phase 1: one call under the star mask against the paper's definition, which encodes every
+//! (anchor, block) pair by itself.
 
 use super::Attend;
 use super::cases::Inputs;
@@ -64,7 +65,8 @@ pub fn contexts(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value 
     )
 }
 
-/// One way to encode, as the output `[batch, seq, heads, dim]` and log-sum-exp `[batch, heads, seq]`.
+/// One way to encode, as the output `[batch, seq, heads, dim]` and log-sum-exp `[batch, heads,
+/// seq]`.
 type Encode<'a, T, F> = &'a dyn Fn(Mask, &Inputs<T>) -> (Vec<F>, Vec<F>);
 
 fn by_oracle<T: Element>(mask: Mask, Inputs { query, key, value }: &Inputs<T>) -> (Vec<f64>, Vec<f64>) {
@@ -81,8 +83,9 @@ fn gather<T: Element>(inputs: &Inputs<T>, tokens: impl Iterator<Item = usize> + 
     }
 }
 
-/// The paper's section 2.1 word for word: block `i` is encoded causally behind a copy of the anchor, whose rows are
-/// then dropped. Gives the local sequence's rows: the anchor's, where this rank has one, and each block's.
+/// The paper's section 2.1 word for word: block `i` is encoded causally behind a copy of the
+/// anchor, whose rows are then dropped. Gives the local sequence's rows: the anchor's, where this
+/// rank has one, and each block's.
 fn literally<T: Element, F: Copy + Default>(
     layout: &StarLayout,
     local: &RankLayout,

@@ -1,4 +1,5 @@
-//! The accuracy example: what its samples hold, how answers are scored, and that an interrupted run goes on.
+//! The accuracy example: what its samples hold, how answers are scored, and that an interrupted run
+//! goes on.
 #![cfg(feature = "candle")]
 
 // The example's own modules; what its command line uses is not all used here.

@@ -1,4 +1,5 @@
-//! Runs of the suite: on random weights, that they go on after an interruption; on the trained ones, how many answers are right.
+//! Runs of the suite: on random weights, that they go on after an interruption; on the trained
+//! ones, how many answers are right.
 
 use super::byte_level;
 use super::checkpoint::{Directory, config_with, tensors, write};
@@ -184,7 +185,8 @@ fn masses_of_all_keys_are_one() {
     let checkpoint = random_checkpoint();
     let subject = Subject::load(checkpoint.path(), DType::F32).unwrap();
     let context: Vec<u32> = (0..64).map(|index| index * 5 % 300).collect();
-    // Blocks of 16 behind 15 tokens: only the last row of a block sees all of them, and itself beside.
+    // Blocks of 16 behind 15 tokens: only the last row of a block sees all of them, and itself
+    // beside.
     let layout = StarLayout::builder(64).block_len(16).anchor_len(15).ranks(4).build().unwrap();
     for mass in mass::masses(&subject.model, &layout, &context, 15).unwrap() {
         assert!(mass.anchor > 0.0 && mass.block > 0.0 && mass.anchor + mass.block < 1.0, "{mass:?}");

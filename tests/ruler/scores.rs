@@ -131,7 +131,8 @@ fn a_chart_has_all_points() {
     assert!(Chart { title: "t", x: "x", y: "y", log_y: false, series: Vec::new() }.svg().is_none());
 }
 
-/// Over lengths every setting is a line; of one length, what differs is the axis, and settings without a place on it are lines across.
+/// Over lengths every setting is a line; of one length, what differs is the axis, and settings
+/// without a place on it are lines across.
 #[test]
 fn accuracy_is_drawn_over_what_differs() {
     let star =

@@ -10,8 +10,9 @@ use super::llama::random::Random;
 use super::sample::{Piece, Sample};
 use super::task::Task;
 
-/// A sample of `task` with `size` units of hay (sentences, needles or words), the same for the same seed: with the task's question, and up
-/// to `questions` in all if the context answers more. `None` if the task needs more units.
+/// A sample of `task` with `size` units of hay (sentences, needles or words), the same for the same
+/// seed: with the task's question, and up to `questions` in all if the context answers more. `None`
+/// if the task needs more units.
 pub fn sample(
     task: Task,
     language: &dyn Language,
@@ -33,7 +34,8 @@ pub fn sample(
     }
 }
 
-/// `opening`, then `hay` with the facts in it, in their order: fact `i` stands before the unit of hay `places[i]`, places ascending.
+/// `opening`, then `hay` with the facts in it, in their order: fact `i` stands before the unit of
+/// hay `places[i]`, places ascending.
 fn hide(opening: String, hay: Vec<Piece>, facts: Vec<String>, places: &[usize]) -> Vec<Piece> {
     let mut context = Vec::with_capacity(hay.len() + facts.len() + 1);
     context.push(Piece::hay(opening));

@@ -51,7 +51,8 @@ pub fn sample(
             let draw = |kind, random: &mut Random| language.item(kind, random);
             while others.len() < size {
                 let other = (draw(niah.key, &mut stream), draw(niah.value, &mut stream));
-                // A distractor must not answer the question; among themselves they may share a key once all are in use.
+                // A distractor must not answer the question; among themselves they may share a key
+                // once all are in use.
                 if !keys.contains(&other.0) {
                     others.push(other);
                 }

@@ -1,4 +1,5 @@
-//! bAbI's tasks 1 to 3 (Weston et al., section 3.1) in an essay: persons who move, take objects and put them down.
+//! bAbI's tasks 1 to 3 (Weston et al., section 3.1) in an essay: persons who move, take objects and
+//! put them down.
 
 use super::super::language::Language;
 use super::super::llama::random::Random;

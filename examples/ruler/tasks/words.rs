@@ -1,11 +1,13 @@
-//! Aggregation (RULER, section 3.3): the most common words of a list, and the most frequent of a coded text.
+//! Aggregation (RULER, section 3.3): the most common words of a list, and the most frequent of a
+//! coded text.
 
 use super::super::language::Language;
 use super::super::llama::random::Random;
 use super::super::sample::{Piece, Question, Sample};
 use super::super::task::Haystack;
 
-/// Common words, and how often each stands in a list for each time that another word does: RULER's 30 to 3.
+/// Common words, and how often each stands in a list for each time that another word does: RULER's
+/// 30 to 3.
 const COMMON: usize = 10;
 const RATIO: usize = 10;
 /// How often another word stands in a list that is long enough: RULER's number.
@@ -16,7 +18,8 @@ const FREQUENT: usize = 3;
 
 /// `size` words, of which ten stand in the list ten times as often as each of the others.
 pub fn common(language: &dyn Language, size: usize, mut random: Random) -> Option<Sample> {
-    // Another word stands in the list three times; fewer in a short list, and more in one for which there are not enough words.
+    // Another word stands in the list three times; fewer in a short list, and more in one for which
+    // there are not enough words.
     let others = |times: usize| size.checked_sub(COMMON * RATIO * times).map_or(0, |left| left / times);
     let most = language.most_words() - COMMON;
     let mut times = (1..=UNCOMMON_TIMES).rev().find(|&times| others(times) >= COMMON)?;
@@ -45,7 +48,8 @@ pub fn common(language: &dyn Language, size: usize, mut random: Random) -> Optio
     })
 }
 
-/// About `size` words, the word of rank `k` (from 1) with frequency `k^-2 / zeta(2)`; the first is dots.
+/// About `size` words, the word of rank `k` (from 1) with frequency `k^-2 / zeta(2)`; the first is
+/// dots.
 pub fn frequent(language: &dyn Language, size: usize, mut random: Random) -> Option<Sample> {
     let zeta = std::f64::consts::PI.powi(2) / 6.0;
     let times = |rank: usize| (size as f64 * (rank as f64).powi(-ALPHA) / zeta) as usize;

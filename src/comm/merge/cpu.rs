@@ -10,8 +10,9 @@ use rayon::prelude::*;
 
 /// A [`MergePlan`] in CPU memory, with the memory of its messages.
 ///
-/// Attention writes into the message ([`partial`](Self::partial)), and ranks merge from the others' messages where they lie, if the
-/// engine has them in memory. Messages are made when they are first needed, and used again: a rank writes one while others still read the one before.
+/// Attention writes into the message ([`partial`](Self::partial)), and ranks merge from the others'
+/// messages where they lie, if the engine has them in memory. Messages are made when they are first
+/// needed, and used again: a rank writes one while others still read the one before.
 #[derive(Debug)]
 pub struct CpuMerge<T, O> {
     plan: MergePlan<T, O>,
@@ -39,8 +40,9 @@ impl<T: Element, O: Element> MergePlan<T, O> {
 }
 
 impl<T: Element, O: Element> CpuMerge<T, O> {
-    /// The place of this rank's next partial in the message: an output `[batch, seq, heads, dim]` with the message's strides, and a log-sum-exp
-    /// `[batch, heads, seq]`. Attention writes both, all of them, or a merge of several partials does; [`run`](Self::run) and
+    /// The place of this rank's next partial in the message: an output `[batch, seq, heads, dim]`
+    /// with the message's strides, and a log-sum-exp `[batch, heads, seq]`. Attention writes both,
+    /// all of them, or a merge of several partials does; [`run`](Self::run) and
     /// [`start`](Self::start) send them.
     ///
     /// # Errors
@@ -57,11 +59,14 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
 
     /// Merges every rank's written partial into `out` and, if given, `lse`, on every rank.
     ///
-    /// `out` is `[batch, seq, heads, dim]` with any strides but a contiguous last axis, `lse` `[batch, heads, seq]`.
+    /// `out` is `[batch, seq, heads, dim]` with any strides but a contiguous last axis, `lse`
+    /// `[batch, heads, seq]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not have the plan's extents, [`Error::Value`] for a group of another size or
-    /// if no partial was written since the last merge (nothing was sent then); and the collective's errors. Nothing was written to `out` and `lse`.
+    /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not have the plan's extents,
+    /// [`Error::Value`] for a group of another size or if no partial was written since the last
+    /// merge (nothing was sent then); and the collective's errors. Nothing was written to `out` and
+    /// `lse`.
     pub fn run(
         &mut self,
         group: &(impl Collective + ?Sized),
@@ -72,7 +77,8 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
         self.start(group)?.wait(out, lse)
     }
 
-    /// As [`run`](Self::run), of a partial that lies anywhere, at any strides: it is copied into the message.
+    /// As [`run`](Self::run), of a partial that lies anywhere, at any strides: it is copied into
+    /// the message.
     ///
     /// # Errors
     /// As [`run`](Self::run), for the partial too.
@@ -94,13 +100,14 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
         self.run(group, out, lse)
     }
 
-    /// Sends the written partial, and returns at once: the merge is under way until [`PendingMerge::wait`].
+    /// Sends the written partial, and returns at once: the merge is under way until
+    /// [`PendingMerge::wait`].
     ///
     /// By rows, the second of the two messages goes in the wait.
     ///
     /// # Errors
-    /// [`Error::Value`] for a group of another size, or if no partial was written since the last merge (nothing was sent then); and the
-    /// collective's errors.
+    /// [`Error::Value`] for a group of another size, or if no partial was written since the last
+    /// merge (nothing was sent then); and the collective's errors.
     pub fn start<'a, C: Collective + ?Sized>(
         &'a mut self,
         group: &'a C,
@@ -155,10 +162,12 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
 
 /// A merge whose messages are under way, while its rank does other work.
 ///
-/// Until it is waited for, the group takes part in nothing else. Dropping it waits as well, as long as the group's timeout says, so that the others get their
-/// results; this rank's is lost. (A thread that panics does not wait: it leaves the group as it drops it.) One that is forgotten leaves the
-/// group with the exchange under way: the group's other calls are refused, and to the others this rank has left once the group is dropped. The memory
-/// of messages is shared with the group, so none of this leaves it without an owner.
+/// Until it is waited for, the group takes part in nothing else. Dropping it waits as well, as long
+/// as the group's timeout says, so that the others get their results; this rank's is lost. (A
+/// thread that panics does not wait: it leaves the group as it drops it.) One that is forgotten
+/// leaves the group with the exchange under way: the group's other calls are refused, and to the
+/// others this rank has left once the group is dropped. The memory of messages is shared with the
+/// group, so none of this leaves it without an owner.
 #[derive(Debug)]
 #[must_use = "dropping it waits for the others"]
 pub struct PendingMerge<'a, C: Collective + ?Sized, T: Element, O: Element> {
@@ -171,8 +180,8 @@ impl<C: Collective + ?Sized, T: Element, O: Element> PendingMerge<'_, C, T, O> {
     /// Waits for the others, and merges into `out` and, if given, `lse`, as [`CpuMerge::run`].
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not have the plan's extents, after the merge was completed without them; and
-    /// the collective's errors. Nothing was written.
+    /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not have the plan's extents, after
+    /// the merge was completed without them; and the collective's errors. Nothing was written.
     pub fn wait(mut self, out: TensorViewMut<'_, O>, lse: Option<&mut [f32]>) -> Result<()> {
         self.merge.check_output(&out, lse.as_deref())?;
         match self.started.take() {

@@ -11,8 +11,9 @@ use crate::{Element, Error, Result};
 
 /// A [`MergePlan`] on a device, with a scratch for its messages.
 ///
-/// Its calls are ordered by its stream: they return before they are done, and wait only where the collective does. So there is nothing to start and to wait
-/// for: work that an engine asks for on other streams, or on the CPU, goes on meanwhile. With NCCL they can be captured in a graph.
+/// Its calls are ordered by its stream: they return before they are done, and wait only where the
+/// collective does. So there is nothing to start and to wait for: work that an engine asks for on
+/// other streams, or on the CPU, goes on meanwhile. With NCCL they can be captured in a graph.
 #[derive(Debug)]
 pub struct DeviceMerge<'a, D: Device, T, O> {
     plan: MergePlan<T, O>,
@@ -30,8 +31,9 @@ impl<T: Element, O: Element> MergePlan<T, O> {
     /// The merge in device memory: f32 partials into any type, others into their own or f32.
     ///
     /// # Errors
-    /// [`Error::DType`] for types that are not merged, [`Error::Workspace`] for a scratch shorter than [`device_scratch_bytes`](Self::device_scratch_bytes),
-    /// [`Error::Value`] for one that is not aligned to 16 bytes or was borrowed for another stream.
+    /// [`Error::DType`] for types that are not merged, [`Error::Workspace`] for a scratch shorter
+    /// than [`device_scratch_bytes`](Self::device_scratch_bytes), [`Error::Value`] for one that is
+    /// not aligned to 16 bytes or was borrowed for another stream.
     pub fn on_device<'a, D: Device>(
         &self,
         device: &'a D,
@@ -48,7 +50,8 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         Ok(DeviceMerge { plan: *self, device, stream, scratch })
     }
 
-    /// Bytes of what is sent, what is received, what is merged, and what is received of that: outputs and log-sum-exps of each.
+    /// Bytes of what is sent, what is received, what is merged, and what is received of that:
+    /// outputs and log-sum-exps of each.
     fn regions(&self) -> [[usize; 2]; 4] {
         let of = |rows: usize, size: usize| {
             [rows * self.shape[3] * size, rows * size_of::<f32>()]
@@ -77,8 +80,9 @@ impl<'a, D: Device, T: Element, O: Element> DeviceMerge<'a, D, T, O> {
         Ok((out, lse.first(plan.rows() * size_of::<f32>()).write_on(stream)))
     }
 
-    /// The place of this rank's partial in the message: an output `[batch, seq, heads, dim]` with the message's strides, and a log-sum-exp
-    /// `[batch, heads, seq]`. Attention writes both, or a merge of several partials does, and [`run`](Self::run) sends them.
+    /// The place of this rank's partial in the message: an output `[batch, seq, heads, dim]` with
+    /// the message's strides, and a log-sum-exp `[batch, heads, seq]`. Attention writes both, or a
+    /// merge of several partials does, and [`run`](Self::run) sends them.
     ///
     /// # Errors
     /// None: the plan has made room for it.
@@ -86,11 +90,12 @@ impl<'a, D: Device, T: Element, O: Element> DeviceMerge<'a, D, T, O> {
         self.message()
     }
 
-    /// Merges every rank's written partial into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads, seq]`, on every rank and with the same bits.
+    /// Merges every rank's written partial into `out` `[batch, seq, heads, dim]` and, if given,
+    /// `lse` `[batch, heads, seq]`, on every rank and with the same bits.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for memory that does not fit the plan (nothing was sent then); errors of the collective and of the
-    /// driver.
+    /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for memory that does not fit the
+    /// plan (nothing was sent then); errors of the collective and of the driver.
     pub fn run(
         &mut self,
         group: &impl DeviceCollective<D>,
@@ -102,8 +107,8 @@ impl<'a, D: Device, T: Element, O: Element> DeviceMerge<'a, D, T, O> {
         self.exchange(group, sent, out, lse)
     }
 
-    /// As [`run`](Self::run), of a partial that lies anywhere, at any strides. One that lies as a message does is sent from there, another is copied
-    /// into the message.
+    /// As [`run`](Self::run), of a partial that lies anywhere, at any strides. One that lies as a
+    /// message does is sent from there, another is copied into the message.
     ///
     /// # Errors
     /// As [`run`](Self::run), for the partial too.
@@ -150,7 +155,8 @@ impl<'a, D: Device, T: Element, O: Element> DeviceMerge<'a, D, T, O> {
         plan.check_group(group.size())
     }
 
-    /// Where outputs and log-sum-exps lie in the scratch: sent, received, merged, and received of that.
+    /// Where outputs and log-sum-exps lie in the scratch: sent, received, merged, and received of
+    /// that.
     fn places(&self) -> [[Region; 2]; 4] {
         let mut at = self.scratch.address();
         self.plan.regions().map(|regions| {

@@ -17,12 +17,15 @@ pub struct MergePlan<T, O> {
 }
 
 impl<T: Element, O: Element> MergePlan<T, O> {
-    /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `ranks`, merged into outputs of `O`, by the way that is cheapest on `link`.
+    /// Partials with outputs `[batch, seq, heads, dim]` of `T` over `ranks`, merged into outputs of
+    /// `O`, by the way that is cheapest on `link`.
     ///
-    /// f32 partials round once, 16-bit ones are half the bytes. Every rank must make the plan with the same arguments.
+    /// f32 partials round once, 16-bit ones are half the bytes. Every rank must make the plan with
+    /// the same arguments.
     ///
     /// # Errors
-    /// [`Error::Value`] for no rank, [`Error::Shape`] if dim is 0 or the messages could not be addressed.
+    /// [`Error::Value`] for no rank, [`Error::Shape`] if dim is 0 or the messages could not be
+    /// addressed.
     pub fn new(shape: [usize; 4], ranks: usize, link: &Link) -> Result<Self> {
         check_extents(shape, ranks)?;
         let plan = Self { shape, ranks, way: MergeWay::AllGather, types: PhantomData };
@@ -78,7 +81,8 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         self.rows().saturating_sub(rank.saturating_mul(self.share())).min(self.share())
     }
 
-    /// Strides of a partial's outputs in a message. Shares are cut from outputs and log-sum-exps alike, so by rows both have heads before tokens.
+    /// Strides of a partial's outputs in a message. Shares are cut from outputs and log-sum-exps
+    /// alike, so by rows both have heads before tokens.
     pub(super) fn strides(&self) -> [usize; 4] {
         let [_, seq, heads, dim] = self.shape;
         if self.rows() == 0 {
@@ -104,7 +108,8 @@ fn check_extents(shape: [usize; 4], ranks: usize) -> Result<()> {
     if ranks == 0 {
         return Err(Error::value("ranks", "at least 1", ranks));
     }
-    // A row is at most dim + 1 words of 4 bytes; all messages together have less than 4 ranks + 4 times all rows, each share rounded up.
+    // A row is at most dim + 1 words of 4 bytes; all messages together have less than 4 ranks + 4
+    // times all rows, each share rounded up.
     let extents = [shape[0], shape[1], shape[2], shape[3].saturating_add(1), ranks, 16];
     let words = extents.iter().try_fold(4usize, |n, &extent| n.checked_mul(extent.max(1)));
     if shape[3] == 0 || words.is_none_or(|bytes| isize::try_from(bytes).is_err()) {

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 /// How long a rank that has failed waits for the others to hear of it.
 const GRACE: Duration = Duration::from_secs(1);
-/// How long a rank that misses several others waits beyond its time for one that misses fewer: that one knows better which has failed.
+/// How long a rank that misses several others waits beyond its time for one that misses fewer: that
+/// one knows better which has failed.
 const HEARSAY: Duration = Duration::from_millis(100);
 
 /// What a rank sends and receives.
@@ -64,7 +65,8 @@ struct Farewell {
     failed: bool,
 }
 
-/// Longer and longer pauses between looks: short for messages that are on their way, sparing for cores on which others compute.
+/// Longer and longer pauses between looks: short for messages that are on their way, sparing for
+/// cores on which others compute.
 struct Pauses(Instant);
 
 impl Pauses {
@@ -118,7 +120,8 @@ impl Post {
         Ok(())
     }
 
-    /// Starts an exchange: sends to some ranks, and expects payloads of so many bytes from some. What is sent is copied.
+    /// Starts an exchange: sends to some ranks, and expects payloads of so many bytes from some.
+    /// What is sent is copied.
     ///
     /// After an error this rank has left the group.
     pub fn start(&mut self, call: Call, send: &[Parcel<'_>], expected: &[(usize, usize)]) -> Result<()> {
@@ -147,6 +150,11 @@ impl Post {
         Ok(())
     }
 
+    /// Refuses other exchanges, as one under way does, or no longer.
+    pub fn hold(&mut self, held: bool) {
+        self.under_way = held;
+    }
+
     /// What has come from a rank in the last exchange.
     pub fn payload(&self, from: usize) -> &[u8] {
         &self.inboxes[from].buffer[Header::LEN..]
@@ -166,6 +174,7 @@ impl Post {
             _ => self.rank,
         };
         self.failed = true;
+        self.under_way = false;
         self.take_leave(cause);
         error
     }
@@ -183,7 +192,8 @@ impl Post {
         }
         let _lock = one_at_a_time();
         for (to, place) in places {
-            // SAFETY: nothing touches `outgoing` until all sends have ended, and it is given up if one does not.
+            // SAFETY: nothing touches `outgoing` until all sends have ended, and it is given up if
+            // one does not.
             let request = unsafe { self.communicator.send(to, Tag::Data, &self.outgoing[place])? };
             self.sends.push((to, request));
         }
@@ -196,7 +206,8 @@ impl Post {
         loop {
             let missing = self.look(call)?;
             let Some(&rank) = missing.first() else { return Ok(()) };
-            let limit = if missing.len() == 1 { self.timeout } else { self.timeout + HEARSAY };
+            let alone = missing.iter().all(|&other| other == rank);
+            let limit = if alone { self.timeout } else { self.timeout.saturating_add(HEARSAY) };
             if pauses.0.elapsed() >= limit {
                 return Err(Error::Timeout { rank, seconds: self.timeout.as_secs_f64() });
             }
@@ -204,7 +215,8 @@ impl Post {
         }
     }
 
-    /// Takes what has come; returns the ranks that are missing: first those whose messages have not come, then those that have not taken theirs.
+    /// Takes what has come; returns the ranks that are missing: first those whose messages have not
+    /// come, then those that have not taken theirs.
     fn look(&mut self, call: Call) -> Result<Vec<usize>> {
         let _lock = one_at_a_time();
         let mut missing = Vec::new();
@@ -243,7 +255,8 @@ impl Post {
                     bytes(inbox.buffer.len())
                 ));
             }
-            // SAFETY: the buffer is on the heap, nothing touches it in this state, and it is given up if the message never comes.
+            // SAFETY: the buffer is on the heap, nothing touches it in this state, and it is given
+            // up if the message never comes.
             inbox.state = State::Receiving(unsafe { message.receive(&mut inbox.buffer)? });
         }
         let State::Receiving(request) = &mut inbox.state else { return Ok(true) };
@@ -309,7 +322,8 @@ impl Post {
         }
     }
 
-    /// Leaves the group, and waits for the others to do so. Whether all have left in good order, so that MPI can be ended.
+    /// Leaves the group, and waits for the others to do so. Whether all have left in good order, so
+    /// that MPI can be ended.
     pub fn close(&mut self) -> bool {
         let orderly = !self.failed && !std::thread::panicking();
         if !self.failed {

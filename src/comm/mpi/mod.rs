@@ -1,7 +1,8 @@
 //! The engine for processes, on one machine or many, over an installed MPI.
 //!
-//! Every collective is single messages, one for each pair of ranks: the ranks that one waits for are known, and it waits no longer than it was told. Each
-//! message starts with 32 bytes that say what it belongs to.
+//! Every collective is single messages, one for each pair of ranks: the ranks that one waits for
+//! are known, and it waits no longer than it was told. Each message starts with 32 bytes that say
+//! what it belongs to.
 //!
 //! ```no_run
 //! use star_attention::comm::{Collective, GroupConfig, Mpi};
@@ -40,13 +41,16 @@ const LONG_BROADCAST: usize = 64 << 10;
 
 /// One rank of a group of processes.
 ///
-/// A rank that drops its group, by a panic too, has left, and the others get [`Error::Disconnected`] at once from the first collective that waits
-/// for it. One that was killed, stopped or cut off makes them return [`Error::Timeout`], or [`Error::Disconnected`] where another rank noticed first; either
-/// names the rank that failed. `mpirun` itself ends all processes as soon as one dies, unless told otherwise (`--enable-recovery` of
-/// Open MPI 4, `-disable-auto-cleanup` of MPICH).
+/// A rank that drops its group, by a panic too, has left, and the others get
+/// [`Error::Disconnected`] at once from the first collective that waits for it. One that was
+/// killed, stopped or cut off makes them return [`Error::Timeout`], or [`Error::Disconnected`]
+/// where another rank noticed first; either names the rank that failed. `mpirun` itself ends all
+/// processes as soon as one dies, unless told otherwise (`--enable-recovery` of Open MPI 4,
+/// `-disable-auto-cleanup` of MPICH).
 ///
-/// Dropping it waits until all others drop theirs, up to the timeout, and then ends MPI if [`init`](Self::init) has started it. After a failure it
-/// waits a second at most, and leaves MPI as it is: `MPI_Finalize` would wait for the dead.
+/// Dropping it waits until all others drop theirs, up to the timeout, and then ends MPI if
+/// [`init`](Self::init) has started it. After a failure it waits a second at most, and leaves MPI
+/// as it is: `MPI_Finalize` would wait for the dead.
 pub struct Mpi {
     rank: usize,
     size: usize,
@@ -80,10 +84,12 @@ impl Mpi {
         Ok(group)
     }
 
-    /// The group of a communicator that there is already, in a duplicate of its own: all its ranks must come here.
+    /// The group of a communicator that there is already, in a duplicate of its own: all its ranks
+    /// must come here.
     ///
-    /// The program ends MPI, after this group was dropped. While the group lives, other calls of MPI must not run at the same time as its own, unless
-    /// MPI was started with `Threading::Multiple`.
+    /// The program ends MPI, after this group was dropped. While the group lives, other calls of
+    /// MPI must not run at the same time as its own, unless MPI was started with
+    /// `Threading::Multiple`.
     ///
     /// # Errors
     /// [`Error::Transport`] for what MPI answers.
@@ -264,8 +270,9 @@ impl Collective for Mpi {
         Ok(())
     }
 
-    /// The first 16 MiB for each rank are under way from here on; what is longer goes in [`finish`](Collective::finish). MPI moves messages
-    /// while it is called: long ones mostly then, too.
+    /// The first 16 MiB for each rank are under way from here on; what is longer goes in
+    /// [`finish`](Collective::finish). MPI moves messages while it is called: long ones mostly
+    /// then, too.
     fn start(&self, pattern: Pattern, message: Message) -> Result<Started> {
         message.check(pattern, self.size)?;
         self.check_free()?;
@@ -302,10 +309,14 @@ impl Collective for Mpi {
         let slices = buffers.iter().enumerate().flat_map(|(rank, buffer)| {
             if rank == self.rank { own.clone() } else { cut(&buffer[head..], &regions) }
         });
+        // The buffers are MPI's again before anything else may be received.
+        self.post.borrow_mut().hold(true);
         read(&Received::new(regions.len(), slices.collect()));
+        let mut post = self.post.borrow_mut();
         if in_one {
-            self.post.borrow_mut().swap_buffers(&mut buffers);
+            post.swap_buffers(&mut buffers);
         }
+        post.hold(false);
         Ok(())
     }
 

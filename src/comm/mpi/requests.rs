@@ -1,7 +1,8 @@
 //! Sends and receives that are under way, over MPI's C interface.
 //!
-//! Collectives of MPI itself cannot be given up: one that a peer never joins never ends. Single messages can be asked for their state, so that a
-//! deadline is kept. And they can be looked at before there is a buffer for them: a message longer than its buffer makes Open MPI 4 write past
+//! Collectives of MPI itself cannot be given up: one that a peer never joins never ends. Single
+//! messages can be asked for their state, so that a deadline is kept. And they can be looked at
+//! before there is a buffer for them: a message longer than its buffer makes Open MPI 4 write past
 //! its end.
 
 use crate::{Error, Result};

@@ -1,9 +1,9 @@
 //! Few query rows against many keys: bound by reading the keys and values once.
 //!
-//! The same online softmax as in `tile`, with the head dimension across the vectors: keys and values
-//! are read where they lie, converted in registers, and serve all rows of their KV head at once. All
-//! rows see the same keys. A piece of some KV heads walks them together, tile by tile: in layouts
-//! where the heads of a token lie side by side, memory is read in its own order.
+//! The same online softmax as in `tile`, with the head dimension across the vectors: keys and
+//! values are read where they lie, converted in registers, and serve all rows of their KV head at
+//! once. All rows see the same keys. A piece of some KV heads walks them together, tile by tile: in
+//! layouts where the heads of a token lie side by side, memory is read in its own order.
 
 mod block;
 mod load;
@@ -171,8 +171,8 @@ fn tile<S: Simd, P: Product<S>, T: Load>(
     }
 }
 
-/// Asks for a part of the tile that follows the entry `end`. The part is a range of its rows, counted
-/// as they lie in memory: all heads of a key before the next key.
+/// Asks for a part of the tile that follows the entry `end`. The part is a range of its rows,
+/// counted as they lie in memory: all heads of a key before the next key.
 #[inline(always)]
 fn prefetch_part<T: Load>(inputs: &Operands<'_>, piece: &Piece<'_>, end: usize, part: Range<usize>) {
     let heads = piece.kv_heads.len();
@@ -223,7 +223,8 @@ fn run_of<'a, T: Load>(source: &Source<'a>, piece: &Piece<'_>, run: &Range<usize
     Run { data: T::rows(rows.rows_from(place)), stride: rows.seq_stride(), len: run.len() }
 }
 
-/// The first `count` scores of one row to probabilities, in place, and the rest to 0; returns the factor on what was summed before.
+/// The first `count` scores of one row to probabilities, in place, and the rest to 0; returns the
+/// factor on what was summed before.
 #[inline(always)]
 fn softmax<S: Simd>(
     simd: S,

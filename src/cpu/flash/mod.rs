@@ -13,8 +13,8 @@
 //! pairs with f32 sums (probabilities are then rounded to bf16, as on a GPU).
 //!
 //! **Threads.** A call runs in the rayon pool in which it is made: the global one, or that of
-//! `pool.install(|| plan.run(..))`. [`Plan::with_threads`] limits it to some threads of the pool, or
-//! to the caller's thread alone, which no pool is needed for.
+//! `pool.install(|| plan.run(..))`. [`Plan::with_threads`] limits it to some threads of the pool,
+//! or to the caller's thread alone, which no pool is needed for.
 //!
 //! **Bits.** They depend on the batch, the config and the instruction set, not on the number of
 //! threads. [`PlanConfig`] promises more: under a fixed split length a row's bits depend on its own
@@ -86,9 +86,9 @@ impl Plan {
     /// `shape.key_len` are the totals, and the log-sum-exp is `[1, heads, query_len]`.
     ///
     /// # Errors
-    /// [`Error::Value`] for a config out of range or offsets that do not ascend from 0 to the total;
-    /// [`Error::Shape`] for extents out of range, a batch other than 1, or offsets of different
-    /// counts.
+    /// [`Error::Value`] for a config out of range or offsets that do not ascend from 0 to the
+    /// total; [`Error::Shape`] for extents out of range, a batch other than 1, or offsets of
+    /// different counts.
     pub fn packed(
         config: &AttentionConfig,
         shape: &AttentionShape,
@@ -130,8 +130,8 @@ impl Plan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Value`] for a scale, softcap or split length out of range, a split length that leaves
-    /// 2³¹ partial rows or more, or a head dim above 2²⁰.
+    /// [`Error::Value`] for a scale, softcap or split length out of range, a split length that
+    /// leaves 2³¹ partial rows or more, or a head dim above 2²⁰.
     pub fn for_batch(config: &PlanConfig, batch: Batch) -> Result<Self> {
         config.validate()?;
         let head_dim = batch.query_shape()[3];
@@ -202,7 +202,8 @@ impl Plan {
         })
     }
 
-    /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for every key a row sees.
+    /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for
+    /// every key a row sees.
     pub fn flops(&self) -> u64 {
         let [_, _, heads, head_dim] = self.batch.query_shape();
         self.work.pairs().saturating_mul(4 * (heads * head_dim) as u64)
@@ -226,8 +227,8 @@ impl Plan {
     }
 
     /// Attention of the queries over keys and values, of the shapes of the plan's
-    /// [`batch`](Self::batch), into `out`, which has the queries' shape, and the natural log-sum-exp
-    /// `[batch, query_heads, seq]` of the queries into `lse`.
+    /// [`batch`](Self::batch), into `out`, which has the queries' shape, and the natural
+    /// log-sum-exp `[batch, query_heads, seq]` of the queries into `lse`.
     ///
     /// Any strides will do whose last axis is contiguous. Queries, keys and `out` may each be of
     /// another type; `out` may be uninitialised memory. A row that sees no key gets 0 and `-inf`;
@@ -346,8 +347,8 @@ impl Plan {
         })
     }
 
-    /// Works off all pieces. `pairs` asks for products of bf16 pairs. Not generic, so that the kernels
-    /// are compiled with this crate and not with each one that calls them.
+    /// Works off all pieces. `pairs` asks for products of bf16 pairs. Not generic, so that the
+    /// kernels are compiled with this crate and not with each one that calls them.
     fn run_pieces(
         &self,
         inputs: &Operands<'_>,
@@ -379,7 +380,8 @@ fn tile_rows(instructions: InstructionSet) -> usize {
     if instructions.has_matrix_unit() { tile::matrix::ROWS } else { tile::ROWS }
 }
 
-/// One call by a plan made for it, with a workspace allocated for it. Where calls repeat, keep both.
+/// One call by a plan made for it, with a workspace allocated for it. Where calls repeat, keep
+/// both.
 ///
 /// # Errors
 /// As [`Plan::new`] and [`Plan::run`].

@@ -63,8 +63,8 @@ impl Piece<'_> {
         }
     }
 
-    /// The piece in parts of at most `rows` rows, each with the number of its first row. `rows` must
-    /// not be below the heads.
+    /// The piece in parts of at most `rows` rows, each with the number of its first row. `rows`
+    /// must not be below the heads.
     pub fn parts(&self, rows: usize) -> impl Iterator<Item = (usize, Self)> {
         let heads = self.heads.len();
         let all = self.segment.rows.clone();
@@ -93,8 +93,8 @@ impl Piece<'_> {
         self.segment.visible(self.segment.rows.start + row / self.heads.len())
     }
 
-    /// Whether an entry's key and value lie in the prefix, and their place there (or among the other
-    /// rows) on the axes batch, seq and heads.
+    /// Whether an entry's key and value lie in the prefix, and their place there (or among the
+    /// other rows) on the axes batch, seq and heads.
     #[inline(always)]
     pub fn key_place(&self, entry: usize) -> (bool, [usize; 3]) {
         let key = self.segment.key(entry);

@@ -1,5 +1,5 @@
-//! Inputs with their element type erased, so that the kernels are compiled once per instruction set and not once per type,
-//! and the forms in which tiles of them are packed.
+//! Inputs with their element type erased, so that the kernels are compiled once per instruction set
+//! and not once per type, and the forms in which tiles of them are packed.
 
 use crate::tensor::sealed::{AnySlice, Sealed};
 use crate::{Element, TensorView};

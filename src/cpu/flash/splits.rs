@@ -10,8 +10,8 @@ pub(super) const PIECES: usize = 128;
 /// ...but not below this many keys, where the merge would begin to count.
 pub(super) const SPLIT_KEYS: usize = 6 * tile::KEYS;
 
-/// KV heads go together only where this many pieces are left. So many threads read as fast as the memory
-/// of most machines allows; fewer pieces would leave some of them without work.
+/// KV heads go together only where this many pieces are left. So many threads read as fast as the
+/// memory of most machines allows; fewer pieces would leave some of them without work.
 pub(super) const PIECES_OF_HEADS: usize = 64;
 
 /// How all sequences of a batch are cut.

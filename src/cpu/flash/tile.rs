@@ -7,12 +7,13 @@
 //! at the end:              out = O / l,              lse = ln 2 · (m + log2 l)
 //! ```
 //!
-//! Scores are kept transposed, keys down and query rows across, one panel of rows (two vectors) after the other. So
-//! the softmax runs lane by lane. The products are an [`Engine`]'s. By vectors, K and P enter them as broadcast words
-//! and Q and V as vectors: K and V are copied once per tile and never transposed.
+//! Scores are kept transposed, keys down and query rows across, one panel of rows (two vectors)
+//! after the other. So the softmax runs lane by lane. The products are an [`Engine`]'s. By vectors,
+//! K and P enter them as broadcast words and Q and V as vectors: K and V are copied once per tile
+//! and never transposed.
 //!
-//! The rows of a tile are the query heads of one KV head, token by token (row = token · heads + head), so that all heads of a
-//! group share one pass over the keys.
+//! The rows of a tile are the query heads of one KV head, token by token (row = token · heads +
+//! head), so that all heads of a group share one pass over the keys.
 
 pub(super) mod matrix;
 mod vectors;
@@ -25,11 +26,14 @@ use super::workspace::Scratch;
 use crate::cpu::simd::{Product, Simd, load, store};
 use crate::tensor::sealed::AnySlice;
 
-/// Query rows of a tile at most: a tile of keys is copied once for so many rows, and the tile's outputs stay in L2.
+/// Query rows of a tile at most: a tile of keys is copied once for so many rows, and the tile's
+/// outputs stay in L2.
 pub(super) const ROWS: usize = 128;
-/// Keys of a tile: one panel of scores and one of values together fit into L1. A multiple of [`STEP`].
+/// Keys of a tile: one panel of scores and one of values together fit into L1. A multiple of
+/// [`STEP`].
 pub(super) const KEYS: usize = 96;
-/// Keys and words are padded to multiples of this: the register tile's rows, and the product's unrolling times two bf16.
+/// Keys and words are padded to multiples of this: the register tile's rows, and the product's
+/// unrolling times two bf16.
 const STEP: usize = 8;
 /// The widest panel of any instruction set: two vectors of 16.
 pub(super) const WIDEST_PANEL: usize = 32;
@@ -139,7 +143,8 @@ impl<'a> Buffers<'a> {
     }
 }
 
-/// Computes one piece. `write(row, out, lse)` gets each row's result; `out` has `head_dim` elements.
+/// Computes one piece. `write(row, out, lse)` gets each row's result; `out` has `head_dim`
+/// elements.
 #[inline(always)]
 pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
     simd: S,
@@ -202,7 +207,8 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
                 sum: &mut scratch.sum[state.clone()],
                 alpha: &mut scratch.alpha[state],
             };
-            // Maxima of scores with the factor need a positive one, and a softcap follows the factor.
+            // Maxima of scores with the factor need a positive one, and a softcap follows the
+            // factor.
             let scales = E::SCALES || softcap.is_some() || factor <= 0.0;
             if scales && !E::SCALES {
                 tile.scale(scores);
@@ -241,8 +247,8 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
             if sum == 0.0 {
                 out.fill(0.0);
             } else {
-                // A weight of 0 may turn -0 to 0, so that it depends on the keys that other rows see.
-                // The sum with 0 makes both 0.
+                // A weight of 0 may turn -0 to 0, so that it depends on the keys that other rows
+                // see. The sum with 0 makes both 0.
                 let scale = 1.0 / sum;
                 out.iter_mut().for_each(|x| *x = *x * scale + 0.0);
             }
@@ -293,7 +299,8 @@ fn pack_row<P: Product<S>, S: Simd>(row: AnySlice<'_>, to: &mut [f32]) {
     if P::ELEMENTS == 1 { pack_words::<1>(row, to) } else { pack_words::<2>(row, to) }
 }
 
-/// The running maximum (log2 domain) and sum of a panel's rows, and the factor that the last tile put on them.
+/// The running maximum (log2 domain) and sum of a panel's rows, and the factor that the last tile
+/// put on them.
 struct Online<'a> {
     max: &'a mut [f32],
     sum: &'a mut [f32],
@@ -321,7 +328,8 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
         }
     }
 
-    /// Turns scores, which have the factor if `SCALED`, into probabilities and updates the rows' state.
+    /// Turns scores, which have the factor if `SCALED`, into probabilities and updates the rows'
+    /// state.
     #[inline(always)]
     fn softmax<const BOUNDARY: bool, const SOFTCAP: bool, const SCALED: bool>(
         &self,
@@ -355,7 +363,8 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
             if !SCALED {
                 max = simd.max(simd.mul(max, factor), before);
             }
-            // Where nothing has been seen there is nothing to shift by, and -inf - -inf would be NaN.
+            // Where nothing has been seen there is nothing to shift by, and -inf - -inf would be
+            // NaN.
             let shift = simd.if_greater(max, none, max, zero);
             let below = simd.sub(zero, shift);
             let alpha = simd.exp2(simd.sub(before, shift));

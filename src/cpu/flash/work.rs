@@ -2,9 +2,10 @@
 //!
 //! A task is a tile of query rows of one sequence, with the list of keys that they walk. Its keys
 //! are cut into splits of a length that follows from the whole batch, so that a long sequence gives
-//! more pieces than a short one. A piece is one split of a task for one KV head (or for a part of its
-//! query heads, where they are too many for a tile). Of sequences of few rows a piece takes some KV
-//! heads together where that leaves enough pieces, since their rows lie side by side in memory.
+//! more pieces than a short one. A piece is one split of a task for one KV head (or for a part of
+//! its query heads, where they are too many for a tile). Of sequences of few rows a piece takes
+//! some KV heads together where that leaves enough pieces, since their rows lie side by side in
+//! memory.
 
 use super::piece::Piece;
 use super::splits::{Cut, PIECES, Splits};
@@ -242,8 +243,8 @@ pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>, 
     let Some(split_keys) = split_keys else {
         let tile_rows = capacity.most_rows().min(rows / heads) * heads;
         let few_rows = capacity.most_rows().min(few::ROWS / heads) * heads;
-        // The keys of all tasks are less than this many splits long, and a task that is split has at
-        // least one whole one: no more than twice as many splits.
+        // The keys of all tasks are less than this many splits long, and a task that is split has
+        // at least one whole one: no more than twice as many splits.
         let [whole, whole_few] = [PIECES.div_ceil(planes) + 1, PIECES + 1];
         return (2 * (whole * tile_rows + whole_few * few_rows)).saturating_mul(planes);
     };

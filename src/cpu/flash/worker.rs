@@ -37,8 +37,8 @@ impl Task for Worker<'_> {
                 (self.write)(&piece.of_head(head), place.of_head(head), row, out, lse);
             };
             if few::suits(&piece.segment, piece.heads.len()) && !self.plan.config.row_invariant {
-                // Where there is a unit, products of pairs by vectors are no faster than those of f32,
-                // for which keys are converted once for each register block of rows.
+                // Where there is a unit, products of pairs by vectors are no faster than those of
+                // f32, for which keys are converted once for each register block of rows.
                 if unit.is_some() && piece.rows() <= few::BLOCK_ROWS {
                     let product = F32Product(simd);
                     few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);

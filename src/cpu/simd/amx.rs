@@ -1,7 +1,7 @@
 //! AMX: Intel's matrix unit, with products of bf16 pairs.
 //!
-//! Its instructions are written as assembly, since their intrinsics are not stable. The compiler does
-//! not use tiles itself, so what a tile holds stays from one instruction to the next.
+//! Its instructions are written as assembly, since their intrinsics are not stable. The compiler
+//! does not use tiles itself, so what a tile holds stays from one instruction to the next.
 
 use super::avx512::Avx512;
 use super::matrix::{Matrix, TILE};
@@ -18,7 +18,8 @@ pub(crate) struct Amx {
 }
 
 impl Amx {
-    /// Whether the CPU has the unit, with products of bf16, and the system lets this process use it.
+    /// Whether the CPU has the unit, with products of bf16, and the system lets this process use
+    /// it.
     pub(crate) fn is_available() -> bool {
         static AVAILABLE: OnceLock<bool> = OnceLock::new();
         *AVAILABLE.get_or_init(|| {

@@ -30,19 +30,22 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m256 {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { _mm256_loadu_ps(from) }
     }
 
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m256 {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> __m256 {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe {
             let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
@@ -51,7 +54,8 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn store(self, x: __m256, to: *mut f32) {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { _mm256_storeu_ps(to, x) }
     }
 
@@ -106,8 +110,8 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn scale_exponent(self, y: __m256, r: __m256) -> __m256 {
-        // 2^r by its bits; below the normal range the shifted exponent would wrap, and the power is 0.
-        // SAFETY: `self` proves that the CPU has the instructions.
+        // 2^r by its bits; below the normal range the shifted exponent would wrap, and the power is
+        // 0. SAFETY: `self` proves that the CPU has the instructions.
         let power = unsafe {
             let biased = _mm256_add_epi32(_mm256_cvtps_epi32(r), _mm256_set1_epi32(127));
             _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))

@@ -34,19 +34,22 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m512 {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { _mm512_loadu_ps(from) }
     }
 
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m512 {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe {
             let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
@@ -55,7 +58,8 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn store(self, x: __m512, to: *mut f32) {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { _mm512_storeu_ps(to, x) }
     }
 
@@ -124,7 +128,8 @@ impl Simd for Avx512 {
     fn sum_lanes_of(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
         // SAFETY: `self` proves that the CPU has the instructions; the transmute renames four f32.
         unsafe {
-            // Each 128-bit part holds a b c d after two rounds of interleaving and adding; then the parts are added.
+            // Each 128-bit part holds a b c d after two rounds of interleaving and adding; then the
+            // parts are added.
             let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
             let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
             let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
@@ -194,14 +199,15 @@ impl Avx512 {
     /// The rows, which lie so many words apart, must be readable or writable.
     #[inline(always)]
     pub(crate) unsafe fn transpose(self, from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
-        // SAFETY: `self` proves that the CPU has the instructions; the rows are the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the rows are the caller's
+        // promise.
         unsafe {
             let mut rows = [_mm512_setzero_ps(); 16];
             for (i, row) in rows.iter_mut().enumerate() {
                 *row = _mm512_loadu_ps(from.add(i * stride));
             }
-            // Within each quarter, the transposes of 4 x 4 blocks: `fours[4b + j]` holds column j (of
-            // each quarter) of the rows 4b..4b + 4.
+            // Within each quarter, the transposes of 4 x 4 blocks: `fours[4b + j]` holds column j
+            // (of each quarter) of the rows 4b..4b + 4.
             let mut fours = [_mm512_setzero_ps(); 16];
             for b in 0..4 {
                 let [r0, r1, r2, r3] = [rows[4 * b], rows[4 * b + 1], rows[4 * b + 2], rows[4 * b + 3]];
@@ -214,7 +220,8 @@ impl Avx512 {
                 fours[4 * b + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, high_next));
                 fours[4 * b + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, high_next));
             }
-            // Then the quarters: column 4q + j of all rows is quarter q of `fours[j]`, `[4 + j]`, ...
+            // Then the quarters: column 4q + j of all rows is quarter q of `fours[j]`, `[4 + j]`,
+            // ...
             for j in 0..4 {
                 let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
                 let even = [
@@ -264,7 +271,8 @@ impl Product<Avx512> for Bf16Product {
 
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
-        // SAFETY: `self` proves that the CPU has the instruction; the casts only rename the 512 bits.
+        // SAFETY: `self` proves that the CPU has the instruction; the casts only rename the 512
+        // bits.
         unsafe {
             let (a, b) =
                 (std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b));
@@ -274,7 +282,8 @@ impl Product<Avx512> for Bf16Product {
 
     #[inline(always)]
     unsafe fn store_pair(self, first: __m512, second: __m512, to: *mut f32, _next: usize) {
-        // SAFETY: `self` proves that the CPU has the instructions; 16 words at `to` are the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; 16 words at `to` are the
+        // caller's promise.
         unsafe {
             // Both rounded at once, `first` in the low half; then interleaved.
             let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));

@@ -20,8 +20,8 @@ pub(crate) trait Matrix {
     /// [`TILE`] rows of as many words must be writable.
     unsafe fn store<const T: usize>(&mut self, to: *mut f32, stride: usize);
 
-    /// `C[i][j] += Σ_w A[i][w] · B[w][j]`: words of A and B are pairs of bf16, and a product of pairs is
-    /// the sum of both products; C is f32.
+    /// `C[i][j] += Σ_w A[i][w] · B[w][j]`: words of A and B are pairs of bf16, and a product of
+    /// pairs is the sum of both products; C is f32.
     fn add_product<const C: usize, const A: usize, const B: usize>(&mut self);
 
     /// Writes the transpose of [`TILE`] rows of as many words.

@@ -1,8 +1,9 @@
 //! Vectors of f32, chosen at run time.
 //!
-//! A [`Simd`] value is a proof that the CPU has its instructions: it is made by a checked constructor only, so that its methods are
-//! safe to call. Generic code is written against the trait, marked `#[inline(always)]`, and enters through
-//! [`dispatch`], which compiles it once per instruction set.
+//! A [`Simd`] value is a proof that the CPU has its instructions: it is made by a checked
+//! constructor only, so that its methods are safe to call. Generic code is written against the
+//! trait, marked `#[inline(always)]`, and enters through [`dispatch`], which compiles it once per
+//! instruction set.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -56,8 +57,8 @@ impl InstructionSet {
         all.into_iter().filter(|set| set.is_available()).collect()
     }
 
-    /// The fastest of this CPU. AMD's dot products of bf16 pairs do twice the work of multiply-adds of
-    /// f32 in the same time; Intel's do no more, and round probabilities.
+    /// The fastest of this CPU. AMD's dot products of bf16 pairs do twice the work of multiply-adds
+    /// of f32 in the same time; Intel's do no more, and round probabilities.
     pub fn best() -> Self {
         let all = [Self::Amx, Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Neon];
         let fast = |set: &Self| set.is_available() && (*set != Self::Avx512Bf16 || !is_intel());
@@ -113,8 +114,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     /// f32 per vector.
     const LANES: usize;
-    /// Rows of the register tile of a product, two vectors wide: enough independent sums to hide the latency of
-    /// a multiply-add, few enough to stay in registers. Divides `2 * LANES`.
+    /// Rows of the register tile of a product, two vectors wide: enough independent sums to hide
+    /// the latency of a multiply-add, few enough to stay in registers. Divides `2 * LANES`.
     const TILE_ROWS: usize;
 
     fn splat(self, x: f32) -> Self::V;
@@ -140,8 +141,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a > b ? x : y`
     fn if_greater(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
-    /// `x` without its fraction, `r`, and `2^r` times `y`: `(x - r, y ↦ y · 2^r)` for the exponential. `-200 <= x <= 127`
-    /// or NaN; below the normal range the power is 0.
+    /// `x` without its fraction, `r`, and `2^r` times `y`: `(x - r, y ↦ y · 2^r)` for the
+    /// exponential. `-200 <= x <= 127` or NaN; below the normal range the power is 0.
     fn split_exponent(self, x: Self::V) -> (Self::V, Self::V);
     /// `y · 2^r` with `r` from [`split_exponent`](Self::split_exponent).
     fn scale_exponent(self, y: Self::V, r: Self::V) -> Self::V;
@@ -212,8 +213,8 @@ pub(crate) trait Product<S: Simd>: Copy + Send + Sync + 'static {
     const ELEMENTS: usize;
     /// `sum + a · b`, word by word.
     fn fma(self, a: S::V, b: S::V, sum: S::V) -> S::V;
-    /// Stores the words that hold `first` and `second` for each lane: one after the other at `to` and `to + next` if a word
-    /// holds one element, together at `to` if it holds two.
+    /// Stores the words that hold `first` and `second` for each lane: one after the other at `to`
+    /// and `to + next` if a word holds one element, together at `to` if it holds two.
     ///
     /// # Safety
     /// `S::LANES` words must be writable at both (if a word holds one element) or at `to`.
@@ -250,7 +251,8 @@ impl<S: Simd> Product<S> for F32Product<S> {
     }
 }
 
-/// Runs `task` with the instructions of `set`, or plainly where the CPU lacks them; `bf16` asks for products of bf16 pairs.
+/// Runs `task` with the instructions of `set`, or plainly where the CPU lacks them; `bf16` asks for
+/// products of bf16 pairs.
 pub(crate) fn dispatch<T: Task>(set: InstructionSet, bf16: bool, task: T) -> T::Output {
     match set {
         #[cfg(target_arch = "x86_64")]

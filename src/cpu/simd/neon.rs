@@ -27,7 +27,8 @@ impl Simd for Neon {
 
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> float32x4_t {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { vld1q_f32(from) }
     }
 
@@ -42,13 +43,15 @@ impl Simd for Neon {
 
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> float32x4_t {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from.cast()))) }
     }
 
     #[inline(always)]
     unsafe fn store(self, x: float32x4_t, to: *mut f32) {
-        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's promise.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
         unsafe { vst1q_f32(to, x) }
     }
 
@@ -102,8 +105,8 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn scale_exponent(self, y: float32x4_t, r: float32x4_t) -> float32x4_t {
-        // 2^r by its bits; below the normal range the shifted exponent would wrap, and the power is 0.
-        // SAFETY: `self` proves that the CPU has the instructions.
+        // 2^r by its bits; below the normal range the shifted exponent would wrap, and the power is
+        // 0. SAFETY: `self` proves that the CPU has the instructions.
         let power = unsafe {
             let biased = vaddq_s32(vcvtnq_s32_f32(r), vdupq_n_s32(127));
             vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))

@@ -19,10 +19,10 @@ const UPDATES: usize = 4;
 
 /// The schedule of a batch in a device's memory, for calls on one stream.
 ///
-/// One that is made for a [`Capacity`] takes any batch within it, by [`update`](Self::update). While
-/// a stream is captured, calls ask for as many blocks as the capacity may need; those without work
-/// return at once. So a captured graph stays valid: what it attends to is the batch of the last
-/// update before it is replayed.
+/// One that is made for a [`Capacity`] takes any batch within it, by [`update`](Self::update).
+/// While a stream is captured, calls ask for as many blocks as the capacity may need; those without
+/// work return at once. So a captured graph stays valid: what it attends to is the batch of the
+/// last update before it is replayed.
 ///
 /// A mask may give each token a tile of its own, so a captured call asks for a block for each token
 /// of the capacity and head (or KV head, where its query heads share a tile): graphs are for steps
@@ -75,8 +75,8 @@ impl<D: Device> DevicePlan<D> {
         Ok(Self::new(config, properties, None, plan, room, tables, stream, None))
     }
 
-    /// A plan for any batch within a capacity, for calls on one stream. It has no sequence until the
-    /// first update.
+    /// A plan for any batch within a capacity, for calls on one stream. It has no sequence until
+    /// the first update.
     ///
     /// # Errors
     /// [`Error::Value`] or [`Error::Shape`] for what is out of range or has no kernels, or a stream
@@ -129,14 +129,15 @@ impl<D: Device> DevicePlan<D> {
         }
     }
 
-    /// Sets the batch of the calls that follow on the stream, and of graphs that are replayed on it.
+    /// Sets the batch of the calls that follow on the stream, and of graphs that are replayed on
+    /// it.
     ///
     /// # Errors
-    /// As [`Capacity::check`]; [`Error::Value`] for a plan of one batch, for another stream than the
-    /// plan's, and for one that is being captured in a graph; [`Error::Busy`] while too many updates
-    /// are under way: try again after the stream has moved on. The plan is as it was. Errors of the
-    /// driver, after which calls are refused, and graphs must not be replayed, until an update
-    /// succeeds.
+    /// As [`Capacity::check`]; [`Error::Value`] for a plan of one batch, for another stream than
+    /// the plan's, and for one that is being captured in a graph; [`Error::Busy`] while too many
+    /// updates are under way: try again after the stream has moved on. The plan is as it was.
+    /// Errors of the driver, after which calls are refused, and graphs must not be replayed, until
+    /// an update succeeds.
     pub fn update(&mut self, device: &D, stream: &D::Stream, batch: &Batch) -> Result<()> {
         let (Some(capacity), Some(staging)) = (&self.capacity, &mut self.staging) else {
             return Err(Error::value("plan", "one that was made for a capacity", "one for a batch"));
@@ -190,10 +191,10 @@ impl<D: Device> DevicePlan<D> {
     }
 
     /// Attention of the inputs, of the batch's shapes, into `out` as the query, of its type or f32,
-    /// and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees no
-    /// key. Rows of no sequence are neither read nor written. Queries, keys and values are f16 or
-    /// bf16, all of one type. A prefix may be left out where no sequence has one and the stream is
-    /// not being captured.
+    /// and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees
+    /// no key. Rows of no sequence are neither read nor written. Queries, keys and values are f16
+    /// or bf16, all of one type. A prefix may be left out where no sequence has one and the stream
+    /// is not being captured.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes

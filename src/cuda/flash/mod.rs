@@ -1,4 +1,4 @@
-//! Attention on a GPU: `cuda/include/flash.cuh` under a plan made on the host.
+//! Attention on a GPU: `cuda/include/flash.cuh` under a plan made on the CPU.
 //!
 //! ```text
 //! batch → segments of rows that share their keys (schedule) → tiles of rows, longest first (tiles), their keys perhaps split (splits)
@@ -200,8 +200,8 @@ impl Plan {
         self.query[..3].iter().product()
     }
 
-    /// Copies the plan to a workspace of [`workspace_bytes`](Self::workspace_bytes) bytes on a device,
-    /// for calls on one stream.
+    /// Copies the plan to a workspace of [`workspace_bytes`](Self::workspace_bytes) bytes on a
+    /// device, for calls on one stream.
     ///
     /// # Errors
     /// [`Error::Workspace`] if it is too small, [`Error::Value`] if it is not aligned to 16 bytes

@@ -19,8 +19,8 @@ pub struct Prepared<'a, D: Device> {
 
 impl<D: Device> Prepared<'_, D> {
     /// Attention of the inputs, of the batch's shapes, into `out` as the query, of its type or f32,
-    /// and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees no
-    /// key. Rows of no sequence are neither read nor written. A prefix may be left out where no
+    /// and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees
+    /// no key. Rows of no sequence are neither read nor written. A prefix may be left out where no
     /// sequence has one.
     ///
     /// # Errors

@@ -1,7 +1,8 @@
 //! At which length the keys of tiles are split.
 //!
-//! A launch has one split length: a tile whose list is longer is walked by several blocks, so that a
-//! long sequence gets many of them and a short one a single one. Their partial results are merged.
+//! A launch has one split length: a tile whose list is longer is walked by several blocks, so that
+//! a long sequence gets many of them and a short one a single one. Their partial results are
+//! merged.
 //!
 //! Keys are split where there are too few tiles for the multiprocessors. With `w(s) = blocks · s /
 //! places` waves of blocks for `s` splits of the longest list, the GPU is busy for `w / ⌈w⌉` of the

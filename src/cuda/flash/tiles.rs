@@ -56,7 +56,8 @@ impl Kernels {
         candidates.into_iter().find(|&rows| rows > 0 && self.choose(rows * group) == *policy).unwrap_or(0)
     }
 
-    /// Query heads of a KV head that are rows of one tile, where sequences have at most `most_rows`.
+    /// Query heads of a KV head that are rows of one tile, where sequences have at most
+    /// `most_rows`.
     pub fn pack(&self, policy: &Policy, group: usize, most_rows: usize) -> usize {
         if self.query == Some(*policy) || most_rows < policy.rows() { group } else { 1 }
     }

@@ -1,7 +1,8 @@
 //! One block of threads: a coroutine each, run warp by warp in a random order between barriers.
 //!
-//! A thread runs until it meets others: at a barrier, a shuffle, a matrix load or product. There it stops, and goes on when all of its warp
-//! (all of its block, at a barrier of the block) have come to the same point.
+//! A thread runs until it meets others: at a barrier, a shuffle, a matrix load or product. There it
+//! stops, and goes on when all of its warp (all of its block, at a barrier of the block) have come
+//! to the same point.
 
 use super::global::Regions;
 use super::shared::{Access, SharedMemory, Time};
@@ -78,7 +79,7 @@ pub struct Block<'a> {
 }
 
 thread_local! {
-    /// The block that runs on this thread of the host.
+    /// The block that runs on this thread of the CPU.
     static CURRENT: Cell<*const ()> = const { Cell::new(std::ptr::null()) };
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }

@@ -1,6 +1,7 @@
 //! What `cuda/simt/device.h` calls: on a running kernel's thread, on its coroutine's stack.
 //!
-//! Pointers and sizes are those that the header's wrappers pass; an access that fails a check does not return.
+//! Pointers and sizes are those that the header's wrappers pass; an access that fails a check does
+//! not return.
 
 use super::Fault;
 use super::block::{Reply, Stop, fail, stop, with_block};
@@ -95,7 +96,8 @@ unsafe extern "C" fn simt_copy_async(to: u32, from: *const [u8; 16], zeros: bool
         let mut data = [0; 16];
         if !zeros {
             block.regions.check(from as usize, data.len(), false)?;
-            // SAFETY: checked just now. Plain bytes, so any alignment would do; the check asks for that of the hardware.
+            // SAFETY: checked just now. Plain bytes, so any alignment would do; the check asks for
+            // that of the hardware.
             data = unsafe { from.read() };
         }
         block.start_copy(to, data)

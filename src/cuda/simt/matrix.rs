@@ -17,8 +17,8 @@ pub fn shuffle(stops: &[Stop; WARP], replies: &mut [Reply]) {
 /// Banks of 16 bytes: what rows of a matrix may not share, or their load takes several turns.
 const BANKS: u32 = 8;
 
-/// `ldmatrix.x4`: lanes 8i..8i+8 give the rows of matrix i; lane l gets of each the elements 2(l % 4) and 2(l % 4) + 1 of row
-/// l / 4, or of column l / 4 if transposed.
+/// `ldmatrix.x4`: lanes 8i..8i+8 give the rows of matrix i; lane l gets of each the elements 2(l %
+/// 4) and 2(l % 4) + 1 of row l / 4, or of column l / 4 if transposed.
 pub fn load(
     stops: &[Stop; WARP],
     mut read: impl FnMut(usize, u32) -> Result<[u8; 16], String>,
@@ -73,8 +73,9 @@ fn unpack<const WORDS: usize, const ELEMENTS: usize>(words: [u32; WORDS], bf16: 
     out
 }
 
-/// `mma.m16n8k16`: c (16×8) += a (16×16) b (16×8). Lane l has of c the rows g = l / 4 and g + 8 at columns t = 2(l % 4) and t + 1; of a the same rows
-/// at columns t, t + 1 and t + 8, t + 9; of b the rows t, t + 1, t + 8, t + 9 at column g.
+/// `mma.m16n8k16`: c (16×8) += a (16×16) b (16×8). Lane l has of c the rows g = l / 4 and g + 8 at
+/// columns t = 2(l % 4) and t + 1; of a the same rows at columns t, t + 1 and t + 8, t + 9; of b
+/// the rows t, t + 1, t + 8, t + 9 at column g.
 pub fn multiply_add(stops: &[Stop; WARP]) {
     let (mut a, mut b, mut c) = ([[0f32; 16]; 16], [[0f32; 8]; 16], [[0f32; 8]; 16]);
     let place = |lane: usize| (lane / 4, lane % 4 * 2);

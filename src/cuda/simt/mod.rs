@@ -1,8 +1,10 @@
-//! SIMT on the host: the kernels of `cuda/`, compiled as C++, one coroutine per CUDA thread.
+//! The SIMT emulator: the kernels of `cuda/`, compiled as C++, one coroutine per CUDA thread.
 //!
-//! A test instrument. It runs every kernel where there is no GPU, slowly, and finds what a GPU would let pass: reads of shared memory
-//! that nothing was written to, that another thread wrote without a barrier between, or whose asynchronous copy was not waited for; accesses outside
-//! of shared memory or of any allocation, or not aligned; rows of a matrix in the same bank; barriers that not all threads reach. Warps and their lanes run in a seeded random order.
+//! A test instrument. It runs every kernel where there is no GPU, slowly, and finds what a GPU
+//! would let pass: reads of shared memory that nothing was written to, that another thread wrote
+//! without a barrier between, or whose asynchronous copy was not waited for; accesses outside of
+//! shared memory or of any allocation, or not aligned; rows of a matrix in the same bank; barriers
+//! that not all threads reach. Warps and their lanes run in a seeded random order.
 //!
 //! [`Fault`] plants such a bug into a kernel as it runs, to prove that it would be found.
 
@@ -51,7 +53,7 @@ pub enum Fault {
     LessShared(u32),
 }
 
-/// The host as a device.
+/// The emulator as a device.
 #[derive(Clone, Debug, Default)]
 pub struct Simt {
     regions: Arc<RwLock<Regions>>,
@@ -93,7 +95,8 @@ impl Simt {
         self.adopt(buffer)
     }
 
-    /// Memory that is `data` itself, without a copy, from its first element at a multiple of 256 bytes on.
+    /// Memory that is `data` itself, without a copy, from its first element at a multiple of 256
+    /// bytes on.
     pub fn adopt<T: Copy>(&self, data: Vec<T>) -> Buffer<T> {
         let start = aligned_start(&data);
         let len = data.len().saturating_sub(start);

@@ -1,8 +1,8 @@
 //! A block's shared memory, and for each word who touched it when.
 //!
-//! Two threads may touch a word, at least one of them writing, only with a barrier between: of the block, or of the warp if they share
-//! one. What is on its way by an asynchronous copy may not be touched until the copying thread has waited for it. What nothing
-//! was written to may not be read.
+//! Two threads may touch a word, at least one of them writing, only with a barrier between: of the
+//! block, or of the warp if they share one. What is on its way by an asynchronous copy may not be
+//! touched until the copying thread has waited for it. What nothing was written to may not be read.
 
 /// Barriers passed: of the block, and of one warp since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,7 +47,8 @@ enum State {
 struct Word {
     state: State,
     write: Option<Access>,
-    /// Reads since the block's last barrier by two warps, or one: whichever warp writes next, one of them was another's.
+    /// Reads since the block's last barrier by two warps, or one: whichever warp writes next, one
+    /// of them was another's.
     reads: [Option<Access>; 2],
 }
 

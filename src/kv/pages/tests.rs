@@ -59,7 +59,7 @@ proptest! {
     fn sequences_keep_what_is_theirs(
         events in events(), in_rows: bool, pages in 0..6usize, page_len in 1..5usize,
     ) {
-        let mut table = PageTable::new(pages, page_len, in_rows);
+        let mut table = PageTable::new(pages, page_len, in_rows).unwrap();
         let mut open: Vec<(SequenceId, Vec<usize>)> = Vec::new();
         let mut closed = Vec::new();
         let mut memory = HashMap::new();

@@ -1,4 +1,5 @@
-//! Context encoding gives the same whether each rank encodes the anchor or gets its keys and values from rank 0.
+//! Context encoding gives the same whether each rank encodes the anchor or gets its keys and values
+//! from rank 0.
 
 use super::{assert_near, traffic};
 use crate::common::{Rng, Tensor};
@@ -35,7 +36,8 @@ fn run(group: &dyn Collective, layout: &StarLayout, seed: u64) {
     let (query, key, value) = (tensor("query", HEADS), tensor("key", KV_HEADS), tensor("value", KV_HEADS));
     let (local_key, local_value) = (key.gather(local.tokens()), value.gather(local.tokens()));
 
-    // Rank 0 sends the head of its block 0; the others have only their own tokens' keys and values, behind room for the anchor's.
+    // Rank 0 sends the head of its block 0; the others have only their own tokens' keys and values,
+    // behind room for the anchor's.
     let (mut shared_key, mut shared_value) = (local_key.clone(), local_value.clone());
     let anchor = local.anchor_tokens().len();
     for index in crate::common::indices([1, anchor, KV_HEADS, DIM]) {

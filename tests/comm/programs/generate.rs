@@ -1,4 +1,5 @@
-//! Query tokens and generated ones attend to all that came before them, wherever their keys and values are kept.
+//! Query tokens and generated ones attend to all that came before them, wherever their keys and
+//! values are kept.
 
 use super::{assert_near, assert_same_everywhere};
 use crate::common::{Rng, Tensor};
@@ -13,7 +14,8 @@ const DIM: usize = 8;
 
 pub fn generate(group: &dyn Collective) {
     let mut rng = Rng::new(7 + group.size() as u64);
-    // Queries of one and many tokens, more or fewer than ranks; contexts with fewer blocks than ranks, and without any.
+    // Queries of one and many tokens, more or fewer than ranks; contexts with fewer blocks than
+    // ranks, and without any.
     for (context_len, steps) in
         [(70, vec![1, 1, 1]), (3, vec![5, 1, 2, 9, 1, 1]), (0, vec![13, 1, 1]), (41, vec![300, 1, 40])]
     {

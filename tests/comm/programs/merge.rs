@@ -1,4 +1,5 @@
-//! The merge over ranks is dense attention over all keys, with the same bits on every rank and by both ways, and sends what it says.
+//! The merge over ranks is dense attention over all keys, with the same bits on every rank and by
+//! both ways, and sends what it says.
 
 use super::{assert_near, assert_same_everywhere, cuts, traffic};
 use crate::common::{Rng, Tensor, indices};
@@ -21,7 +22,8 @@ pub fn merge(group: &dyn Collective) {
                 keys: rng.below(80),
                 seed: rng.next(),
             };
-            // Merged in f32 from f32: the sums' own rounding. Each rounding to 16 bits of values below 1 adds half a unit in the last place.
+            // Merged in f32 from f32: the sums' own rounding. Each rounding to 16 bits of values
+            // below 1 adds half a unit in the last place.
             case.check::<f32, f32>(group, 4e-6);
             case.check::<f32, bf16>(group, 4e-6 + 0.5 / 256.0);
             case.check::<bf16, bf16>(group, 4e-6 + 1.0 / 256.0);
@@ -78,7 +80,8 @@ impl Case {
             let plan = plan.with_way(way);
             let before = group.traffic();
             let mut merge = plan.on_cpu();
-            // Twice into the message itself, in one call and in two, and once from memory of its own.
+            // Twice into the message itself, in one call and in two, and once from memory of its
+            // own.
             let bits = [0, 1, 2].map(|call| {
                 let mut merged = Tensor::<O>::contiguous("merged", shape, |_| f32::NAN);
                 let mut merged_lse = vec![f32::NAN; lse.len()];

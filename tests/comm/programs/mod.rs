@@ -1,4 +1,5 @@
-//! Programs that every rank of a group runs, over any engine. They panic where something does not hold.
+//! Programs that every rank of a group runs, over any engine. They panic where something does not
+//! hold.
 
 mod deliver;
 mod encode;

@@ -49,7 +49,8 @@ pub(super) struct Block<S, P, T> {
     element: PhantomData<T>,
 }
 
-/// Rows of the next register block: 4, 2 or 1; three that are left over make a block of 4 with a row of zeros.
+/// Rows of the next register block: 4, 2 or 1; three that are left over make a block of 4 with a
+/// row of zeros.
 #[inline(always)]
 fn block_rows(left: usize) -> usize {
     if left >= 3 { 4 } else { left }
@@ -98,8 +99,8 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         out: &mut [f32],
     ) {
         // Sixteen sums fill the registers. f32 values of longer heads go through two rows by eight
-        // vectors, so that they too are read in order; halves through four by four, so that they are
-        // converted once.
+        // vectors, so that they too are read in order; halves through four by four, so that they
+        // are converted once.
         let wide = self.head_dim > BLOCK * S::LANES && size_of::<T>() == size_of::<f32>();
         let mut row = 0;
         while row < rows {
@@ -140,7 +141,8 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         unsafe { if P::ELEMENTS == 1 { T::load(self.simd, from) } else { self.simd.load(from.cast()) } }
     }
 
-    /// `scores[r][i] = query[r] · keys[i]`, one key after the other, so that they stream from memory in order.
+    /// `scores[r][i] = query[r] · keys[i]`, one key after the other, so that they stream from
+    /// memory in order.
     #[inline(always)]
     fn block_scores<const R: usize>(&self, query: &[f32], keys: [&[T]; BLOCK], scores: &mut [f32]) {
         let simd = self.simd;
@@ -151,7 +153,8 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         for (i, key) in keys.into_iter().enumerate() {
             let mut products = [simd.splat(0.0); R];
             for at in (0..whole).step_by(elements) {
-                // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted above.
+                // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted
+                // above.
                 unsafe {
                     let key = self.load_words(key.as_ptr().add(at));
                     for r in 0..R {

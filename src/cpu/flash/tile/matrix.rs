@@ -13,7 +13,8 @@ use crate::cpu::flash::rows::{clear_special, pack_value_words};
 use crate::cpu::simd::{Matrix, Product, Simd, TILE, load, store};
 use crate::tensor::sealed::AnySlice;
 
-/// Keys of a tile: outputs are loaded and stored once for so many, and a panel of scores stays in L1.
+/// Keys of a tile: outputs are loaded and stored once for so many, and a panel of scores stays in
+/// L1.
 pub(in crate::cpu::flash) const KEYS: usize = 256;
 /// Query rows of a tile at most: values are transposed once for so many.
 pub(in crate::cpu::flash) const ROWS: usize = 512;
@@ -67,7 +68,8 @@ impl<S: Simd, P: Product<S>, M: Matrix> Engine<S, P> for Unit<'_, M> {
             }
             for column in (0..columns).step_by(TILE) {
                 let to = &mut value[column * words + first..][..(TILE - 1) * words + TILE];
-                // SAFETY: `block` holds TILE rows of `columns`, and TILE rows of `to` are `words` apart.
+                // SAFETY: `block` holds TILE rows of `columns`, and TILE rows of `to` are `words`
+                // apart.
                 unsafe { self.0.transpose(block.as_ptr().add(column), columns, to.as_mut_ptr(), words) };
             }
         }
@@ -99,7 +101,8 @@ impl<S: Simd, P: Product<S>, M: Matrix> Engine<S, P> for Unit<'_, M> {
         let (stride, words) = (value.len() / tile.columns, keys / 2);
         assert!(probabilities.len() >= words * PAIR && words.is_multiple_of(TILE) && words <= stride);
         for (value, out) in value.chunks_exact(PAIR * stride).zip(out.chunks_exact_mut(PAIR * PAIR)) {
-            // SAFETY: `value` holds PAIR rows of `stride` words, `probabilities` `words` rows of PAIR.
+            // SAFETY: `value` holds PAIR rows of `stride` words, `probabilities` `words` rows of
+            // PAIR.
             unsafe {
                 self.multiply::<true>(
                     value.as_ptr(),
@@ -134,12 +137,12 @@ impl<S: Simd, P: Product<S>, M: Matrix> Engine<S, P> for Unit<'_, M> {
 }
 
 impl<M: Matrix> Unit<'_, M> {
-    /// `c[i][j] = Σ_w a[i][w] · b[w][j]` of PAIR rows i, `stride` words apart, and PAIR columns j; added to
-    /// what is there if `ADD`.
+    /// `c[i][j] = Σ_w a[i][w] · b[w][j]` of PAIR rows i, `stride` words apart, and PAIR columns j;
+    /// added to what is there if `ADD`.
     ///
     /// # Safety
-    /// `a` must hold PAIR rows of `words`, `b` `words` rows of PAIR, and `c` PAIR rows of PAIR words;
-    /// `words` must be a multiple of TILE.
+    /// `a` must hold PAIR rows of `words`, `b` `words` rows of PAIR, and `c` PAIR rows of PAIR
+    /// words; `words` must be a multiple of TILE.
     #[inline(always)]
     unsafe fn multiply<const ADD: bool>(
         &mut self,

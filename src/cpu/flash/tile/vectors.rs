@@ -5,7 +5,8 @@ use crate::cpu::flash::rows::{clear_special, pack_value_words};
 use crate::cpu::simd::{Product, Simd, load, store};
 use crate::tensor::sealed::AnySlice;
 
-/// Multiply-adds of vectors. Outputs lie row by row, values `[panel of columns][word of keys][column]`.
+/// Multiply-adds of vectors. Outputs lie row by row, values `[panel of columns][word of
+/// keys][column]`.
 pub(in crate::cpu::flash) struct Vectors;
 
 impl<S: Simd, P: Product<S>> Engine<S, P> for Vectors {
@@ -128,8 +129,8 @@ fn accumulate_by<S: Simd, P: Product<S>, const R: usize>(
                 sums[0] = simd.mul(alpha, load(simd, &out[place(r)..]));
                 sums[1] = simd.mul(alpha, load(simd, &out[place(r) + S::LANES..]));
             }
-            // SAFETY: `probabilities` holds `words` vectors of a panel, of which R lanes from `row` on
-            // are read, and `value` holds `words` vectors of a panel.
+            // SAFETY: `probabilities` holds `words` vectors of a panel, of which R lanes from `row`
+            // on are read, and `value` holds `words` vectors of a panel.
             let sums = unsafe {
                 multiply(tile, probabilities.as_ptr().add(row), 1, panel, value.as_ptr(), words, sums)
             };
