@@ -1,6 +1,8 @@
 //! The merge over ranks in the memory of any backend, so that an engine writes its loop once.
 
-use super::{Collective, CpuMerge, DeviceCollective, MergePlan};
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use super::DeviceCollective;
+use super::{Collective, CpuMerge, MergePlan};
 use crate::cpu::Cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::cuda::{Buffer, Cuda, Device, DeviceTensorMut, SpanMut};
