@@ -2,9 +2,9 @@
 
 use super::borrow::{Locked, axes};
 use super::memory::{self, Home, Number, dtype, write_pair};
-use super::{by_dtype, on_device};
+use super::on_device;
 use crate::cpu::Cpu;
-use crate::{Backend, Batch, Capacity, Element, Inputs, PlanConfig, Result, bf16, f16};
+use crate::{Backend, Batch, Capacity, Element, Error, Inputs, PlanConfig, Result, bf16, f16};
 use candle_core::{Device, Tensor};
 
 /// The schedule of a batch on candle tensors of one device, and the memory that calls need beside
@@ -170,14 +170,19 @@ impl<H: Home> Kept<H> {
     }
 
     fn attend(&mut self, inputs: Inputs<&Tensor, &Tensor>, f32_out: bool) -> Result<(Tensor, Tensor)> {
-        let query = dtype("query", inputs.query)?;
-        by_dtype!(dtype("key", inputs.key)?, T => match (query, f32_out) {
-            (crate::DType::F32, _) => self.run::<f32, T, f32>(inputs),
-            (crate::DType::F16, false) => self.run::<f16, T, f16>(inputs),
-            (crate::DType::F16, true) => self.run::<f16, T, f32>(inputs),
-            (crate::DType::BF16, false) => self.run::<bf16, T, bf16>(inputs),
-            (crate::DType::BF16, true) => self.run::<bf16, T, f32>(inputs),
-        })
+        use crate::DType::{BF16, F16, F32};
+        let types = [dtype("query", inputs.query)?, dtype("key", inputs.key)?];
+        // Each row is kernels of its own: no more of them than engines ask for.
+        match (types, f32_out) {
+            ([F32, F32], _) => self.run::<f32, f32, f32>(inputs),
+            ([F32, F16], _) => self.run::<f32, f16, f32>(inputs),
+            ([F32, BF16], _) => self.run::<f32, bf16, f32>(inputs),
+            ([F16, F16], false) => self.run::<f16, f16, f16>(inputs),
+            ([F16, F16], true) => self.run::<f16, f16, f32>(inputs),
+            ([BF16, BF16], false) => self.run::<bf16, bf16, bf16>(inputs),
+            ([BF16, BF16], true) => self.run::<bf16, bf16, f32>(inputs),
+            ([query, key], _) => Err(Error::DType { argument: "key", expected: query, got: key }),
+        }
     }
 
     fn run<Q: Element + Number, T: Element + Number, O: Element + Number>(

@@ -26,6 +26,8 @@ fn tensors_of_a_call() {
     assert_refused!(attend(&q, &random([2, 4, 2, 8]), &k), Error::Shape { argument: "key", .. });
     let half = k.to_dtype(DType::F16).unwrap();
     assert_refused!(attend(&q, &half, &k), Error::DType { argument: "value", .. });
+    let half_query = q.to_dtype(DType::F16).unwrap();
+    assert_refused!(attend(&half_query, &k, &k), Error::DType { argument: "key", .. });
     let doubles = q.to_dtype(DType::F64).unwrap();
     assert_refused!(attend(&doubles, &k, &k), Error::Value { argument: "query", .. });
     assert_refused!(attend(&q, &doubles, &k), Error::Value { argument: "key", .. });
