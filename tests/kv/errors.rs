@@ -40,7 +40,9 @@ fn configs() {
     // Places are numbers of 32 bits.
     assert_eq!(new(heads().in_pages(1 << 16, 1 << 16)), ("value", "pages"));
     assert_eq!(new(heads().in_pages(usize::MAX, 2)), ("value", "pages"));
-    assert_eq!(new(heads().in_rows(1, 1 << 32)), ("value", "sequences"));
+    assert_eq!(new(heads().in_rows(1, 1 << 32)), ("value", "capacity"));
+    assert_eq!(new(heads().in_rows(1 << 20, 1 << 20)), ("value", "sequences"));
+    assert_eq!(new(heads().in_rows(1 << 32, 0)), ("value", "sequences"));
     assert_eq!(new(KvConfig::new(1 << 40, 8).in_pages(1 << 16, 16)), ("shape", "key"));
     assert_eq!(new(KvConfig::new(1 << 20, 8).in_pages(1 << 26, 16)), ("value", "len"));
     assert_eq!(new(heads().with_layers(usize::MAX).in_pages(1, 1)), ("value", "layers"));
