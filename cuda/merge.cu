@@ -94,7 +94,12 @@ DEVICE void merge(const StarMergeParams& p) {
         const uint64_t out = batch * p.out.batch + seq * p.out.seq + head * p.out.head;
         void* to = reinterpret_cast<void*>(p.out.data);
         for (uint32_t column = lane * Unit; column < p.dim; column += p.lanes * Unit) {
-            float total[Unit] = {};
+            // -0 is the sum of nothing: a single partial keeps the signs of its zeros.
+            float total[Unit];
+#pragma unroll
+            for (int c = 0; c < Unit; c++) {
+                total[c] = -0.0f;
+            }
             sum = 0;
             const void* from = reinterpret_cast<const void*>(p.partials.data);
             uint64_t at = first + column;
@@ -132,10 +137,10 @@ DEVICE void merge(const StarMergeParams& p) {
                     }
                 }
             }
-            const float scale = max == -infinity() ? 0 : 1 / sum;
+            const float scale = 1 / sum;
 #pragma unroll
             for (int c = 0; c < Unit; c++) {
-                total[c] *= scale;
+                total[c] = max == -infinity() ? 0.0f : total[c] * scale;
             }
             Piece<Out, Unit>::write(to, out + column, total);
         }

@@ -147,6 +147,21 @@ fn first_names<'a>(tokens: &[&'a str], at: usize) -> Vec<&'a str> {
     }
 }
 
+/// Whether a token stands in a group of a path, as `b` in `a::{b}`.
+fn is_in_group(tokens: &[&str], at: usize) -> bool {
+    let mut depth = 0;
+    for open in (1..at).rev() {
+        match tokens[open] {
+            "}" | ")" | "]" => depth += 1,
+            "(" | "[" | "{" if depth > 0 => depth -= 1,
+            "{" => return tokens[open - 1] == "::",
+            "(" | "[" => return false,
+            _ => {}
+        }
+    }
+    false
+}
+
 /// What a file of the library is made of.
 struct File<'a> {
     /// Modules that it names as tests' own files.
@@ -188,6 +203,10 @@ fn read<'a>(code: &'a str, path: &[&str]) -> File<'a> {
             ["crate", "::", ..] => {
                 let shown = tokens[at..(at + 8).min(tokens.len())].join(" ");
                 file.uses.extend(first_names(&tokens, at + 2).into_iter().map(|name| (name, shown.clone())));
+            }
+            // Its level would be the group's as well.
+            ["super", "::", ..] if is_in_group(&tokens, at) => {
+                file.uses.push(("super", "super in a group".into()));
             }
             ["super", "::", ..] if at < 2 || tokens[at - 2..at] != ["super", "::"] => {
                 let start = at;
@@ -303,6 +322,7 @@ fn a_wrong_line_is_found() {
         "use crate::{\n    Batch,\n    comm,\n};",
         "fn f() { let way = crate::comm::MergeWay::AllGather; }",
         "use super::super::super::comm::Link;",
+        "use super::super::{super::comm::Link};",
         "mod inner { use super::super::super::super::comm::Link; }",
         "const QUOTE: char = '\"'; use crate::comm::Link; const END: char = '\"';",
         "fn f<'a>(x: &'a u8) { crate::comm::f(x) } fn g<'a>() {}",

@@ -16,6 +16,9 @@ mod fail;
 mod inputs;
 mod rank;
 mod report;
+#[path = "../single_gpu/rows.rs"]
+#[allow(dead_code, reason = "shared with another example")]
+mod rows;
 #[path = "../llama/table.rs"]
 #[allow(dead_code, reason = "shared with another example")]
 mod table;

@@ -2,37 +2,8 @@
 
 use crate::Sizes;
 use crate::check::Visible;
+use crate::rows::Rows;
 use star_attention::Element;
-
-/// Standard normal values of any token, `[tokens, heads, dim]`.
-pub struct Rows<T> {
-    heads: usize,
-    dim: usize,
-    data: Vec<T>,
-}
-
-impl<T: Element> Rows<T> {
-    fn random(seed: u64, tokens: usize, heads: usize, dim: usize) -> Self {
-        let mut state = seed;
-        let mut uniform = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            ((state >> 33) as f32 + 0.5) / (1u64 << 31) as f32
-        };
-        // The sum of four uniform numbers, scaled to variance 1, is near enough to normal.
-        let mut value = || (0..4).map(|_| uniform() - 0.5).sum::<f32>() * 3f32.sqrt();
-        let data = (0..tokens * heads * dim).map(|_| T::from_f32(value())).collect();
-        Self { heads, dim, data }
-    }
-
-    pub fn row(&self, token: usize, head: usize) -> &[T] {
-        &self.data[(token * self.heads + head) * self.dim..][..self.dim]
-    }
-
-    pub fn gather(&self, tokens: impl Iterator<Item = usize>) -> Vec<T> {
-        let size = self.heads * self.dim;
-        tokens.flat_map(|token| &self.data[token * size..][..size]).copied().collect()
-    }
-}
 
 /// Queries, keys and values of the context's tokens and then the query's.
 pub struct Inputs<T> {

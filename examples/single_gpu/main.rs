@@ -11,6 +11,8 @@ mod fail;
 mod inputs;
 mod phases;
 mod report;
+#[allow(dead_code, reason = "shared with another example")]
+mod rows;
 #[path = "../llama/table.rs"]
 #[allow(dead_code, reason = "shared with the other example")]
 mod table;

@@ -36,7 +36,7 @@ impl<B: Backend, T: Element> Packed<B, T> {
         tokens: impl ExactSizeIterator<Item = usize> + Clone,
     ) -> Result<Self> {
         let Sizes { heads, kv_heads, head_dim, .. } = *sizes;
-        let rows = |rows: &crate::inputs::Rows<T>| backend.buffer_of(&rows.gather(tokens.clone()));
+        let rows = |rows: &crate::rows::Rows<T>| backend.buffer_of(&rows.gather(tokens.clone()));
         Ok(Self {
             shapes: [heads, kv_heads, kv_heads].map(|heads| [1, tokens.len(), heads, head_dim]),
             buffers: [rows(&inputs.query)?, rows(&inputs.key)?, rows(&inputs.value)?],

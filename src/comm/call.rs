@@ -5,17 +5,35 @@ use super::message::{Message, Pattern};
 /// A collective and its extents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Call {
-    AllGather { bytes: usize },
-    AllToAll { bytes: usize },
-    Broadcast { root: usize, bytes: usize },
+    /// `form` tells the regions of the message.
+    AllGather {
+        bytes: usize,
+        form: u64,
+    },
+    AllToAll {
+        bytes: usize,
+        form: u64,
+    },
+    Broadcast {
+        root: usize,
+        bytes: usize,
+    },
 }
 
 impl Call {
     pub fn of(pattern: Pattern, message: &Message) -> Self {
-        let bytes = message.bytes().len();
+        Self::with_regions(pattern, message.regions())
+    }
+
+    /// An exchange of messages that are regions of so many bytes.
+    pub fn with_regions(pattern: Pattern, regions: &[usize]) -> Self {
+        let bytes = regions.iter().sum();
+        // FNV-1a, a word at a time.
+        let fold = |sum: u64, &len: &usize| (sum ^ len as u64).wrapping_mul(0x0000_0100_0000_01b3);
+        let form = regions.iter().fold(0xcbf2_9ce4_8422_2325, fold);
         match pattern {
-            Pattern::AllGather => Self::AllGather { bytes },
-            Pattern::AllToAll => Self::AllToAll { bytes },
+            Pattern::AllGather => Self::AllGather { bytes, form },
+            Pattern::AllToAll => Self::AllToAll { bytes, form },
         }
     }
 }
@@ -38,8 +56,8 @@ impl Header {
 
     pub fn to_bytes(self) -> [u8; Self::LEN] {
         let [kind, of, number, bytes] = match self {
-            Self::Call { call: Call::AllGather { bytes }, number } => [1, 0, number, bytes as u64],
-            Self::Call { call: Call::AllToAll { bytes }, number } => [2, 0, number, bytes as u64],
+            Self::Call { call: Call::AllGather { bytes, form }, number } => [1, form, number, bytes as u64],
+            Self::Call { call: Call::AllToAll { bytes, form }, number } => [2, form, number, bytes as u64],
             Self::Call { call: Call::Broadcast { root, bytes }, number } => {
                 [3, root as u64, number, bytes as u64]
             }
@@ -55,13 +73,15 @@ impl Header {
     /// `None` if these are not the bytes of a header.
     pub fn from_bytes(all: &[u8]) -> Option<Self> {
         let word = |at: usize| Some(u64::from_le_bytes(all.get(8 * at..8 * at + 8)?.try_into().ok()?));
-        let (kind, of, number) = (word(0)?, usize::try_from(word(1)?).ok()?, word(2)?);
-        let bytes = usize::try_from(word(3)?).ok()?;
+        let (kind, of, number, bytes) = (word(0)?, word(1)?, word(2)?, usize::try_from(word(3)?).ok()?);
         Some(match kind {
-            1 => Self::Call { call: Call::AllGather { bytes }, number },
-            2 => Self::Call { call: Call::AllToAll { bytes }, number },
-            3 => Self::Call { call: Call::Broadcast { root: of, bytes }, number },
-            4 => Self::Left { cause: of, number, failed: bytes != 0 },
+            1 => Self::Call { call: Call::AllGather { bytes, form: of }, number },
+            2 => Self::Call { call: Call::AllToAll { bytes, form: of }, number },
+            3 => {
+                let call = Call::Broadcast { root: usize::try_from(of).ok()?, bytes };
+                Self::Call { call, number }
+            }
+            4 => Self::Left { cause: usize::try_from(of).ok()?, number, failed: bytes != 0 },
             _ => return None,
         })
     }

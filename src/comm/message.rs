@@ -227,7 +227,7 @@ pub struct Received<'a> {
 }
 
 impl<'a> Received<'a> {
-    /// The `regions` of each rank in turn. The first of each rank lies at a multiple of 16 bytes.
+    /// The `regions` of each rank in turn.
     pub fn new(regions: usize, slices: Vec<&'a [u8]>) -> Self {
         Self { regions, slices }
     }

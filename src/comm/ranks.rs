@@ -69,7 +69,7 @@ pub trait Ranks<B: Backend> {
         merge: &'a mut Self::Merge<T, O>,
     ) -> Result<(B::ViewMut<'a, T>, B::SliceMut<'a, f32>)>;
 
-    /// Merges every rank's written partial into `out` `[batch, seq, heads, dim]` and, if given,
+    /// Merges every rank's partial, which must have been written, into `out` `[batch, seq, heads, dim]` and, if given,
     /// `lse` `[batch, heads, seq]`, on every rank and with the same bits.
     ///
     /// # Errors

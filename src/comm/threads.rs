@@ -159,10 +159,8 @@ impl ThreadGroup {
         let Some((call, own)) = members[self.rank].slots[slot].clone() else {
             return Err(Error::Disconnected { rank: self.rank });
         };
-        let same_form =
-            |message: &Message| matches!(call, Call::Broadcast { .. }) || message.regions() == own.regions();
         let message = |(rank, member): (usize, &Member)| match &member.slots[slot] {
-            Some((theirs, message)) if *theirs == call && same_form(message) => Ok(message.clone()),
+            Some((theirs, message)) if *theirs == call => Ok(message.clone()),
             other => {
                 let show =
                     |call: &Call, message: &Message| format!("{call:?} of {:?} bytes", message.regions());
@@ -209,7 +207,7 @@ impl Collective for ThreadGroup {
     fn all_gather(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
         check_all_gather(self.size(), send, receive)?;
         let bytes = send.len();
-        self.post(Call::AllGather { bytes }, self.copy(send)?)?;
+        self.post(Call::with_regions(Pattern::AllGather, &[bytes]), self.copy(send)?)?;
         for (rank, message) in self.collect(self.to_others(bytes))?.iter().enumerate() {
             receive[rank * bytes..][..bytes].copy_from_slice(message.bytes());
         }
@@ -219,7 +217,7 @@ impl Collective for ThreadGroup {
     fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
         check_all_to_all(self.size(), send, receive)?;
         let part = send.len() / self.size();
-        self.post(Call::AllToAll { bytes: send.len() }, self.copy(send)?)?;
+        self.post(Call::with_regions(Pattern::AllToAll, &[send.len()]), self.copy(send)?)?;
         for (rank, message) in self.collect(self.to_others(part))?.iter().enumerate() {
             receive[rank * part..][..part].copy_from_slice(&message.bytes()[self.rank * part..][..part]);
         }

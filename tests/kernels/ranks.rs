@@ -14,10 +14,14 @@ use star_attention::{Element, Error, bf16, f16};
 
 const LINK: Link = Link { latency: 1e-5, bandwidth: 1e10 };
 
-/// A rank's partial, `[batch, seq, heads, dim]`: some rows have seen no key.
+/// A rank's partial, `[batch, seq, heads, dim]`: some rows have seen no key, and some elements are -0
+/// in f16.
 fn partial<T: Element>(rank: usize, shape: [usize; 4]) -> (Tensor<T>, Vec<f32>) {
     let mut rng = Rng::new(rank as u64 + 1);
-    let out = Tensor::contiguous("partial", shape, |_| 2.0 * rng.uniform() - 1.0);
+    let out = Tensor::contiguous("partial", shape, |[.., d]| match d % 5 {
+        0 => -1e-9,
+        _ => 2.0 * rng.uniform() - 1.0,
+    });
     let rows = shape[..3].iter().product();
     let lse = (0..rows).map(|_| if rng.below(5) == 0 { f32::NEG_INFINITY } else { 3.0 * rng.normal() });
     (out, lse.collect())
@@ -154,6 +158,7 @@ on_each_device! {
                 check::<B, f32, bf16>(size, shape, 0.5 / 128.0);
                 check::<B, bf16, bf16>(size, shape, 0.5 / 128.0);
                 check::<B, f16, f32>(size, shape, 0.0);
+                check::<B, f32, f16>(size, shape, 0.5 / 1024.0);
             }
         }
     }

@@ -114,14 +114,23 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
     ) -> Result<PendingMerge<'a, C, T, O>> {
         self.plan.check_group(group.size())?;
         let nothing = || Error::value("partial", "one that was written since the last merge", "none");
-        let message = self.written.take().ok_or_else(nothing)?;
-        let pattern = match self.plan.way() {
-            MergeWay::AllGather => Pattern::AllGather,
-            MergeWay::ByRows => Pattern::AllToAll,
+        // All memory first: what was sent must be finished.
+        let (pattern, share) = match self.plan.way() {
+            MergeWay::AllGather => (Pattern::AllGather, None),
+            MergeWay::ByRows => (Pattern::AllToAll, Some(self.shares.take()?)),
         };
-        self.partials.put(message.clone());
-        let started = group.start(pattern, message)?;
-        Ok(PendingMerge { merge: self, group, started: Some(started) })
+        let mut message = self.written.take().ok_or_else(nothing)?;
+        match group.start(pattern, message.clone()) {
+            Ok(started) => {
+                self.partials.put(message);
+                Ok(PendingMerge { merge: self, group, started: Some((started, share)) })
+            }
+            Err(error) => {
+                // Still there, if the group has not kept it.
+                self.written = message.get_mut().is_some().then_some(message);
+                Err(error)
+            }
+        }
     }
 
     fn check_output(&self, out: &TensorViewMut<'_, O>, lse: Option<&[f32]>) -> Result<()> {
@@ -133,19 +142,18 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
     fn finish(
         &mut self,
         group: &(impl Collective + ?Sized),
-        started: Started,
+        (started, share): (Started, Option<Message>),
         mut to: Option<(TensorViewMut<'_, O>, Option<&mut [f32]>)>,
     ) -> Result<()> {
         let plan = self.plan;
         let mut merged = Ok(());
-        if started.pattern == Pattern::AllGather {
+        let Some(mut share) = share else {
             group.finish(started, &mut |received| {
                 merged =
                     to.take().map_or(Ok(()), |(out, lse)| merge_rows(&plan.partials(received)?, out, lse));
             })?;
             return merged;
-        }
-        let mut share = self.shares.take()?;
+        };
         group
             .finish(started, &mut |received| merged = plan.merge_share(group.rank(), received, &mut share))?;
         // The others wait for this rank's share: what it cannot merge, it does not send.
@@ -163,7 +171,7 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
 /// A merge whose messages are under way, while its rank does other work.
 ///
 /// Until it is waited for, the group takes part in nothing else. Dropping it waits as well, as long
-/// as the group's timeout says, so that the others get their results; this rank's is lost. (A
+/// as the group's timeout says (by rows for each of two exchanges), so that the others get their results; this rank's is lost. (A
 /// thread that panics does not wait: it leaves the group as it drops it.) One that is forgotten
 /// leaves the group with the exchange under way: the group's other calls are refused, and to the
 /// others this rank has left once the group is dropped. The memory of messages is shared with the
@@ -173,7 +181,8 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
 pub struct PendingMerge<'a, C: Collective + ?Sized, T: Element, O: Element> {
     merge: &'a mut CpuMerge<T, O>,
     group: &'a C,
-    started: Option<Started>,
+    /// What was started, and by rows the memory of this rank's share.
+    started: Option<(Started, Option<Message>)>,
 }
 
 impl<C: Collective + ?Sized, T: Element, O: Element> PendingMerge<'_, C, T, O> {

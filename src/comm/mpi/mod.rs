@@ -225,10 +225,11 @@ impl Collective for Mpi {
         check_all_gather(self.size, send, receive)?;
         self.check_free()?;
         let bytes = send.len();
+        let call = Call::with_regions(Pattern::AllGather, &[bytes]);
         for piece in pieces(bytes) {
             let messages = self.to_others(&send[piece.clone()]);
             let mut parts = piece_of_each(receive, bytes, &piece, self.others());
-            self.exchange(Call::AllGather { bytes }, &messages, &mut parts)?;
+            self.exchange(call, &messages, &mut parts)?;
         }
         receive[self.rank * bytes..][..bytes].copy_from_slice(send);
         self.count();
@@ -239,12 +240,13 @@ impl Collective for Mpi {
         check_all_to_all(self.size, send, receive)?;
         self.check_free()?;
         let part = send.len() / self.size;
+        let call = Call::with_regions(Pattern::AllToAll, &[send.len()]);
         for piece in pieces(part) {
             let message =
                 |rank| Parcel { to: vec![rank], payload: vec![&send[rank * part..][piece.clone()]] };
             let messages: Vec<_> = self.others().map(message).collect();
             let mut parts = piece_of_each(receive, part, &piece, self.others());
-            self.exchange(Call::AllToAll { bytes: send.len() }, &messages, &mut parts)?;
+            self.exchange(call, &messages, &mut parts)?;
         }
         let own = self.rank * part..(self.rank + 1) * part;
         receive[own.clone()].copy_from_slice(&send[own]);
