@@ -68,7 +68,7 @@ const BLOCK: usize = TOKENS / 4;
 
 /// Dense causal attention and context encoding with `a = b = L/4`, as on a single rank.
 fn context<T: Element>(bench: &mut Bench<'_>, query_heads: usize, kv_heads: usize, head_dim: usize) {
-    let star = Mask::Star { anchor_len: BLOCK, block_len: BLOCK, first_block_len: BLOCK };
+    let star = Mask::Star { anchor_len: BLOCK, block_len: BLOCK, first_block_len: BLOCK, left: None };
     for (name, mask) in [("causal", Mask::Causal), ("star", star)] {
         let shape =
             AttentionShape { batch: 1, query_len: TOKENS, key_len: TOKENS, query_heads, kv_heads, head_dim };

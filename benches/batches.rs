@@ -9,8 +9,9 @@
 
 #[path = "common/random.rs"]
 mod random;
+#[path = "common/turns.rs"]
+mod turns;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use random::random;
 use star_attention::cpu::flash::Plan;
 use star_attention::cuda::{self, Properties};
@@ -18,13 +19,11 @@ use star_attention::{
     Batch, Element, Inputs, Keys, Mask, PlanConfig, Sequence, TensorView, TensorViewMut, bf16,
 };
 use std::hint::black_box;
-use std::time::Instant;
+use turns::{Turns, median, seconds};
 
 const QUERY_HEADS: usize = 16;
 const KV_HEADS: usize = 4;
 const HEAD_DIM: usize = 128;
-/// Turns of each side.
-const PAIRS: usize = 15;
 
 /// One call: its plan, and all memory that it needs.
 struct Call<T> {
@@ -92,92 +91,44 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-fn seconds(run: &mut dyn FnMut()) -> f64 {
-    let start = Instant::now();
-    run();
-    start.elapsed().as_secs_f64()
-}
-
-fn median(mut samples: Vec<f64>) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples[samples.len() / 2]
-}
-
-/// A line of the table: the two sides' medians, and the median of their ratios.
-struct Line {
-    name: String,
-    seconds: [f64; 2],
-    ratio: f64,
-}
-
-struct Bench {
-    /// The rows to run: those whose name holds one of these, or all.
-    filters: Vec<String>,
-    pairs: usize,
-    lines: Vec<Line>,
-}
+struct Bench(Turns);
 
 impl Bench {
-    /// Whether a row is asked for.
-    fn wants(&self, name: &str) -> bool {
-        self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter))
-    }
-
-    /// Runs `one` and `other` in turn. The ratio is of one over the other.
-    fn compare(&mut self, name: &str, one: &mut dyn FnMut(), other: &mut dyn FnMut()) {
-        let style = ProgressStyle::with_template("{msg:48} {wide_bar} {pos}/{len}");
-        let bar = ProgressBar::new(self.pairs as u64 + 1).with_style(style.unwrap());
-        bar.set_message(name.to_string());
-        one();
-        other();
-        bar.inc(1);
-        let (mut ones, mut others, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..self.pairs {
-            let pair = [seconds(one), seconds(other)];
-            ones.push(pair[0]);
-            others.push(pair[1]);
-            ratios.push(pair[0] / pair[1]);
-            bar.inc(1);
-        }
-        bar.finish_and_clear();
-        let (seconds, ratio) = ([median(ones), median(others)], median(ratios));
-        self.lines.push(Line { name: name.into(), seconds, ratio });
-    }
-
     /// One call with all sequences, over one call for each of two parts.
     fn ragged<T: Element>(&mut self, name: &str, parts: [Vec<[usize; 2]>; 2]) {
         let name = format!("{name}, {}", T::DTYPE);
-        if !self.wants(&name) {
+        if !self.0.wants(&name) {
             return;
         }
         let config = PlanConfig::new();
         let mut all = Call::<T>::new(&config, &parts.concat(), None);
         let [mut one, mut other] = parts.map(|lens| Call::<T>::new(&config, &lens, None));
-        self.compare(&name, &mut || all.run(), &mut || {
+        let mut parts = || {
             one.run();
             other.run();
-        });
+        };
+        self.0.compare(&name, &mut || all.run(), &mut parts, 1.0);
     }
 
     fn paged<T: Element>(&mut self, lens: &[[usize; 2]], page_len: usize) {
         let name =
             format!("decode of {} x {} keys, pages of {page_len}, {}", lens.len(), lens[0][1], T::DTYPE);
-        if !self.wants(&name) {
+        if !self.0.wants(&name) {
             return;
         }
         let mut pages = Call::<T>::new(&PlanConfig::new(), lens, Some(page_len));
         let mut rows = Call::<T>::new(&PlanConfig::new(), lens, None);
-        self.compare(&name, &mut || pages.run(), &mut || rows.run());
+        self.0.compare(&name, &mut || pages.run(), &mut || rows.run(), 1.0);
     }
 
     fn row_invariant<T: Element>(&mut self, lens: &[[usize; 2]]) {
         let name = format!("decode of {} x {} keys, row-invariant, {}", lens.len(), lens[0][1], T::DTYPE);
-        if !self.wants(&name) {
+        if !self.0.wants(&name) {
             return;
         }
         let mut invariant = Call::<T>::new(&PlanConfig::new().with_row_invariant(), lens, None);
         let mut plain = Call::<T>::new(&PlanConfig::new(), lens, None);
-        self.compare(&name, &mut || invariant.run(), &mut || plain.run());
+        self.0.compare(&name, &mut || invariant.run(), &mut || plain.run(), 1.0);
     }
 }
 
@@ -197,11 +148,11 @@ fn packed(lens: &[[usize; 2]]) -> Batch {
 /// Prints the time of plans alone, of the CPU and of a GPU (which need not be there), and of their
 /// batch.
 fn schedule(bench: &Bench) {
-    if !bench.wants("schedule") {
+    if !bench.0.wants("schedule") {
         return;
     }
     let time = |lens: &[[usize; 2]], work: &dyn Fn(Batch)| {
-        let samples = (0..20 * bench.pairs).map(|_| {
+        let samples = (0..20 * bench.0.pairs).map(|_| {
             let mut batch = Some(packed(lens));
             seconds(&mut || batch.take().into_iter().for_each(work))
         });
@@ -232,11 +183,9 @@ fn schedule(bench: &Bench) {
 }
 
 fn main() {
-    // `cargo test --benches` passes `--test`, `cargo bench` passes `--bench`.
-    let (options, filters): (Vec<String>, _) =
-        std::env::args().skip(1).partition(|arg| arg.starts_with("--"));
-    let quick = options.iter().any(|option| option == "--test");
-    let mut bench = Bench { filters, pairs: if quick { 1 } else { PAIRS }, lines: Vec::new() };
+    let turns = Turns::from_args();
+    let quick = turns.quick;
+    let mut bench = Bench(turns);
     let scale = if quick { 64 } else { 1 };
     let many = |count: usize, rows: usize, keys: usize| vec![[rows, keys / scale]; count];
 
@@ -260,11 +209,6 @@ fn main() {
         bench.row_invariant::<bf16>(&lens);
     }
 
-    println!("\n{} threads, {PAIRS} pairs in turn\n", rayon::current_num_threads());
-    println!("| case | one call, pages or row-invariant | parts, rows or plain | ratio |");
-    println!("|---|---:|---:|---:|");
-    for Line { name, seconds: [one, other], ratio } in &bench.lines {
-        println!("| {name} | {:.2} ms | {:.2} ms | {ratio:.2} |", one * 1e3, other * 1e3);
-    }
+    bench.0.print(["one call, pages or row-invariant", "parts, rows or plain"]);
     schedule(&bench);
 }

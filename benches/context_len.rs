@@ -76,7 +76,7 @@ fn main() {
         .take_while(|&len| len <= max_len)
         .collect();
     let bar = indicatif::ProgressBar::new(lengths.len() as u64);
-    let star = Mask::Star { anchor_len: BLOCK, block_len: BLOCK, first_block_len: BLOCK };
+    let star = Mask::Star { anchor_len: BLOCK, block_len: BLOCK, first_block_len: BLOCK, left: None };
 
     println!("{} threads, f32, 8/2 heads of 64, b = a = {BLOCK}", rayon::current_num_threads());
     println!(
@@ -87,7 +87,7 @@ fn main() {
     for tokens in lengths {
         let shape = shape(tokens);
         let mut tensors = Tensors::new(tokens);
-        let plan = Plan::new(&AttentionConfig::new(star), &shape).unwrap();
+        let plan = Plan::new(&AttentionConfig::new(star.clone()), &shape).unwrap();
         let seconds = tensors.seconds(&shape, &plan, if test { 1 } else { 2 });
         // Longer runs come later, so that the largest memory so far is this run's.
         let extra = peak_memory().map(|peak| peak.saturating_sub(tensors.bytes()) as f64 / (1 << 20) as f64);

@@ -60,8 +60,7 @@ pub fn modules(head_dims: &[usize]) -> Vec<Module> {
 }
 
 fn flash(policy: &Policy) -> Module {
-    let Policy { kernel, head_dim, row_tiles, row_warps, key_warps, keys, slots, values_first, staged_f32 } =
-        *policy;
+    let Policy { kernel, head_dim, row_tiles, row_warps, key_warps, keys, slots, .. } = *policy;
     let numbers = [
         ("HEAD_DIM", head_dim),
         ("ROW_TILES", row_tiles),
@@ -71,11 +70,12 @@ fn flash(policy: &Policy) -> Module {
         ("SLOTS", slots),
         ("THREADS", policy.threads()),
         ("SHARED_BYTES", policy.shared_bytes()),
+        ("BLOCKS_SM_90", policy.blocks_sm_90),
     ];
     let mut defines = vec![
         ("KERNEL_NAME", kernel.to_string()),
-        ("VALUES_FIRST", values_first.to_string()),
-        ("STAGED_F32", staged_f32.to_string()),
+        ("VALUES_FIRST", policy.values_first.to_string()),
+        ("STAGED_F32", policy.staged_f32.to_string()),
     ];
     defines.extend(numbers.map(|(name, number)| (name, number.to_string())));
     Module {

@@ -7,5 +7,10 @@ static_assert(Division::shared_bytes == SHARED_BYTES && Division::threads == THR
 
 #define NAME(dtype) NAME_WITH(KERNEL_NAME, dtype, HEAD_DIM)
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && BLOCKS_SM_90 > 0
+KERNEL_WITH_ROOM(NAME(f16), StarFlashParams, THREADS, BLOCKS_SM_90) { Flash<F16, Division>::run(p); }
+KERNEL_WITH_ROOM(NAME(bf16), StarFlashParams, THREADS, BLOCKS_SM_90) { Flash<BF16, Division>::run(p); }
+#else
 KERNEL(NAME(f16), StarFlashParams, THREADS) { Flash<F16, Division>::run(p); }
 KERNEL(NAME(bf16), StarFlashParams, THREADS) { Flash<BF16, Division>::run(p); }
+#endif

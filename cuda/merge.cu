@@ -5,6 +5,8 @@
 // in f32. A partial with lse = -inf counts for nothing, whatever its output holds; a NaN stays in
 // its row, and lse = +inf makes its row NaN. Each element is read once, by the thread that writes it, so that `out` may be one of the
 // partials.
+//
+// A row's sink is one more lse_i, of a partial whose output is 0.
 #include "include/eight.cuh"
 
 struct F32 {};
@@ -68,7 +70,7 @@ DEVICE void merge(const StarMergeParams& p) {
         within = refer(reinterpret_cast<const StarMergedRow*>(p.merged) + row).count != 0;
     }
 
-    float max = -infinity(), sum = 0;
+    float sink = -infinity(), max = sink, sum = 0;
     uint64_t lse_at = 0;
     if (within) {
         uint32_t batch, seq, head, partial = 0, n = p.n;
@@ -86,6 +88,10 @@ DEVICE void merge(const StarMergeParams& p) {
                                    : batch * p.partials.batch + seq * p.partials.seq + head * p.partials.head;
         const float* lse =
             reinterpret_cast<const float*>(p.partials_lse) + (p.merged != 0 ? partial * p.lse_stride : lse_at);
+        if (p.sinks != 0) {
+            const uint64_t its_head = (p.sink_first + lse_at) / p.sink_seq % p.sink_heads;
+            max = sink = load(reinterpret_cast<const float*>(p.sinks) + its_head);
+        }
 #pragma unroll 4
         for (uint32_t i = 0; i < n; i++) {
             const float* its_lse = p.separate ? reinterpret_cast<const float*>(p.each[i].lse) + lse_at : lse + i * p.lse_stride;
@@ -98,9 +104,9 @@ DEVICE void merge(const StarMergeParams& p) {
             float total[Unit];
 #pragma unroll
             for (int c = 0; c < Unit; c++) {
-                total[c] = -0.0f;
+                total[c] = sink == -infinity() ? -0.0f : 0.0f;
             }
-            sum = 0;
+            sum = sink == -infinity() ? 0.0f : exp_accurate(sink - max);
             const void* from = reinterpret_cast<const void*>(p.partials.data);
             uint64_t at = first + column;
             const float* its_lse = lse;

@@ -13,7 +13,7 @@ typedef struct {
 } StarTensor;
 
 /* Rows that walk one list of keys: entries 0..anchor are the sequence's keys from its first on, the
- * others its keys from `start` on. The first `prefix_len` keys of the sequence lie in the prefix
+ * others its keys from `start` on, or, with `ranges`, those of a block list. The first `prefix_len` keys of the sequence lie in the prefix
  * tensors, the others after them in the tensors of keys and values. Where the query heads of a KV
  * head share a tile, a row is one head of one token, heads fastest. */
 typedef struct {
@@ -47,7 +47,20 @@ typedef struct {
     uint32_t prefix_batch;
     uint32_t prefix_start;
     uint32_t prefix_len;
+    /* From the first row's token the entries from `anchor` to this one are hidden, and one more from
+     * each further token; -2³¹ if none ever are. */
+    int32_t hidden;
+    /* The list's ranges in the table of ranges; `ranges` 0 if it is no block list. */
+    uint32_t first_range;
+    uint32_t ranges;
+    uint32_t padding;
 } StarTile;
+
+/* A range of a block list: the entry that its first key is, and that key. */
+typedef struct {
+    uint32_t entry;
+    uint32_t key;
+} StarRange;
 
 /* flash.cuh: attention of tiles × heads, one block each, heads fastest. */
 typedef struct {
@@ -61,11 +74,15 @@ typedef struct {
     StarTensor out;
     /* f32 [batch, query_heads, query_len], or 0. */
     uint64_t lse;
+    /* f32 [query_heads], or 0: of rows that are not merged. */
+    uint64_t sinks;
     /* StarTile[]. */
     uint64_t tiles;
     /* u32[]: the pages of each sequence in order, one sequence after another; a page is an index on
      * the batch axis of keys and values. 0 where these do not lie in pages. */
     uint64_t page_table;
+    /* StarRange[]. */
+    uint64_t ranges;
     /* f32 [partial row, head_dim] and [partial row]. */
     uint64_t partials;
     uint64_t partials_lse;
@@ -121,6 +138,8 @@ typedef struct {
     uint64_t lse_stride;
     /* f32 [batch, heads, seq], or 0. */
     uint64_t lse;
+    /* f32 [sink_heads], or 0. */
+    uint64_t sinks;
     /* StarMergedRow[]; 0 where every row has `n` partials. */
     uint64_t merged;
     uint32_t n;
@@ -133,7 +152,11 @@ typedef struct {
     uint32_t lanes;
     /* 1: the partials are those of `each`, of which `n` are there. */
     uint32_t separate;
-    uint32_t padding;
+    /* Which head's sink a row has: the entry i of `lse` is the entry sink_first + i of a
+     * log-sum-exp [.., sink_heads, sink_seq]. */
+    uint32_t sink_first;
+    uint32_t sink_seq;
+    uint32_t sink_heads;
     StarPartial each[32];
 } StarMergeParams;
 

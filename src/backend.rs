@@ -38,12 +38,14 @@ pub struct Capacity {
     pub rows: usize,
     /// Entries of all page tables; 0 where keys lie in rows.
     pub pages: usize,
+    /// Ranges of all block lists ([`Mask::Blocks`](crate::Mask::Blocks)).
+    pub ranges: usize,
 }
 
 impl Capacity {
     /// As many sequences as asked for, of at most `rows` query rows each, with keys in rows.
     pub fn new(query: [usize; 4], key: [usize; 4], sequences: usize, rows: usize) -> Self {
-        Self { query, key, prefix: [0, 0], sequences, rows, pages: 0 }
+        Self { query, key, prefix: [0, 0], sequences, rows, pages: 0, ranges: 0 }
     }
 
     /// The same with keys in pages, of which the sequences name at most `pages` in all. One that
@@ -51,6 +53,12 @@ impl Capacity {
     #[must_use]
     pub fn with_pages(self, pages: usize) -> Self {
         Self { pages, ..self }
+    }
+
+    /// The same with room for block lists, of at most `ranges` ranges in all.
+    #[must_use]
+    pub fn with_ranges(self, ranges: usize) -> Self {
+        Self { ranges, ..self }
     }
 
     /// The same with prefix tensors of these extents.
@@ -106,8 +114,8 @@ impl Capacity {
     /// Refuses a batch with more than there is room for.
     ///
     /// # Errors
-    /// [`Error::Shape`] for tensors of other extents, [`Error::Value`] for too many sequences or
-    /// pages, [`Error::Sequence`] with [`Error::Value`] for one with too many rows.
+    /// [`Error::Shape`] for tensors of other extents, [`Error::Value`] for too many sequences,
+    /// pages or ranges, [`Error::Sequence`] with [`Error::Value`] for one with too many rows.
     pub fn check(&self, batch: &Batch) -> Result<()> {
         let prefix = [self.prefix[0], self.prefix[1], self.key[2], self.key[3]];
         for (argument, expected, got) in [
@@ -139,6 +147,10 @@ impl Capacity {
         let pages = batch.pages();
         if pages > self.pages {
             return Err(Error::value("pages", format!("at most {} in use", self.pages), pages));
+        }
+        let ranges = batch.ranges();
+        if ranges > self.ranges {
+            return Err(Error::value("ranges", format!("at most {} of block lists", self.ranges), ranges));
         }
         Ok(())
     }
@@ -292,14 +304,18 @@ pub trait Backend {
     /// log-sum-exp `[batch, query_heads, seq]` into `lse`. A row that sees no key gets 0 and
     /// `-inf`; one that belongs to no sequence is left alone.
     ///
+    /// Sinks of the inputs ([`Inputs::with_sinks`]) count in every row: leave them out where a
+    /// [`merge`](Self::merge) follows, and give them to that.
+    ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for tensors that are not the plan's,
     /// [`Error::DType`] for element types that the backend does not take, [`Error::Workspace`];
-    /// errors of the driver. Nothing was written then.
+    /// errors of the driver. Nothing was written then. The CPU also refuses sinks that are NaN or
+    /// `+inf` ([`Error::Value`]); on a GPU that there are none is the caller's promise.
     fn attend<Q: Element, T: Element, O: Element>(
         &self,
         plan: &mut Self::Plan,
-        inputs: Inputs<Self::View<'_, Q>, Self::View<'_, T>>,
+        inputs: Inputs<Self::View<'_, Q>, Self::View<'_, T>, Self::Slice<'_, f32>>,
         out: Self::ViewMut<'_, O>,
         lse: Option<Self::SliceMut<'_, f32>>,
         workspace: Self::SliceMut<'_, u8>,
@@ -323,12 +339,17 @@ pub trait Backend {
 
     /// Merges attention over disjoint keys into `out` and, if given, `lse`, in the order given.
     ///
+    /// `sinks`, f32 `[heads]`, are those of the attention ([`Inputs::with_sinks`]). They count in
+    /// every row, so they belong to the last merge: a result that is merged again holds none.
+    ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for what does not fit together,
     /// [`Error::DType`] for element types that the backend does not take; errors of the driver.
+    /// Sinks out of range as in [`attend`](Self::attend).
     fn merge<T: Element, O: Element>(
         &self,
         partials: Vec<PartialOf<Self::View<'_, T>, Self::Slice<'_, f32>>>,
+        sinks: Option<Self::Slice<'_, f32>>,
         out: Self::ViewMut<'_, O>,
         lse: Option<Self::SliceMut<'_, f32>>,
     ) -> Result<()>;

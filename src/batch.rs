@@ -10,7 +10,7 @@
 //! # fn main() -> star_attention::Result<()> {
 //! // 40 packed query rows, over keys in 8 pages of 16 rows.
 //! let mut batch = Batch::new([1, 40, 4, 64], [8, 16, 2, 64])?;
-//! let star = Mask::Star { anchor_len: 8, block_len: 16, first_block_len: 16 };
+//! let star = Mask::Star { anchor_len: 8, block_len: 16, first_block_len: 16, left: None };
 //! batch.push(Sequence::new(0, 0..32, Keys::pages(32, [5, 2]), star))?;
 //! // One decode over 50 keys. The rows from 33 on are padding.
 //! batch.push(Sequence::new(0, 32..33, Keys::pages(50, [0, 7, 1, 3]), Mask::Causal))?;
@@ -191,7 +191,7 @@ impl Batch {
     ///
     /// # Errors
     /// [`Error::Shape`] for extents out of range, [`Error::Value`] for a mask out of range.
-    pub fn uniform(shape: &AttentionShape, mask: Mask) -> Result<Self> {
+    pub fn uniform(shape: &AttentionShape, mask: &Mask) -> Result<Self> {
         let mut batch = Self::new(shape.query_shape(), shape.key_shape())?;
         mask.validate()?;
         for index in 0..shape.batch {
@@ -199,7 +199,7 @@ impl Batch {
                 index,
                 0..shape.query_len,
                 Keys::rows(index, 0..shape.key_len),
-                mask,
+                mask.clone(),
             ))?;
         }
         Ok(batch)
@@ -217,7 +217,7 @@ impl Batch {
         shape: &AttentionShape,
         query_offsets: &[usize],
         key_offsets: &[usize],
-        mask: Mask,
+        mask: &Mask,
     ) -> Result<Self> {
         if shape.batch != 1 {
             return Err(Error::shape("query", "batch 1 for packed sequences", shape.batch.to_string()));
@@ -231,7 +231,7 @@ impl Batch {
         mask.validate()?;
         let mut batch = Self::new(shape.query_shape(), shape.key_shape())?;
         for (rows, keys) in query_offsets.windows(2).zip(key_offsets.windows(2)) {
-            batch.push(Sequence::new(0, rows[0]..rows[1], Keys::rows(0, keys[0]..keys[1]), mask))?;
+            batch.push(Sequence::new(0, rows[0]..rows[1], Keys::rows(0, keys[0]..keys[1]), mask.clone()))?;
         }
         Ok(batch)
     }
@@ -273,7 +273,7 @@ impl Batch {
             }
         }
         match keys {
-            Keys::Rows { batch, rows } => check_rows("keys", self.key, *batch, rows),
+            Keys::Rows { batch, rows } => check_rows("keys", self.key, *batch, rows)?,
             Keys::Pages { len, pages } => {
                 let [count, page_len, ..] = self.key;
                 let needed = if *len == 0 {
@@ -287,12 +287,12 @@ impl Batch {
                     let expected = format!("{needed} pages of {page_len} rows for {len} keys");
                     return Err(Error::value("pages", expected, pages.len()));
                 }
-                match pages[..needed].iter().find(|&&page| page as usize >= count) {
-                    Some(page) => Err(Error::value("pages", format!("pages below {count}"), page)),
-                    None => Ok(()),
+                if let Some(page) = pages[..needed].iter().find(|&&page| page as usize >= count) {
+                    return Err(Error::value("pages", format!("pages below {count}"), page));
                 }
             }
         }
+        mask.validate_for(rows.len(), sequence.key_len())
     }
 
     /// The sequences, in the order in which they were added.
@@ -332,6 +332,15 @@ impl Batch {
         self.sequences.iter().map(pages).sum()
     }
 
+    /// Ranges of all block lists. A list that two sequences share counts twice.
+    pub fn ranges(&self) -> usize {
+        let ranges = |sequence: &Sequence| match &sequence.mask {
+            Mask::Blocks(blocks) => blocks.count(),
+            _ => 0,
+        };
+        self.sequences.iter().map(ranges).sum()
+    }
+
     /// Elements of the log-sum-exp, `[batch, query_heads, seq]` of the queries.
     pub fn lse_len(&self) -> usize {
         self.query[..3].iter().product()
@@ -339,10 +348,10 @@ impl Batch {
 }
 
 /// The tensors that a call reads: `Q` is a backend's view of queries, `K` its view of keys and
-/// values.
+/// values, `S` its slice of f32.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
-pub struct Inputs<Q, K> {
+pub struct Inputs<Q, K, S> {
     /// Queries, of the shape [`Batch::query_shape`].
     pub query: Q,
     /// Keys, of the shape [`Batch::key_shape`].
@@ -351,18 +360,37 @@ pub struct Inputs<Q, K> {
     pub value: K,
     /// Keys and values of the shape [`Batch::prefix_shape`], where a sequence has a prefix.
     pub prefix: Option<[K; 2]>,
+    /// Attention sinks, f32 `[query_heads]`, where rows have one.
+    pub sinks: Option<S>,
 }
 
-impl<Q, K> Inputs<Q, K> {
-    /// The tensors of a call without prefixes.
+impl<Q, K, S> Inputs<Q, K, S> {
+    /// The tensors of a call without prefixes and sinks.
     pub fn new(query: Q, key: K, value: K) -> Self {
-        Self { query, key, value, prefix: None }
+        Self { query, key, value, prefix: None, sinks: None }
     }
 
     /// The same with the keys and values of prefixes.
     #[must_use]
     pub fn with_prefix(self, key: K, value: K) -> Self {
         Self { prefix: Some([key, value]), ..self }
+    }
+
+    /// The same with attention sinks, as gpt-oss has them: one logit for each query head, f32
+    /// `[query_heads]`, in the units of a score after scale and softcap. The softmax of each row
+    /// has one more term, without a value:
+    ///
+    /// ```text
+    /// out = Σ_j exp(s_j) v_j / (Σ_j exp(s_j) + exp(sink))
+    /// lse = ln(Σ_j exp(s_j) + exp(sink))
+    /// ```
+    ///
+    /// A row that sees no key gets 0 and its sink. A sink of `-inf` is none; NaN and `+inf` are
+    /// out of range. A sink counts once: it belongs to the call that finishes a row. Where the
+    /// results are partials, still to be merged, give it to the last merge instead.
+    #[must_use]
+    pub fn with_sinks(self, sinks: S) -> Self {
+        Self { sinks: Some(sinks), ..self }
     }
 }
 

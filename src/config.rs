@@ -1,38 +1,9 @@
 //! What an attention call computes: mask, scale, softcap, and the extents it runs on.
 
-use crate::{Element, Error, Result, TensorView};
-
-/// Which keys a query row sees.
-///
-/// Masks are aligned at the bottom right: with `T` query rows and `S` keys, row `i` stands at
-/// position `p = i + S - T` of the keys. A row at a negative position sees nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mask {
-    /// Every key.
-    #[default]
-    Full,
-    /// Keys `0..=p`.
-    Causal,
-    /// Context encoding of Star Attention (paper section 2.1), as one mask over a rank's local
-    /// sequence.
-    ///
-    /// Block 0 is positions `0..first_block_len` and is causal. Every later block has `block_len`
-    /// positions (the last may be short); its rows see keys `0..anchor_len` and their own block up
-    /// to `p`.
-    Star {
-        /// Keys every row sees, unless it lies in block 0 (where it is causal). At most
-        /// `first_block_len` and `block_len`.
-        anchor_len: usize,
-        /// Tokens of every block but block 0; at least 1.
-        block_len: usize,
-        /// Tokens of block 0: `block_len` on the rank that holds the start of the context,
-        /// `anchor_len` on the others.
-        first_block_len: usize,
-    },
-}
+use crate::{Element, Error, Mask, Result, TensorView};
 
 /// What an attention call computes: `softmax(softcap(scale · q kᵀ) + mask) v`.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct AttentionConfig {
     /// Which keys a row sees.
     pub mask: Mask,
@@ -66,23 +37,6 @@ impl AttentionConfig {
     pub fn validate(&self) -> Result<()> {
         self.score().validate()?;
         self.mask.validate()
-    }
-}
-
-impl Mask {
-    /// # Errors
-    /// [`Error::Value`] for a star mask without blocks, or with an anchor longer than its blocks.
-    pub fn validate(&self) -> Result<()> {
-        if let Self::Star { anchor_len, block_len, first_block_len } = *self {
-            if block_len == 0 {
-                return Err(Error::value("block_len", "at least 1", block_len));
-            }
-            if anchor_len > block_len.min(first_block_len) {
-                let most = format!("at most block_len {block_len} and first_block_len {first_block_len}");
-                return Err(Error::value("anchor_len", most, anchor_len));
-            }
-        }
-        Ok(())
     }
 }
 
@@ -308,6 +262,24 @@ pub(crate) fn check_lse([batch, seq, heads, _]: [usize; 4], lse: Option<&[f32]>)
             Err(Error::shape("lse", expected, format!("{} elements", lse.len())))
         }
         _ => Ok(()),
+    }
+}
+
+/// Refuses attention sinks that are not one for each head.
+pub(crate) fn check_sink_count(heads: usize, got: usize) -> Result<()> {
+    if got != heads {
+        return Err(Error::shape("sinks", format!("[{heads}]"), format!("[{got}]")));
+    }
+    Ok(())
+}
+
+/// Refuses attention sinks that are not one number below `+inf` for each head.
+pub(crate) fn check_sinks(heads: usize, sinks: Option<&[f32]>) -> Result<()> {
+    let Some(sinks) = sinks else { return Ok(()) };
+    check_sink_count(heads, sinks.len())?;
+    match sinks.iter().position(|&sink| sink.is_nan() || sink == f32::INFINITY) {
+        Some(head) => Err(Error::value("sinks", format!("a number below +inf for head {head}"), sinks[head])),
+        None => Ok(()),
     }
 }
 

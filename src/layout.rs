@@ -253,7 +253,7 @@ impl RankLayout {
     pub fn mask(&self) -> Mask {
         let StarLayout { block_len, anchor_len, .. } = self.layout;
         let first_block_len = if self.own.start == 0 { block_len } else { anchor_len };
-        Mask::Star { anchor_len, block_len, first_block_len }
+        Mask::Star { anchor_len, block_len, first_block_len, left: None }
     }
 
     /// The local rows whose KV goes to the shard: all but the anchor's.

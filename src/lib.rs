@@ -14,6 +14,7 @@ pub mod cuda;
 mod error;
 mod kv;
 mod layout;
+mod mask;
 pub mod merge;
 mod schedule;
 mod tensor;
@@ -26,9 +27,10 @@ pub use batch::{Batch, Inputs, Keys, Prefix, Sequence};
 #[cfg(feature = "cuda")]
 pub use cudarc;
 
-pub use config::{AttentionConfig, AttentionShape, Mask, PlanConfig, ROW_INVARIANT_SPLIT_KEYS, ScoreConfig};
+pub use config::{AttentionConfig, AttentionShape, PlanConfig, ROW_INVARIANT_SPLIT_KEYS, ScoreConfig};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use kv::{KvConfig, KvRoom, KvStore, SequenceId, StepRows};
 pub use layout::{GeneratedKv, RankLayout, StarLayout, StarLayoutBuilder, StepLayout};
+pub use mask::{BlockList, Mask};
 pub use tensor::{DType, Element, Output, TensorView, TensorViewMut};

@@ -10,6 +10,10 @@
 //! shift). The identity is `(0, -inf)`: a partial with `lse = -inf` saw no key and counts for
 //! nothing, whatever its output holds. A NaN stays in its row.
 //!
+//! Attention sinks (as gpt-oss has them: one logit for each head) are one more part of each row,
+//! with the log-sum-exp `sink` and without a value. They count once, in the merge that finishes a
+//! row: [`merge_with_sinks`], or the `sinks` of other merges. No partial holds them.
+//!
 //! A log-sum-exp of `+inf` is not taken for an empty row: it is what scores beyond f32 have, so the
 //! merged row is NaN, output and log-sum-exp. FlashAttention-2 marks rows that saw no key by `+inf`
 //! (those with a NaN too): write `-inf` for it where the output is not NaN, before merging its
@@ -17,7 +21,7 @@
 //!
 //! Partials are summed in the order given, so the same list gives the same bits.
 
-use crate::config::check_rows;
+use crate::config::{check_rows, check_sinks};
 use crate::tensor::SharedRows;
 use crate::{Element, Error, Output, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
@@ -83,24 +87,54 @@ pub fn merge<T: Element, O: Output>(
     out: TensorViewMut<'_, O>,
     lse: &mut [f32],
 ) -> Result<()> {
-    merge_rows(partials, out, Some(lse))
+    merge_rows(partials, None, out, Some(lse))
 }
 
-/// [`merge`], with or without the log-sum-exp.
+/// [`merge`] with attention sinks `[heads]`, for rows that it finishes:
+///
+/// ```text
+/// out = Σ_i exp(lse_i) out_i / (Σ_i exp(lse_i) + exp(sink))
+/// lse = ln(Σ_i exp(lse_i) + exp(sink))
+/// ```
+///
+/// A row without keys gives 0 and its sink; a sink of `-inf` is none.
+///
+/// # Errors
+/// As [`merge`], [`Error::Shape`] for another number of sinks, and [`Error::Value`] for one that is
+/// NaN or `+inf`.
+pub fn merge_with_sinks<T: Element, O: Output>(
+    partials: &[Partial<'_, T>],
+    sinks: &[f32],
+    out: TensorViewMut<'_, O>,
+    lse: &mut [f32],
+) -> Result<()> {
+    merge_rows(partials, Some(sinks), out, Some(lse))
+}
+
+/// [`merge`], with or without sinks and the log-sum-exp.
 pub(crate) fn merge_rows<T: Element, O: Output>(
     partials: &[Partial<'_, T>],
+    sinks: Option<&[f32]>,
     out: TensorViewMut<'_, O>,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
     let shape = out.shape();
     check_out(&out, lse.as_deref())?;
+    check_sinks(shape[2], sinks)?;
     partials.iter().try_for_each(|partial| partial.check(shape))?;
     for_each_row(out, lse, |index, [batch, seq, head], out, lse| {
-        *lse = merge_row(partials.iter().map(|p| (p.row(batch, seq, head), p.lse[index])), out);
+        let partials = partials.iter().map(|p| (p.row(batch, seq, head), p.lse[index]));
+        *lse = merge_row(partials, sink_of(sinks, head), out);
     })
 }
 
-/// Merges `other` into `(out, lse)`, in place.
+/// The sink of a head, `-inf` if there is none.
+pub(crate) fn sink_of(sinks: Option<&[f32]>, head: usize) -> f32 {
+    sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head])
+}
+
+/// Merges `other` into `(out, lse)`, in place. To add sinks in the end, finish with
+/// [`merge_with_sinks`] of this one partial.
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::Stride`] (last axes must be contiguous) if they do not fit
@@ -133,19 +167,22 @@ pub fn merge_into<T: Element>(
     })
 }
 
-/// Merges `(out_i, lse_i)` of one row into `out`; returns its log-sum-exp.
+/// Merges `(out_i, lse_i)` of one row, and its sink (`-inf` for none), into `out`; returns its
+/// log-sum-exp.
 pub(crate) fn merge_row<'a, T: Element, O: Output>(
     partials: impl Iterator<Item = (&'a [T], f32)> + Clone,
+    sink: f32,
     out: &mut [O],
 ) -> f32 {
     let seen = partials.filter(|&(_, lse)| lse != f32::NEG_INFINITY);
-    let max = seen.clone().fold(f32::NEG_INFINITY, |max, (_, lse)| maximum(max, lse));
+    let max = seen.clone().fold(sink, |max, (_, lse)| maximum(max, lse));
     let mut sum = 0f32;
     // Summed in f32 on the stack, so that `out` may be of any type: most heads in one go.
     const COLUMNS: usize = 128;
     for (chunk, out) in out.chunks_mut(COLUMNS).enumerate() {
         let (mut total, columns) = ([0f32; COLUMNS], out.len());
-        sum = 0.0;
+        // Of the sink alone: 0 without one.
+        sum = (sink - max).exp();
         for (row, lse) in seen.clone() {
             let weight = (lse - max).exp();
             sum += weight;

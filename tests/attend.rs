@@ -5,7 +5,7 @@ mod common;
 use common::{Folder, Rng, Tensor, assert_refused, example};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use star_attention::cpu::reference;
-use star_attention::{AttentionConfig, Element, Mask, bf16, f16};
+use star_attention::{AttentionConfig, BlockList, Element, Mask, bf16, f16};
 use std::fs;
 use std::path::Path;
 use std::process::Output;
@@ -51,6 +51,10 @@ fn entry<T: Bytes>(name: &'static str, tensor: &Tensor<T>) -> Entry {
     (name, T::STORED, tensor.shape().to_vec(), bytes)
 }
 
+fn sinks_entry(sinks: &[f32]) -> Entry {
+    ("sinks", Dtype::F32, vec![sinks.len()], sinks.iter().flat_map(|x| x.bytes()).collect())
+}
+
 fn inputs<T: Bytes>() -> [Tensor<T>; 3] {
     let mut rng = Rng::new(3);
     [("q", [2, 7, 4, 16]), ("k", [2, 9, 2, 16]), ("v", [2, 9, 2, 16])]
@@ -64,10 +68,23 @@ fn entries() -> [Entry; 3] {
 
 /// Both backends give the oracle's answer for the mask; `unit` is the type's unit roundoff.
 fn agrees<T: Bytes>(folder: &Folder, config: &AttentionConfig, options: &[&str], unit: f64) {
+    agrees_with_sinks::<T>(folder, config, None, options, unit);
+}
+
+/// The same with a sink for each head, if given.
+fn agrees_with_sinks<T: Bytes>(
+    folder: &Folder,
+    config: &AttentionConfig,
+    sinks: Option<&[f32]>,
+    options: &[&str],
+    unit: f64,
+) {
     let [q, k, v] = inputs::<T>();
     let (input, output) = (folder.file("in.safetensors"), folder.file("out.safetensors"));
-    save(&input, &[entry("q", &q), entry("k", &k), entry("v", &v)]);
-    let exact = reference::attention(config, q.view(), k.view(), v.view()).unwrap();
+    let mut tensors = vec![entry("q", &q), entry("k", &k), entry("v", &v)];
+    tensors.extend(sinks.map(sinks_entry));
+    save(&input, &tensors);
+    let exact = reference::attention_with_sinks(config, q.view(), k.view(), v.view(), sinks).unwrap();
     for backend in [&[][..], &["--backend", "flash"], &["--backend", "cpu"], &["--backend", "reference"]] {
         let result = attend(&input, &output, &[options, backend].concat());
         assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
@@ -100,11 +117,70 @@ fn good_files() {
     agrees::<f32>(&folder, &config(Mask::Causal), &["--mask", "causal"], 1e-6);
     agrees::<f16>(&folder, &config(Mask::Causal), &["--mask", "causal"], 4.9e-4);
     agrees::<bf16>(&folder, &config(Mask::Full), &["--mask", "full"], 3.9e-3);
-    let star = Mask::Star { anchor_len: 2, block_len: 3, first_block_len: 4 };
+    let star = Mask::Star { anchor_len: 2, block_len: 3, first_block_len: 4, left: None };
     let lens = ["--mask", "star", "--anchor-len", "2", "--block-len", "3", "--first-block-len", "4"];
     agrees::<f32>(&folder, &config(star), &lens, 1e-6);
+    let window = |left, right| Mask::Window { left, right };
+    agrees::<f32>(&folder, &config(window(Some(2), Some(1))), &["--window", "2,1"], 1e-6);
+    agrees::<f32>(&folder, &config(window(None, Some(1))), &["--mask", "full", "--window", ",1"], 1e-6);
+    let sliding = config(Mask::sliding_window(3).unwrap());
+    agrees::<bf16>(&folder, &sliding, &["--mask", "causal", "--window", "2,7"], 3.9e-3);
+    let star = Mask::Star { anchor_len: 2, block_len: 3, first_block_len: 4, left: Some(1) };
+    agrees::<f32>(&folder, &config(star), &[&lens[..], &["--window", "1,"]].concat(), 1e-6);
     let scaled = AttentionConfig { scale: Some(0.5), softcap: Some(3.0), ..config(Mask::Full) };
     agrees::<f32>(&folder, &scaled, &["--scale", "0.5", "--softcap", "3"], 1e-6);
+    let sinks = Some(&[0.5, f32::NEG_INFINITY, 9.0, -1.5][..]);
+    agrees_with_sinks::<f32>(&folder, &config(Mask::Causal), sinks, &["--mask", "causal"], 1e-6);
+    agrees_with_sinks::<bf16>(&folder, &config(Mask::Full), sinks, &["--split-keys", "4"], 3.9e-3);
+}
+
+/// Seven rows in tiles of 4 over nine keys; a second sequence has the same list.
+#[test]
+fn block_lists() {
+    let folder = Folder::new("attend-blocks");
+    let (input, output) = (folder.file("in.safetensors"), folder.file("out.safetensors"));
+    let offsets = numbers("row_offsets", &[3], &[0, 2, 3]);
+    let ranges = numbers("row_ranges", &[3, 2], &[0, 2, 4, 7, 1, 9]);
+    let list = BlockList::new(4, &[0, 2, 3], &[0..2, 4..7, 1..9]).unwrap();
+    let [q, k, v] = inputs::<f32>();
+    save(&input, &[&entries()[..], &[offsets.clone(), ranges.clone()]].concat());
+    let blocks = ["--mask", "blocks", "--block-rows", "4"];
+    for (list, options) in [(list.clone(), &[][..]), (list.causal(), &["--block-causal"])] {
+        let config = AttentionConfig::new(Mask::from(list));
+        let exact = reference::attention(&config, q.view(), k.view(), v.view()).unwrap();
+        let result = attend(&input, &output, &[&blocks, options].concat());
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+        let bytes = fs::read(&output).unwrap();
+        let got = read::<f32>(&SafeTensors::deserialize(&bytes).unwrap(), "out");
+        assert!(got.iter().zip(&exact.out).all(|(got, exact)| (f64::from(*got) - exact).abs() <= 1e-6));
+    }
+    let refused = |options: &[&str], message: &str| {
+        assert_refused(&attend(&input, &output, options), message);
+    };
+    refused(&["--mask", "blocks"], "--block-rows: needed");
+    refused(&["--mask", "blocks", "--block-rows", "0"], "tile_rows");
+    refused(&["--mask", "blocks", "--block-rows", "3"], "row_offsets: expected 3 tiles");
+    refused(&[&blocks[..], &["--window", "1,1"]].concat(), "--window: not with");
+    for (wrong, message) in [
+        (vec![offsets.clone()], "row_ranges: needed"),
+        (
+            vec![offsets.clone(), numbers("row_ranges", &[6], &[0, 2, 4, 7, 1, 9])],
+            "row_ranges: expected shape",
+        ),
+        (vec![offsets.clone(), numbers("row_ranges", &[3, 2], &[0, 5, 4, 7, 1, 9])], "tile 0, range 1"),
+        (
+            vec![offsets.clone(), numbers("row_ranges", &[3, 2], &[0, 2, 4, 7, 1, 10])],
+            "keys below 9 (tile 1)",
+        ),
+        (
+            vec![numbers("row_offsets", &[3], &[0, 2, 4]), ranges.clone()],
+            "row_offsets: expected offsets from 0",
+        ),
+        (vec![numbers("row_offsets", &[3], &[0, -2, 3]), ranges], "row_offsets: expected no negative"),
+    ] {
+        save(&input, &[&entries()[..], &wrong].concat());
+        refused(&blocks, message);
+    }
 }
 
 #[test]
@@ -149,6 +225,15 @@ fn bad_files() {
         save(&input, &wrong);
         refused(&format!("{}: expected dtype F32", wrong[i].0));
     }
+    let [q, k, v] = entries();
+    for (sinks, message) in [
+        (sinks_entry(&[0.0; 3]), "sinks: expected shape [4]"),
+        (("sinks", Dtype::F16, vec![4], vec![0; 8]), "sinks: expected dtype F32"),
+        (sinks_entry(&[0.0, 0.0, f32::NAN, 0.0]), "sinks: expected a number below +inf for head 2"),
+    ] {
+        save(&input, &[q.clone(), k.clone(), v.clone(), sinks]);
+        refused(message);
+    }
     let integers = entries().map(|(name, _, shape, data)| (name, Dtype::I32, shape, data));
     save(&input, &integers);
     refused("q: expected dtype");
@@ -171,9 +256,16 @@ fn bad_options() {
     let star = |lens: [&'static str; 3]| {
         vec!["--mask", "star", "--anchor-len", lens[0], "--block-len", lens[1], "--first-block-len", lens[2]]
     };
-    let cases: [(Vec<&str>, &str); 25] = [
+    let cases: [(Vec<&str>, &str); 32] = [
         (vec!["--mask", "sliding"], "--mask"),
         (vec!["--backend", "gpu"], "--backend"),
+        (vec!["--window", "3"], "--window"),
+        (vec!["--window", "-1,0"], "--window"),
+        (vec!["--window", "1,2,3"], "--window"),
+        (vec!["--window", "1,0", "--masks", "no/such/file"], "--window: not with --masks"),
+        (vec!["--block-rows", "4"], "--block-rows: only with"),
+        (vec!["--block-causal"], "--block-causal: only with"),
+        (vec!["--mask", "blocks", "--block-rows", "4"], "row_offsets: needed"),
         (vec!["--mask", "star"], "--anchor-len"),
         (vec!["--mask", "star", "--anchor-len", "1"], "--block-len"),
         (vec!["--mask", "star", "--anchor-len", "1", "--block-len", "2"], "--first-block-len"),
@@ -215,15 +307,18 @@ fn bad_options() {
 /// Three sequences of 5, 1 and 4 query rows and 9, 6 and 4 keys, and two rows of padding.
 const LENS: [[usize; 2]; 3] = [[5, 9], [1, 6], [4, 4]];
 const ROWS: usize = 12;
+/// One for each query head.
+const SINKS: [f32; 4] = [1.5, -0.5, f32::NEG_INFINITY, 4.0];
 
 fn masks() -> [Mask; 3] {
-    [Mask::Star { anchor_len: 2, block_len: 3, first_block_len: 3 }, Mask::Full, Mask::Causal]
+    let star = Mask::Star { anchor_len: 2, block_len: 3, first_block_len: 3, left: Some(1) };
+    [star, Mask::Full, Mask::Window { left: Some(2), right: Some(0) }]
 }
 
 const MASKS: &str = r#"[
-    {"mask": "star", "anchor_len": 2, "block_len": 3, "first_block_len": 3},
-    {"mask": "full"},
-    {"mask": "causal"}
+    {"mask": "star", "anchor_len": 2, "block_len": 3, "first_block_len": 3, "window": [1, 0]},
+    {"mask": "full", "window": null},
+    {"mask": "causal", "window": [2, null]}
 ]"#;
 
 fn numbers(name: &'static str, shape: &[usize], data: &[i32]) -> Entry {
@@ -293,7 +388,7 @@ fn ragged<Q: Bytes, T: Bytes>(backends: &[&[&str]], unit: f64) {
     };
     for way in ways(&key, &value) {
         let offsets = numbers("query_offsets", &[4], &[0, 5, 6, 10]);
-        save(&input, &[&[entry("q", &query), offsets][..], &way].concat());
+        save(&input, &[&[entry("q", &query), offsets, sinks_entry(&SINKS)][..], &way].concat());
         for backend in backends {
             let options = [&["--masks", masks_file.to_str().unwrap()], *backend].concat();
             let result = attend(&input, &output, &options);
@@ -308,7 +403,8 @@ fn ragged<Q: Bytes, T: Bytes>(backends: &[&[&str]], unit: f64) {
                 });
                 let [key, value] = [&key, &value].map(|t| exact_f32(t, first_key..first_key + keys));
                 let config = AttentionConfig::new(mask);
-                let exact = reference::attention(&config, own.view(), key.view(), value.view()).unwrap();
+                let (own, key, value) = (own.view(), key.view(), value.view());
+                let exact = reference::attention_with_sinks(&config, own, key, value, Some(&SINKS)).unwrap();
                 for (got, exact) in out[row * 256..].iter().zip(&exact.out) {
                     assert!((f64::from(*got) - exact).abs() <= 8.0 * unit, "{options:?}: {got} {exact}");
                 }
@@ -389,7 +485,13 @@ fn bad_sequences() {
         (r#"[{"mask": "full"}, {"mask": "sliding"}]"#, "sequence 1: mask"),
         (r#"[{"mask": "full"}, {"mask": "star", "anchor_len": 1, "block_len": 2}]"#, "first_block_len"),
         (r#"[{"mask": "causal", "block_len": 2}, {"mask": "full"}]"#, "sequence 0: block_len"),
-        (r#"[{"mask": "full", "window": 2}, {"mask": "full"}]"#, "sequence 0: unknown member window"),
+        (r#"[{"mask": "full", "windows": [2, 0]}, {"mask": "full"}]"#, "sequence 0: unknown member windows"),
+        (r#"[{"mask": "full", "window": 2}, {"mask": "full"}]"#, "sequence 0: window: expected [L, R]"),
+        (
+            r#"[{"mask": "full"}, {"mask": "full", "window": [2, -1]}]"#,
+            "sequence 1: window: expected a whole",
+        ),
+        (r#"[{"mask": "blocks"}, {"mask": "full"}]"#, "sequence 0: mask: expected full, causal or star"),
         (r#"[{"mask": "star", "anchor_len": 3, "block_len": 2, "first_block_len": 3}, {}]"#, "anchor_len"),
         (r#"[{"mask": "star", "anchor_len": -1, "block_len": 2, "first_block_len": 3}, {}]"#, "anchor_len"),
     ] {

@@ -3,7 +3,8 @@
 mod common;
 
 use common::{named, of_sequence};
-use star_attention::{AttentionShape, Batch, Keys, Mask, Sequence};
+use star_attention::{AttentionShape, Batch, BlockList, Keys, Mask, Sequence};
+use std::ops::Range;
 
 const QUERY: [usize; 4] = [2, 10, 4, 64];
 const KEY: [usize; 4] = [3, 16, 2, 64];
@@ -52,8 +53,13 @@ fn sequences_that_are_refused() {
     assert_eq!(refused(over(Keys::pages(1, []))), (2, "value", "pages"));
     assert_eq!(refused(over(Keys::pages(17, [0, 3]))), (2, "value", "pages"));
     assert_eq!(refused(over(Keys::pages(usize::MAX, [0]))), (2, "value", "pages"));
-    let mask = Mask::Star { anchor_len: 9, block_len: 8, first_block_len: 9 };
+    let mask = Mask::Star { anchor_len: 9, block_len: 8, first_block_len: 9, left: None };
     assert_eq!(refused(Sequence::new(0, 0..1, none(), mask)), (2, "value", "anchor_len"));
+
+    let blocks = |tile_rows, keys| BlockList::new(tile_rows, &[0, 1], &[keys]).unwrap();
+    let listed = |blocks| Sequence::new(0, 0..2, Keys::rows(1, 0..16), Mask::from(blocks));
+    assert_eq!(refused(listed(blocks(1, 0..16))), (2, "value", "row_offsets"));
+    assert_eq!(refused(listed(blocks(2, 0..17))), (2, "value", "row_ranges"));
 
     assert_eq!(batch.sequences().len(), 2);
     // Between and behind the others, keys shared, and a page that is not needed and not there.
@@ -61,6 +67,40 @@ fn sequences_that_are_refused() {
     batch.push(Sequence::new(0, 5..10, Keys::pages(16, [2, 99]), Mask::Full)).unwrap();
     batch.push(Sequence::new(0, 5..5, Keys::pages(0, []), Mask::Full)).unwrap();
     assert_eq!(batch.sequences().len(), 5);
+}
+
+#[test]
+fn block_lists_and_windows_out_of_range() {
+    let refused = |tile_rows, offsets: &[usize], ranges: &[Range<usize>]| {
+        named(BlockList::new(tile_rows, offsets, ranges).unwrap_err())
+    };
+    assert_eq!(refused(0, &[0], &[]), ("value", "tile_rows"));
+    for offsets in [&[][..], &[1, 1], &[0, 2], &[0, 1, 0, 1]] {
+        assert_eq!(refused(4, offsets, &[0..4]), ("value", "row_offsets"));
+    }
+    #[allow(clippy::reversed_empty_ranges)]
+    for ranges in [[0..4, 3..8], [4..8, 0..2], [0..0, 1..2], [0..4, 9..7]] {
+        assert_eq!(refused(4, &[0, 2], &ranges), ("value", "row_ranges"));
+    }
+    // The next tile begins anew, and may have none.
+    let list = BlockList::new(4, &[0, 2, 2, 3], &[0..4, 4..8, 0..4]).unwrap();
+    assert_eq!((list.tiles(), list.count(), list.ranges(1).len(), list.ranges(2)), (3, 3, 0, &[0..4][..]));
+
+    assert_eq!(named(Mask::sliding_window(0).unwrap_err()), ("value", "sliding_window"));
+    assert_eq!(named(Mask::from(list).with_sliding_window(4).unwrap_err()), ("value", "mask"));
+    assert_eq!(named(Mask::chunked(0).unwrap_err()), ("value", "chunk_len"));
+}
+
+#[test]
+fn a_sliding_window_counts_the_rows_own_key() {
+    let causal = Mask::Window { left: Some(3), right: Some(0) };
+    assert_eq!(Mask::sliding_window(4).unwrap(), causal);
+    // The narrower of two holds.
+    assert_eq!(causal.clone().with_sliding_window(9).unwrap(), causal);
+    let full = Mask::Full.with_sliding_window(4).unwrap();
+    assert_eq!(full, Mask::Window { left: Some(3), right: None });
+    let star = |left| Mask::Star { anchor_len: 2, block_len: 8, first_block_len: 8, left };
+    assert_eq!(star(None).with_sliding_window(1).unwrap(), star(Some(0)));
 }
 
 #[test]
@@ -75,19 +115,19 @@ fn pages_without_rows_hold_no_key() {
 fn uniform_and_packed_batches() {
     let shape =
         AttentionShape { batch: 2, query_len: 3, key_len: 5, query_heads: 4, kv_heads: 2, head_dim: 8 };
-    let uniform = Batch::uniform(&shape, Mask::Causal).unwrap();
+    let uniform = Batch::uniform(&shape, &Mask::Causal).unwrap();
     let expected: Vec<_> =
         (0..2).map(|b| Sequence::new(b, 0..3, Keys::rows(b, 0..5), Mask::Causal)).collect();
     assert_eq!(uniform.sequences(), expected);
 
     let one = AttentionShape { batch: 1, ..shape };
-    let packed = Batch::packed(&one, &[0, 1, 3], &[0, 5, 5], Mask::Full).unwrap();
+    let packed = Batch::packed(&one, &[0, 1, 3], &[0, 5, 5], &Mask::Full).unwrap();
     let expected = [(0..1, 0..5), (1..3, 5..5)]
         .map(|(rows, keys)| Sequence::new(0, rows, Keys::rows(0, keys), Mask::Full));
     assert_eq!(packed.sequences(), expected);
 
     let refused = |shape, query: &[usize], key: &[usize]| {
-        named(Batch::packed(shape, query, key, Mask::Full).unwrap_err())
+        named(Batch::packed(shape, query, key, &Mask::Full).unwrap_err())
     };
     assert_eq!(refused(&shape, &[0, 3], &[0, 5]), ("shape", "query"));
     assert_eq!(refused(&one, &[0, 3], &[0, 2, 5]), ("shape", "key_offsets"));

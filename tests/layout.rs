@@ -114,13 +114,13 @@ proptest! {
                 let prefix = if block == 0 { 0 } else { layout.anchor_len() };
                 let expected: Vec<usize> = (0..prefix).chain(start..=tokens[row]).collect();
                 let mut seen: Vec<usize> =
-                    (0..len).filter(|&key| sees(local.mask(), len, len, row, key)).map(|key| tokens[key]).collect();
+                    (0..len).filter(|&key| sees(&local.mask(), len, len, row, key)).map(|key| tokens[key]).collect();
                 seen.sort_unstable();
                 prop_assert_eq!(seen, expected, "token {}", tokens[row]);
             }
             // The anchor's rows are those of the context's start, so that their KV is too.
             for row in 0..local.kept().start {
-                let seen: Vec<usize> = (0..len).filter(|&key| sees(local.mask(), len, len, row, key)).collect();
+                let seen: Vec<usize> = (0..len).filter(|&key| sees(&local.mask(), len, len, row, key)).collect();
                 prop_assert_eq!(seen, (0..=row).collect::<Vec<_>>());
             }
         }

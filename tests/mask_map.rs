@@ -74,3 +74,28 @@ fn bad_options() {
     assert_refused(&mask_map(&folder.file("no/folder/map.svg"), &[]), "--output");
     assert_eq!(folder.files(), Vec::<String>::new());
 }
+
+/// The pictures and lines of docs/masks.md.
+#[test]
+fn the_page_of_masks_is_what_it_draws() {
+    let folder = Folder::new("mask-map-masks");
+    let mut command = example("mask_map");
+    let drawn = folder.file("drawn");
+    let result = command.arg("--masks").arg(&drawn).output().unwrap();
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let page = fs::read_to_string(docs.join("masks.md")).unwrap();
+    let table = String::from_utf8(result.stdout).unwrap();
+    assert_eq!(table.lines().count(), 9);
+    for line in table.lines().skip(1) {
+        let [name, _, made_by] = line.trim().splitn(3, "  ").map(str::trim).collect::<Vec<_>>()[..] else {
+            panic!("{line}");
+        };
+        let row = page.lines().find(|row| row.contains(&format!("(masks/{name}.svg)"))).expect(name);
+        assert!(row.contains(&format!("| `{made_by}` |")), "{made_by}");
+        let file = format!("{name}.svg");
+        let [drawn, committed] =
+            [drawn.join(&file), docs.join("masks").join(&file)].map(|path| fs::read_to_string(path).unwrap());
+        assert!(drawn == committed, "run `cargo run --example mask_map -- --masks docs/masks`");
+    }
+}

@@ -5,7 +5,7 @@ mod laws;
 
 use laws::{Data, assert_close, bits, parts};
 use proptest::prelude::*;
-use star_attention::merge::{Partial, merge, merge_into};
+use star_attention::merge::{Partial, merge, merge_into, merge_with_sinks};
 use star_attention::{Element, Error, TensorView, TensorViewMut, bf16, f16};
 
 fn merged(parts: &[&Data], shape: [usize; 4]) -> Data {
@@ -15,6 +15,15 @@ fn merged(parts: &[&Data], shape: [usize; 4]) -> Data {
     let partials: Vec<_> = parts.iter().map(|part| part.partial()).collect();
     let out = TensorViewMut::contiguous("out", &mut result.out, shape).unwrap();
     merge(&partials, out, &mut result.lse).unwrap();
+    result
+}
+
+fn with_sinks(parts: &[&Data], shape: [usize; 4], sinks: &[f32]) -> Data {
+    let mut result = Data::identity(shape);
+    result.out.fill(f32::NAN);
+    let partials: Vec<_> = parts.iter().map(|part| part.partial()).collect();
+    let out = TensorViewMut::contiguous("out", &mut result.out, shape).unwrap();
+    merge_with_sinks(&partials, sinks, out, &mut result.lse).unwrap();
     result
 }
 
@@ -33,6 +42,7 @@ proptest! {
     #[test]
     fn both_merges_are_the_softmax_over_the_union(parts in parts(9)) {
         laws::is_the_softmax_over_the_union(&merged, &parts);
+        laws::takes_a_sink_for_a_part_without_values(&with_sinks, &merged, &parts);
         if let Some(part) = parts.first() {
             let all: Vec<&Data> = parts.iter().collect();
             assert_close(&pairwise(&all, part.shape), &all, parts.len());
@@ -67,6 +77,7 @@ proptest! {
     fn a_nan_stays_in_its_row(parts in parts(4).prop_filter("some", |p| p.len() > 1), at in any::<prop::sample::Index>()) {
         laws::keeps_a_nan_in_its_row(&merged, &parts, at);
         laws::keeps_a_nan_in_its_row(&pairwise, &parts, at);
+        laws::keeps_a_nan_in_its_row(&|parts, shape| with_sinks(parts, shape, &vec![1e4; shape[2]]), &parts, at);
     }
 }
 
@@ -147,5 +158,17 @@ fn what_does_not_fit_is_named_and_nothing_is_written() {
     let scattered = TensorView::new("partial", &data.out, [1, 2, 1, 4], [8, 1, 8, 2]).unwrap();
     let scattered = Partial { out: scattered, lse: &data.lse };
     assert!(matches!(attempt([1, 2, 1, 4], 8, 2, scattered), Error::Stride { argument: "partial", .. }));
+    for (sinks, kind) in
+        [(&[0.0; 2][..], "shape"), (&[], "shape"), (&[f32::NAN], "value"), (&[f32::INFINITY], "value")]
+    {
+        let view = TensorViewMut::contiguous("out", &mut out, [1, 2, 1, 4]).unwrap();
+        match (merge_with_sinks(&[good], sinks, view, &mut lse).unwrap_err(), kind) {
+            (Error::Shape { argument: "sinks", .. }, "shape") => {}
+            (Error::Value { argument: "sinks", expected, .. }, "value") => {
+                assert!(expected.ends_with("head 0"))
+            }
+            (error, _) => panic!("{error}"),
+        }
+    }
     assert_eq!((out, lse), ([7.0; 8], [7.0; 2]));
 }

@@ -37,7 +37,7 @@ impl Rates {
         let (blocks, shard, rounds) =
             if test { ([16, 32, 64], 256, 1) } else { ([1024, 4096, 8192], 32 * 1024, 8) };
         let star = blocks.map(|block| {
-            let mask = Mask::Star { anchor_len: block, block_len: block, first_block_len: block };
+            let mask = Mask::Star { anchor_len: block, block_len: block, first_block_len: block, left: None };
             let what = format!("context encoding, anchor and block of {}", tokens(block));
             (block, Run::new(what, mask, [2 * block, 2 * block, 1], Work::Flops, given.attention))
         });

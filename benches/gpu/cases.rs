@@ -61,8 +61,8 @@ impl Call {
     pub fn plan(&self, properties: &Properties) -> Result<Plan> {
         let Self { config: AttentionConfig { mask, .. }, shape, .. } = self;
         let batch = match &self.offsets {
-            None => Batch::uniform(shape, *mask)?,
-            Some([query, key]) => Batch::packed(shape, query, key, *mask)?,
+            None => Batch::uniform(shape, mask)?,
+            Some([query, key]) => Batch::packed(shape, query, key, mask)?,
         };
         let config = PlanConfig::from(self.config.score());
         let config = if self.row_invariant { config.with_row_invariant() } else { config };
@@ -163,7 +163,7 @@ impl Sizes {
     /// Context encoding on the first rank, beside dense causal attention over `against` tokens.
     pub fn star(&self, len: usize, anchor_len: usize, block_len: usize, against: usize) -> Case {
         let [len, anchor_len, block_len] = [len, anchor_len, block_len].map(|len| self.len(len));
-        let mask = Mask::Star { anchor_len, block_len, first_block_len: block_len };
+        let mask = Mask::Star { anchor_len, block_len, first_block_len: block_len, left: None };
         let name = format!("star a {anchor_len} b {block_len}");
         let case = attention(&name, self.call(mask, 1, len, len, 128));
         Case { against: Some(self.causal(against, 128).label), ..case }

@@ -140,7 +140,7 @@ fn merging<B: Bench>(backend: &B, effort: &Effort, n: usize, shape: [usize; 4]) 
     let mut lse = backend.span_mut(&mut lse);
     measure(backend, effort, |launch| {
         let partials = &partials[launch % partials.len()];
-        merge(backend.device(), backend.stream(), partials, &mut out, Some(&mut lse))
+        merge(backend.device(), backend.stream(), partials, None, &mut out, Some(&mut lse))
     })
 }
 

@@ -14,9 +14,13 @@
 #else
 
 #define DEVICE __device__ __forceinline__
-// A kernel of blocks of at most `threads`.
+// A kernel of blocks of at most `threads`...
 #define KERNEL(name, Params, threads) \
     extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+// ...of which a multiprocessor shall have registers for so many. (1 is not what the compiler takes
+// unasked: it then spends registers more freely.)
+#define KERNEL_WITH_ROOM(name, Params, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
 
 // An address in shared memory, in bytes.
 using Shared = uint32_t;

@@ -7,8 +7,8 @@
 // or the keys (key_warps: each has a ring of its own, and their results are merged at the end). S =
 // QKᵀ stays in registers and, as probabilities, is the left operand of PV.
 //
-// First come the tiles of keys that every row sees whole, then the border: the tiles that the mask
-// or the end of the keys crosses. A hidden key has the weight 0, but 0 · NaN is NaN. So in the
+// Tiles of keys that every row sees whole need no mask. The others are the border: tiles that the
+// mask, a window's left edge or the end of the keys crosses. A hidden key has the weight 0, but 0 · NaN is NaN. So in the
 // border values that are not finite enter the product as zeros, and are added at the end to the
 // rows that see them.
 #pragma once
@@ -38,9 +38,9 @@ struct Policy {
     static constexpr int threads = team * KeyWarps;
     static constexpr int query_bytes = rows * HeadDim * 2;
     static constexpr int slot_bytes = Keys * HeadDim * 2;
-    // What is kept of the list of keys: its ends, each row's limit, and for each thread two
-    // addresses and whether it zeroed a value.
-    static constexpr int list_bytes = (16 + 4 * rows + (16 + 4) * threads + 127) / 128 * 128;
+    // What is kept of the list of keys: its ends and border, each row's limit and token, and for each
+    // thread two addresses and whether it zeroed a value.
+    static constexpr int list_bytes = (48 + (4 + 1) * rows + (16 + 4) * threads + 127) / 128 * 128;
     static constexpr int shared_bytes = list_bytes + query_bytes + KeyWarps * Slots * slot_bytes;
     static_assert(KeyWarps == 1 || RowWarps == 1, "warps divide the rows or the keys");
     // Of f32 outputs in shared memory: eight more than a row has, so that the rows of a store begin
@@ -163,8 +163,14 @@ struct Flash {
         }
         Ring<P> ring(list, memory, query + P::query_bytes + key_warp * P::slots * P::slot_bytes);
         ring.store_list();
+        if (thread_index() == 0) {
+            ring.store_border(rows.left_end(), rows.limit(0));
+        }
         for (uint32_t row = thread_index(); row < P::rows; row += P::threads) {
             shared_store(ring.limit_at(row), rows.limit(row));
+        }
+        for (uint32_t row = 4 * thread_index(); row < P::rows; row += 4 * P::threads) {
+            ring.store_tokens(row, rows.tokens(row));
         }
         sync_block();
         uint32_t entry = tile.begin + key_warp * P::keys;
@@ -178,7 +184,7 @@ struct Flash {
             multiply_keys<Element, P>(scores, queries, Walk(ring.template next<false>(entry), 0, true));
             Shared values = 0;
             if (P::values_first) {
-                if (entry + P::keys > ring.limit(0)) {
+                if (ring.is_border(entry)) {
                     ring.template clear_values<Element>();
                 }
                 values = ring.template next<true>(entry);
@@ -186,8 +192,11 @@ struct Flash {
             if (p.cap_scale != 0) {
                 cap(scores, p.cap_scale);
             }
-            if (entry + P::keys > ring.limit(0)) {
+            if (ring.is_border(entry)) {
                 mask(scores, entry, ring);
+                if (entry < ring.left_end()) {
+                    hide(scores, entry, ring);
+                }
                 if (!P::values_first) {
                     ring.template clear_values<Element>();
                 }
@@ -256,6 +265,27 @@ struct Flash {
         }
     }
 
+    // What a window hides on its left, behind the anchor.
+    static DEVICE void hide(float (&scores)[P::row_tiles][columns][4], uint32_t entry, const Ring<P>& ring) {
+        const int anchor = static_cast<int>(ring.anchor() - entry - lane_column());
+#pragma unroll
+        for (int i = 0; i < P::row_tiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int hidden = anchor + static_cast<int>(ring.hidden(lane_row() + 16 * i + 8 * half));
+#pragma unroll
+                for (int j = 0; j < columns; j++) {
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        if (8 * j + c >= anchor && 8 * j + c < hidden) {
+                            scores[i][j][2 * half + c] = -infinity();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     // Rows of 16 bits go through shared memory, where the warp's own queries were, so that whole
     // lines are written.
     static DEVICE void write(const QueryRows<P>& rows, Shared staging, float (&out)[P::row_tiles][outputs][4],
@@ -267,10 +297,14 @@ struct Flash {
             for (int half = 0; half < 2; half++) {
                 const uint32_t row = lane_row() + 16 * i + 8 * half;
                 const bool within = row < rows.tile.rows;
+                const float own = log_sum_exp(softmax.base[i][half], softmax.sum[i][half], softmax.scale_log2);
+                const WithSink whole(own, rows.sink(row));
                 const float scale = normaliser(softmax.sum[i][half]);
-                const auto result = [&](int j, int c) { return normalised(out[i][j][2 * half + c], scale); };
+                const auto result = [&](int j, int c) {
+                    return whole.output(normalised(out[i][j][2 * half + c], scale));
+                };
                 if (within && thread_index() % 4 == 0 && rows.has_lse()) {
-                    rows.store_lse(row, log_sum_exp(softmax.base[i][half], softmax.sum[i][half], softmax.scale_log2));
+                    rows.store_lse(row, whole.lse);
                 }
                 if (P::staged_f32 && rows.wide()) {
 #pragma unroll
@@ -376,14 +410,15 @@ struct Flash {
                     total[c + 3] += weight * x.w;
                 }
             }
+            const WithSink whole(log_sum_exp(base, sum, softmax.scale_log2), rows.sink(row));
             const float scale = normaliser(sum);
 #pragma unroll
             for (int c = 0; c < 8; c++) {
-                total[c] = normalised(total[c], scale);
+                total[c] = whole.output(normalised(total[c], scale));
             }
             rows.template store_out<Element>(row, column, total);
             if (column == 0 && rows.has_lse()) {
-                rows.store_lse(row, log_sum_exp(base, sum, softmax.scale_log2));
+                rows.store_lse(row, whole.lse);
             }
         }
     }
@@ -393,13 +428,18 @@ struct Flash {
     static DEVICE void add_cleared(const QueryRows<P>& rows, const KeyList& list) {
         const uint32_t begin = rows.tile.begin, open = rows.limit(0);
         const bool paged = rows.p.page_table != 0;
-        const uint32_t border = open < begin ? begin : begin + (open - begin) / P::keys * P::keys;
+        // With a window the border is on both sides.
+        const bool whole = open < begin || rows.left_end() != 0;
+        const uint32_t border = whole ? begin : begin + (open - begin) / P::keys * P::keys;
 #pragma unroll 1
         for (uint32_t i = thread_index(); i < rows.tile.rows * outputs; i += P::threads) {
             const uint32_t row = i / outputs, column = i % outputs * 8;
-            const uint32_t limit = rows.limit(row);
+            const uint32_t limit = rows.limit(row), hidden = rows.hidden(row);
 #pragma unroll 1
             for (uint32_t entry = border; entry < limit; entry++) {
+                if (entry >= rows.tile.anchor && entry < hidden) {
+                    continue;
+                }
                 const uint16_t* from = list.template row<true>(entry, paged) + column;
                 const uint4 value = load(reinterpret_cast<const uint4*>(from));
                 const uint4 special = not_finite8<Element>(value);

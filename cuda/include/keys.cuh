@@ -17,11 +17,37 @@ struct KeyList {
         return entry < tile.anchor ? entry : tile.start + (entry - tile.anchor);
     }
 
+    // The range of a block list that an entry is in: the last one that begins at it or before.
+    DEVICE uint32_t range_of(uint32_t entry) const {
+        uint32_t low = 0, high = tile.ranges;
+        while (high - low > 1) {
+            const uint32_t middle = (low + high) / 2;
+            if (range(middle).entry <= entry) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        return low;
+    }
+    DEVICE const StarRange& range(uint32_t index) const {
+        return refer(reinterpret_cast<const StarRange*>(p.ranges) + tile.first_range + index);
+    }
+
+    // The same, also of block lists.
+    DEVICE uint32_t any_key(uint32_t entry) const {
+        if (tile.ranges == 0) {
+            return key(entry);
+        }
+        const StarRange& own = range(range_of(entry));
+        return own.key + (entry - own.entry);
+    }
+
     // `paged`: whether there is a page table. The caller says so, because the compiler tests a
     // parameter in every step, also in those that need no page.
     template <bool Values>
     DEVICE const uint16_t* row(uint32_t entry, bool paged) const {
-        const uint32_t at = key(entry);
+        const uint32_t at = any_key(entry);
         if (at < tile.prefix_len) {
             const StarTensor& from = Values ? p.prefix_value : p.prefix_key;
             return at_row(from, tile.prefix_batch, tile.prefix_start + at);
@@ -63,15 +89,22 @@ struct Ring {
     static_assert(P::keys % row_step == 0 && P::slots >= 2, "");
 
     static constexpr uint32_t entry_step = P::keys * P::key_warps;
-    static constexpr Shared limits_at = 16;
+    // After the list's ends: where the border is, up to where a window hides entries from some row,
+    // whether anything is hidden, and the tile's `hidden`.
+    static constexpr Shared border_at = 16;
+    static constexpr Shared left_end_at = 24;
+    static constexpr Shared hides_at = 28;
+    static constexpr Shared hidden_at = 32;
+    static constexpr Shared limits_at = 48;
     static constexpr Shared sources_at = limits_at + 4 * P::rows;
     static constexpr Shared cleared_from = sources_at + 2 * 8 * P::threads;
-    static_assert(cleared_from + 4 * P::threads <= P::list_bytes, "");
+    static constexpr Shared tokens_at = cleared_from + 4 * P::threads;
+    static_assert(tokens_at + P::rows <= P::list_bytes, "");
 
     // Ends of what is contiguous, less than a tile of keys: of a list in pages, and of one with a
-    // prefix.
+    // prefix or of blocks.
     static constexpr uint32_t paged = 0;
-    static constexpr uint32_t prefixed = 1;
+    static constexpr uint32_t scattered = 1;
 
     const KeyList& list;
     Shared shared_list;
@@ -98,9 +131,9 @@ struct Ring {
     DEVICE void store_list() const {
         const StarTile& tile = list.tile;
         if (thread_index() == 0) {
-            const uint32_t contiguous_end = tile.prefix_len != 0        ? prefixed
-                                            : list.p.page_table == 0 ? tile.end
-                                                                     : paged;
+            const uint32_t contiguous_end = tile.prefix_len + tile.ranges != 0 ? scattered
+                                            : list.p.page_table == 0         ? tile.end
+                                                                             : paged;
             shared_store(shared_list, uint4{tile.end, contiguous_end, tile.anchor, tile.start - tile.anchor});
         }
         shared_store(cleared_at(), 0u);
@@ -113,6 +146,36 @@ struct Ring {
         const uint64_t key = list.tile.key_start + row();
         return from.data + 2 * (list.tile.key_batch * from.batch + key * from.seq + list.kv_head * from.head + lane() * 8);
     }
+
+    // Tells all, after a barrier, which tiles are the border: those that begin before `left_end` or
+    // reach beyond `open`.
+    DEVICE void store_border(uint32_t left_end, uint32_t open) const {
+        const uint32_t inside = left_end + P::keys;
+        // Where no tile is inside, all are further from this first than 0.
+        const bool none = open < inside;
+        shared_store(shared_list + border_at, none ? 1u << 31 : left_end);
+        shared_store(shared_list + border_at + 4, none ? 0u : open - inside);
+        shared_store(shared_list + left_end_at, left_end);
+        shared_store(shared_list + hidden_at, static_cast<uint32_t>(list.tile.hidden));
+        shared_store(shared_list + hides_at, left_end != 0 || open != list.tile.end ? 1u : 0u);
+    }
+    DEVICE bool is_border(uint32_t entry) const {
+        return entry - shared_load4(shared_list + border_at) > shared_load4(shared_list + border_at + 4);
+    }
+    // Tells all the tokens of four rows from `row` on, in bytes, counted from the first row's.
+    DEVICE void store_tokens(uint32_t row, uint32_t tokens) const {
+        shared_store(shared_list + tokens_at + row, tokens);
+    }
+    // How many entries behind the anchor are hidden from the block's row.
+    DEVICE uint32_t hidden(uint32_t row) const {
+        const uint32_t tokens = shared_load4(shared_list + tokens_at + row / 4 * 4);
+        const int token = static_cast<int>(tokens >> row % 4 * 8 & 255);
+        const int hidden = static_cast<int>(shared_load4(shared_list + hidden_at)) + token;
+        const int first = static_cast<int>(anchor());
+        return hidden > first ? hidden - first : 0;
+    }
+    DEVICE uint32_t anchor() const { return shared_load4(shared_list + 8); }
+    DEVICE uint32_t left_end() const { return shared_load4(shared_list + left_end_at); }
 
     DEVICE uint32_t end() const { return shared_load4(shared_list); }
     // The block's row sees the entries before this one.
@@ -149,7 +212,7 @@ struct Ring {
         copy_wait<P::slots - 2>();
         // Where the mask hides nothing, the end of the keys alone makes the border, and every row
         // sees all of them.
-        if (limit(0) == end()) {
+        if (shared_load4(shared_list + hides_at) == 0) {
             return;
         }
         const Shared slot = slots + (P::slots == 2 ? 1 : read_slot) * P::slot_bytes;
@@ -191,8 +254,8 @@ struct Ring {
             const uint64_t key = first + (first >= anchor ? shift : 0);
             copy_uniform(slot, shared_load8(source_at<Values>()) + 2 * key * from.seq, 2 * row_step * from.seq);
         } else if (first < end) {
-            contiguous_end == prefixed ? copy_prefixed<Values>(slot, first, end)
-                                       : copy_each<Values>(slot, first, end, contiguous_end == paged);
+            contiguous_end == scattered ? copy_scattered<Values>(slot, first, end)
+                                        : copy_each<Values>(slot, first, end, contiguous_end == paged);
         }
         copy_commit();
     }
@@ -229,15 +292,15 @@ struct Ring {
         }
     }
 
-    // The same for a list with a prefix. Whole tiles of the prefix, and of contiguous rows after it,
-    // are rows at equal distances. Nothing in here is computed ahead for the steps of other lists.
+    // The same for a list with a prefix or of blocks. Whole tiles of the prefix, and of contiguous rows
+    // after it, are rows at equal distances. Nothing in here is computed ahead for the steps of other lists.
     template <bool Values>
-    DEVICE void copy_prefixed(Shared to, uint32_t first, uint32_t end) const {
+    DEVICE void copy_scattered(Shared to, uint32_t first, uint32_t end) const {
         to = opaque(to), first = opaque(first);
         const uint32_t begin = opaque(row()), next = first + P::keys;
         const bool paged = list.p.page_table != 0;
         const uint32_t prefix = list.tile.prefix_len;
-        const uint32_t low = list.key(first), high = list.key(next - 1);
+        const uint32_t low = list.any_key(first), high = list.any_key(next - 1);
         const bool one_source = high < prefix || (low >= prefix && !paged);
         if (next <= end && high - low == P::keys - 1 && one_source) {
             const StarTensor& from = high < prefix ? (Values ? list.p.prefix_value : list.p.prefix_key)

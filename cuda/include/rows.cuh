@@ -34,6 +34,25 @@ struct QueryRows {
         const uint32_t visible = tile.visible + tile.causal * (token(row) - token(0));
         return visible < tile.end ? visible : tile.end;
     }
+    // The tokens of four rows from `row` on, in bytes, counted from the first row's.
+    DEVICE uint32_t tokens(uint32_t row) const {
+        uint32_t tokens = 0;
+        for (uint32_t i = 0; i < 4; i++) {
+            tokens |= (token(row + i) - token(0)) << 8 * i;
+        }
+        return tokens;
+    }
+    // From the row the entries from the anchor's end to this one are hidden.
+    DEVICE uint32_t hidden(uint32_t row) const {
+        const int32_t hidden = tile.hidden + static_cast<int32_t>(token(row) - token(0));
+        const int32_t anchor = static_cast<int32_t>(tile.anchor);
+        return hidden > anchor ? hidden : anchor;
+    }
+    // Up to where entries behind the anchor are hidden from some row; 0 if none are.
+    DEVICE uint32_t left_end() const {
+        const uint32_t hidden = this->hidden(tile.rows - 1);
+        return hidden > tile.anchor ? hidden : 0;
+    }
     DEVICE bool has_lse() const { return p.lse != 0 || partial(); }
     DEVICE void store_lse(uint32_t row, float lse) const {
         if (partial()) {
@@ -42,6 +61,12 @@ struct QueryRows {
             const uint64_t plane = tile.batch * static_cast<uint64_t>(p.query_heads) + query_head(row);
             store(reinterpret_cast<float*>(p.lse) + plane * p.query_len + token(row), lse);
         }
+    }
+    // What a row's softmax has beside its keys; -inf if nothing. Partial rows get theirs when they
+    // are merged.
+    DEVICE float sink(uint32_t row) const {
+        return p.sinks == 0 || partial() ? -infinity()
+                                         : load(reinterpret_cast<const float*>(p.sinks) + query_head(row));
     }
     // Eight elements of an output row from `column` on.
     template <class Element>

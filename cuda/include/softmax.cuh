@@ -138,3 +138,24 @@ DEVICE float normaliser(float sum) { return sum == 0 ? 0.0f : reciprocal_approx(
 
 // An output from its sum. -0 becomes 0: a step in which a row sees nothing may change that sign.
 DEVICE float normalised(float out, float scale) { return out * scale + 0.0f; }
+
+// A row whose softmax has one more term, e^sink, without a value; a sink of -inf is none. The steps
+// are those of merge.cu: a row has the same bits whether its keys are split or not.
+struct WithSink {
+    float weight = 1, scale = 1;
+    float lse;
+
+    // `own` is the log-sum-exp of the keys.
+    DEVICE WithSink(float own, float sink) : lse(own) {
+        if (sink != -infinity()) {
+            const float max = own > sink || own != own ? own : sink;
+            weight = exp_accurate(own - max);
+            const float sum = exp_accurate(sink - max) + weight;
+            scale = 1 / sum;
+            lse = max + log_accurate(sum);
+        }
+    }
+
+    // An output from that of the keys.
+    DEVICE float output(float own) const { return (0.0f + weight * own) * scale; }
+};

@@ -67,6 +67,7 @@ impl Settings {
             query: Q::read(query),
             key: T::read(key),
             value: T::read(value),
+            sinks: file.sinks()?,
         };
         let results = match self.backend {
             Kind::Cpu => call.on(&self.cpu),
@@ -111,6 +112,7 @@ struct Call<Q, T> {
     query: Vec<Q>,
     key: Vec<T>,
     value: Vec<T>,
+    sinks: Option<Vec<f32>>,
 }
 
 /// Outputs and log-sum-exps; (0, -inf) for rows of no sequence.
@@ -125,11 +127,13 @@ impl<Q: Element, T: Element> Call<Q, T> {
         let mut out = backend.buffer::<Q>(self.query.len())?;
         let mut lse = backend.buffer_of(&vec![f32::NEG_INFINITY; self.batch.lse_len()])?;
         let mut workspace = backend.buffer::<u8>(backend.workspace_bytes(&plan))?;
-        let inputs = Inputs::new(
+        let sinks = self.sinks.as_ref().map(|sinks| backend.buffer_of(sinks)).transpose()?;
+        let mut inputs = Inputs::new(
             backend.whole("q", &query, query_shape)?,
             backend.whole("k", &key, key_shape)?,
             backend.whole("v", &value, key_shape)?,
         );
+        inputs.sinks = sinks.as_ref().map(|sinks| backend.slice(sinks, ..));
         backend.attend(
             &mut plan,
             inputs,
@@ -177,12 +181,13 @@ impl<Q: Element, T: Element> Call<Q, T> {
             let own: Vec<f32> = own.map(|x| x.to_f32()).collect();
             let (key, value) = (gather(&self.key), gather(&self.value));
             let key_shape = [1, keys.len(), kv_heads, dim];
-            let config = AttentionConfig { mask: *mask, scale, softcap };
-            let exact = reference::attention(
+            let config = AttentionConfig { mask: mask.clone(), scale, softcap };
+            let exact = reference::attention_with_sinks(
                 &config,
                 TensorView::contiguous("q", &own, [1, rows.len(), heads, dim])?,
                 TensorView::contiguous("k", &key, key_shape)?,
                 TensorView::contiguous("v", &value, key_shape)?,
+                self.sinks.as_deref(),
             )?;
             for (index, row) in rows_of.enumerate() {
                 let from = exact.out[index * width..][..width].iter();

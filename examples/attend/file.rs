@@ -30,6 +30,25 @@ impl<'a> File<'a> {
         Ok(Self { tensors, inputs })
     }
 
+    /// The attention sinks, if the file has them.
+    pub fn sinks(&self) -> Result<Option<Vec<f32>>> {
+        let Ok(data) = self.tensors.tensor("sinks") else { return Ok(None) };
+        if data.dtype() != Dtype::F32 {
+            return Err(format!("sinks: expected dtype F32, got {:?}", data.dtype()));
+        }
+        let heads = self.inputs[0].shape[2];
+        if data.shape() != [heads] {
+            return Err(format!("sinks: expected shape [{heads}], got {:?}", data.shape()));
+        }
+        let sinks = f32::read(data.data());
+        match sinks.iter().position(|sink| sink.is_nan() || *sink == f32::INFINITY) {
+            Some(head) => {
+                Err(format!("sinks: expected a number below +inf for head {head}, got {}", sinks[head]))
+            }
+            None => Ok(Some(sinks)),
+        }
+    }
+
     /// An i32 tensor, if the file has one of this name.
     pub fn numbers(&self, name: &'static str) -> Result<Option<Numbers>> {
         let Ok(data) = self.tensors.tensor(name) else { return Ok(None) };

@@ -13,6 +13,8 @@
 //! | `page_table` | `[sequences, pages]` | k and v are `[pages, page_len, ..]`; the pages of each sequence, -1 where unused; needs `key_lens` |
 //!
 //! Rows of q behind the last offset are padding: their `out` is 0 and their `lse` -inf.
+//!
+//! An f32 tensor `sinks` `[heads]` has the attention sinks of the query heads, if there are any.
 
 mod compute;
 mod file;
@@ -32,7 +34,8 @@ use std::process::ExitCode;
 struct Args {
     /// File with q [batch, seq, heads, dim], k and v [batch, keys, kv_heads, dim]: f32, f16 or
     /// bf16; and, if sequences have lengths of their own, i32 tensors query_offsets, key_offsets,
-    /// key_lens, page_table
+    /// key_lens, page_table; with --mask blocks row_offsets [tiles + 1], row_ranges [n, 2]; with
+    /// attention sinks an f32 tensor sinks [heads]
     #[arg(long)]
     input: PathBuf,
     /// File to write: out (like q) and lse [batch, heads, seq] (f32, natural logarithm)
@@ -45,7 +48,7 @@ struct Args {
     #[arg(long, value_enum)]
     mask: Option<masks::Kind>,
     /// JSON file with a mask for each sequence: a list of {"mask": "full|causal|star",
-    /// "anchor_len", "block_len", "first_block_len"}
+    /// "anchor_len", "block_len", "first_block_len", "window": [L, R]}
     #[arg(long, value_name = "FILE")]
     masks: Option<PathBuf>,
     /// Star mask: keys that every row sees
@@ -57,6 +60,16 @@ struct Args {
     /// Star mask: positions of the first block
     #[arg(long, allow_negative_numbers = true)]
     first_block_len: Option<usize>,
+    /// Keys before and behind a row's own that it sees, with an empty side for all of them: with
+    /// the full mask both, else those before; under a star mask of its own block
+    #[arg(long, value_name = "L,R", allow_hyphen_values = true)]
+    window: Option<String>,
+    /// Block mask: query rows of a tile, which has the ranges row_ranges[row_offsets[tile]] on
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    block_rows: Option<usize>,
+    /// Block mask: of its ranges a row sees the keys up to its own
+    #[arg(long)]
+    block_causal: bool,
     /// Factor of the scores [default: 1/sqrt(dim)]
     #[arg(long, allow_negative_numbers = true)]
     scale: Option<f32>,
@@ -129,7 +142,7 @@ fn attend(args: &Args) -> Result<()> {
     let bytes = fs::read(&args.input).map_err(|e| input(e.to_string()))?;
     let file = File::parse(&bytes).map_err(input)?;
     let sequences = Sequences::of(&file).map_err(input)?;
-    let batch = sequences.batch(masks.for_each_of(sequences.len())?).map_err(input)?;
+    let batch = sequences.batch(masks.for_each_of(sequences.len(), &file)?).map_err(input)?;
     let bytes = settings.run(&file, batch).map_err(input)?;
     write_whole(&args.output, &bytes).map_err(|e| format!("--output {}: {e}", args.output.display()))
 }

@@ -222,7 +222,7 @@ fn attend<B: Backend, T: Element>(
             Ok(PartialOf { out, lse: backend.slice(lse, ..) })
         });
         let to = backend.whole_mut("out", &mut out, query_shape)?;
-        backend.merge(all.collect::<Result<_>>()?, to, Some(backend.slice_mut(&mut lse, ..)))
+        backend.merge(all.collect::<Result<_>>()?, None, to, Some(backend.slice_mut(&mut lse, ..)))
     })?;
     let (out, lse) = (backend.read(&out)?, backend.read(&lse)?);
     let mut errors = Errors::default();

@@ -1,6 +1,6 @@
 //! Random capacities and batches within them, for tests of what plans need at most.
 
-use crate::{Batch, Capacity, Keys, Mask, PlanConfig, Sequence};
+use crate::{Batch, BlockList, Capacity, Keys, Mask, PlanConfig, Sequence};
 use proptest::prelude::*;
 
 /// Of decodes, of a few rows and of prefills; with keys in rows or pages, and perhaps prefixes.
@@ -29,9 +29,30 @@ fn masks() -> impl Strategy<Value = Mask> {
     let blocks = prop_oneof![1..=8usize, 1..=300usize, 1..=20_000usize];
     let star = (blocks.clone(), blocks, 0.0..=1.0f64).prop_map(|(block_len, first_block_len, anchor)| {
         let anchor_len = (anchor * block_len.min(first_block_len) as f64) as usize;
-        Mask::Star { anchor_len, block_len, first_block_len }
+        Mask::Star { anchor_len, block_len, first_block_len, left: None }
     });
-    prop_oneof![Just(Mask::Full), Just(Mask::Causal), star.clone(), star]
+    let left = prop_oneof![0..=8usize, 0..=300usize, 0..=20_000usize];
+    let window = (prop::option::of(left.clone()), prop::option::of(left.clone()));
+    let window = window.prop_map(|(left, right)| Mask::Window { left, right });
+    let windowed = (star.clone(), left).prop_map(|(star, left)| star.with_sliding_window(left + 1).unwrap());
+    prop_oneof![Just(Mask::Full), Just(Mask::Causal), window, windowed, star.clone(), star]
+}
+
+/// A list of at most so many ranges, of tiles of any number of rows.
+fn block_list(seed: u64, rows: usize, keys: usize, most_ranges: usize) -> Mask {
+    let tiles = |tile_rows: usize| rows.div_ceil(tile_rows);
+    let tile_rows = (1 << (seed % 10)..).find(|&tile_rows| tiles(tile_rows) <= most_ranges).unwrap_or(1);
+    let (mut offsets, mut ranges) = (vec![0], Vec::new());
+    for tile in 0..tiles(tile_rows) {
+        // All keys, the later half, or none.
+        let start = [0, keys / 2, keys][(seed >> (10 + tile % 50)) as usize % 3];
+        if start < keys {
+            ranges.push(start..keys);
+        }
+        offsets.push(ranges.len());
+    }
+    let list = BlockList::new(tile_rows, &offsets, &ranges).unwrap();
+    Mask::from(if seed.is_multiple_of(2) { list.causal() } else { list })
 }
 
 /// A part of what is left: all of it, or any.
@@ -47,14 +68,17 @@ fn part_of(part: f64, whole: usize) -> usize {
 pub(crate) fn within_capacities(
     head_dims: impl Strategy<Value = usize>,
 ) -> impl Strategy<Value = (Capacity, Batch)> {
-    let sequence = (parts(), parts(), prop::option::of(parts()), masks());
-    (capacities(head_dims), prop::collection::vec(sequence, 8), any::<bool>()).prop_map(
-        |(capacity, mut sequences, evenly)| {
+    let lists = prop::option::weighted(0.3, any::<u64>());
+    let sequence = (parts(), parts(), prop::option::of(parts()), masks(), lists);
+    let ranges = prop_oneof![2 => Just(0), 1 => 1..=400usize];
+    (capacities(head_dims), ranges, prop::collection::vec(sequence, 8), any::<bool>()).prop_map(
+        |(capacity, ranges, mut sequences, evenly)| {
+            let capacity = capacity.with_ranges(ranges);
             sequences.truncate(capacity.sequences);
             let mut batch = capacity.empty_batch().unwrap();
             let (mut at, mut start, mut pages_left) = (0, 0, capacity.pages);
             let mut sequences_left = sequences.len();
-            for (rows, keys, prefix, mask) in sequences {
+            for (rows, keys, prefix, mask, list) in sequences {
                 if start == capacity.query[1] {
                     (at, start) = (at + 1, 0);
                 }
@@ -77,6 +101,12 @@ pub(crate) fn within_capacities(
                     && capacity.prefix[0] > 0
                 {
                     sequence = sequence.with_prefix(0, 0..part_of(part, capacity.prefix[1]));
+                }
+                let ranges_left = capacity.ranges - batch.ranges();
+                if let Some(seed) = list
+                    && ranges_left > 0
+                {
+                    sequence.mask = block_list(seed, rows, sequence.key_len(), ranges_left);
                 }
                 batch.push(sequence).unwrap();
                 start += rows;

@@ -25,9 +25,9 @@ mod plan;
 
 pub use append::append;
 pub use borrow::Borrowed;
+pub use merge::{merge, merge_over, merge_over_with_sinks, merge_with_sinks};
 #[cfg(feature = "candle-cuda")]
-pub use merge::merge_over_gpus;
-pub use merge::{merge, merge_over};
+pub use merge::{merge_over_gpus, merge_over_gpus_with_sinks};
 pub use plan::Plan;
 
 use crate::{AttentionConfig, AttentionShape, Batch, Inputs, Result};
@@ -119,5 +119,5 @@ fn plan_of(config: &AttentionConfig, query: &Tensor, key: &Tensor) -> Result<Pla
     let [[batch, query_len, query_heads, head_dim], _] = axes("query", query.layout())?;
     let [[_, key_len, kv_heads, _], _] = axes("key", key.layout())?;
     let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
-    Plan::for_batch(query.device(), &config.score().into(), &Batch::uniform(&shape, config.mask)?)
+    Plan::for_batch(query.device(), &config.score().into(), &Batch::uniform(&shape, &config.mask)?)
 }

@@ -1,6 +1,6 @@
 //! Attention of a batch by a plan that is kept.
 
-use super::borrow::{Locked, axes};
+use super::borrow::{Locked, axes, table};
 use super::memory::{self, Home, Number, dtype, write_pair};
 use super::on_device;
 use crate::cpu::Cpu;
@@ -105,14 +105,14 @@ impl Plan {
     /// sequence, gets 0 and `-inf`.
     ///
     /// All are f32, f16 or bf16, keys and values of one dtype. On the CPU queries may be of
-    /// another; on a GPU all are f16 or all bf16.
+    /// another; on a GPU all are f16 or all bf16. Sinks are f32 `[query_heads]`.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride) or
     /// [`Error::Value`](crate::Error::Value) for tensors that are not the plan's, or on another
     /// device, or of other dtypes; [`Error::DType`](crate::Error::DType) for dtypes that do not go
     /// together; errors of candle and of the driver.
-    pub fn attend(&mut self, inputs: Inputs<&Tensor, &Tensor>) -> Result<(Tensor, Tensor)> {
+    pub fn attend(&mut self, inputs: Inputs<&Tensor, &Tensor, &Tensor>) -> Result<(Tensor, Tensor)> {
         of_plan!(&mut self.0, kept => kept.attend(inputs, false))
     }
 
@@ -120,7 +120,7 @@ impl Plan {
     ///
     /// # Errors
     /// As [`attend`](Self::attend).
-    pub fn partial(&mut self, inputs: Inputs<&Tensor, &Tensor>) -> Result<(Tensor, Tensor)> {
+    pub fn partial(&mut self, inputs: Inputs<&Tensor, &Tensor, &Tensor>) -> Result<(Tensor, Tensor)> {
         of_plan!(&mut self.0, kept => kept.attend(inputs, true))
     }
 }
@@ -169,7 +169,11 @@ impl<H: Home> Kept<H> {
         Ok(())
     }
 
-    fn attend(&mut self, inputs: Inputs<&Tensor, &Tensor>, f32_out: bool) -> Result<(Tensor, Tensor)> {
+    fn attend(
+        &mut self,
+        inputs: Inputs<&Tensor, &Tensor, &Tensor>,
+        f32_out: bool,
+    ) -> Result<(Tensor, Tensor)> {
         use crate::DType::{BF16, F16, F32};
         let types = [dtype("query", inputs.query)?, dtype("key", inputs.key)?];
         // Each row is kernels of its own: no more of them than engines ask for.
@@ -187,7 +191,7 @@ impl<H: Home> Kept<H> {
 
     fn run<Q: Element + Number, T: Element + Number, O: Element + Number>(
         &mut self,
-        inputs: Inputs<&Tensor, &Tensor>,
+        inputs: Inputs<&Tensor, &Tensor, &Tensor>,
     ) -> Result<(Tensor, Tensor)> {
         let Self { home, plan, workspace, workspace_len, query: shape, padded } = self;
         let home = &*home;
@@ -201,12 +205,18 @@ impl<H: Home> Kept<H> {
             Ok((argument, home.readable(tensor)?))
         });
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
-        let tensors: Vec<_> = tensors.iter().map(|(argument, tensor)| (*argument, tensor)).collect();
+        let mut tensors: Vec<_> = tensors.iter().map(|(argument, tensor)| (*argument, tensor)).collect();
+        let sinks = inputs.sinks.map(|sinks| table(home, "sinks", sinks, &[shape[2]])).transpose()?;
+        tensors.extend(sinks.iter().map(|sinks| ("sinks", sinks)));
         let locked = Locked::new(home, &tensors)?;
         let key = |index: usize| locked.view::<H, T>(home, index);
+        let has_prefix = inputs.prefix.is_some();
         let mut inputs = Inputs::new(locked.view::<H, Q>(home, 0)?, key(1)?, key(2)?);
-        if tensors.len() > 3 {
+        if has_prefix {
             inputs = inputs.with_prefix(key(3)?, key(4)?);
+        }
+        if sinks.is_some() {
+            inputs = inputs.with_sinks(locked.elements(home, tensors.len() - 1)?);
         }
         write_pair(home, *shape, *padded, |out: memory::ViewMut<'_, H, O>, lse| {
             let workspace = home.owned_mut(workspace, *workspace_len);

@@ -5,7 +5,7 @@ use super::DeviceCollective;
 use super::{Collective, CpuMerge, MergePlan};
 use crate::cpu::Cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::{Buffer, Cuda, Device, DeviceTensorMut, SpanMut};
+use crate::cuda::{Buffer, Cuda, Device, DeviceTensorMut, Span, SpanMut};
 use crate::{Backend, Element, Result, TensorViewMut};
 
 /// A group of ranks, as the partials of one backend go between them.
@@ -23,7 +23,7 @@ use crate::{Backend, Element, Result, TensorViewMut};
 ///     ranks: &R,
 ///     plan: &mut B::Plan,
 ///     merge: &mut R::Merge<f32, T>,
-///     inputs: Inputs<B::View<'_, T>, B::View<'_, T>>,
+///     inputs: Inputs<B::View<'_, T>, B::View<'_, T>, B::Slice<'_, f32>>,
 ///     out: B::ViewMut<'_, T>,
 ///     workspace: B::SliceMut<'_, u8>,
 /// ) -> Result<()> {
@@ -82,6 +82,24 @@ pub trait Ranks<B: Backend> {
         merge: &mut Self::Merge<T, O>,
         out: B::ViewMut<'_, O>,
         lse: Option<B::SliceMut<'_, f32>>,
+    ) -> Result<()> {
+        self.run_with_sinks(backend, merge, None, out, lse)
+    }
+
+    /// As [`run`](Self::run), with the attention sinks f32 `[heads]`, if given: the same on every
+    /// rank, each counts once ([`Inputs::with_sinks`](crate::Inputs::with_sinks)). The attention
+    /// that wrote the partials has none.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), [`Error::Shape`](crate::Error::Shape) for another number of sinks,
+    /// and in CPU memory [`Error::Value`](crate::Error::Value) for one that is NaN or `+inf`.
+    fn run_with_sinks<T: Element, O: Element>(
+        &self,
+        backend: &B,
+        merge: &mut Self::Merge<T, O>,
+        sinks: Option<B::Slice<'_, f32>>,
+        out: B::ViewMut<'_, O>,
+        lse: Option<B::SliceMut<'_, f32>>,
     ) -> Result<()>;
 }
 
@@ -108,14 +126,15 @@ impl<C: Collective + ?Sized> Ranks<Cpu> for C {
         merge.partial()
     }
 
-    fn run<T: Element, O: Element>(
+    fn run_with_sinks<T: Element, O: Element>(
         &self,
         _: &Cpu,
         merge: &mut CpuMerge<T, O>,
+        sinks: Option<&[f32]>,
         out: TensorViewMut<'_, O>,
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        merge.run(self, out, lse)
+        merge.with_sinks(sinks)?.run(self, out, lse)
     }
 }
 
@@ -156,15 +175,16 @@ impl<D: Device, G: DeviceCollective<D>> Ranks<Cuda<D>> for G {
         merge.plan.on_device(&**backend.device(), backend.stream(), scratch)?.into_partial()
     }
 
-    fn run<T: Element, O: Element>(
+    fn run_with_sinks<T: Element, O: Element>(
         &self,
         backend: &Cuda<D>,
         merge: &mut StreamMerge<D, T, O>,
+        sinks: Option<Span<'_, D, f32>>,
         mut out: DeviceTensorMut<'_, D, O>,
         mut lse: Option<SpanMut<'_, D, f32>>,
     ) -> Result<()> {
         let scratch = backend.slice_mut(&mut merge.scratch, ..);
-        let mut merge = merge.plan.on_device(&**backend.device(), backend.stream(), scratch)?;
-        merge.run(self, &mut out, lse.as_mut())
+        let merge = merge.plan.on_device(&**backend.device(), backend.stream(), scratch)?;
+        merge.with_sinks(sinks.as_ref())?.run(self, &mut out, lse.as_mut())
     }
 }

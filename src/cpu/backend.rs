@@ -172,7 +172,7 @@ impl Backend for Cpu {
     fn attend<Q: Element, T: Element, O: Element>(
         &self,
         plan: &mut Plan,
-        inputs: Inputs<TensorView<'_, Q>, TensorView<'_, T>>,
+        inputs: Inputs<TensorView<'_, Q>, TensorView<'_, T>, &[f32]>,
         out: TensorViewMut<'_, O>,
         lse: Option<&mut [f32]>,
         workspace: &mut [u8],
@@ -192,9 +192,10 @@ impl Backend for Cpu {
     fn merge<T: Element, O: Element>(
         &self,
         partials: Vec<PartialOf<TensorView<'_, T>, &[f32]>>,
+        sinks: Option<&[f32]>,
         out: TensorViewMut<'_, O>,
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        merge_rows(&partials, out, lse)
+        merge_rows(&partials, sinks, out, lse)
     }
 }

@@ -5,9 +5,12 @@
 //! lse = ln Σ_j exp(s_j)          out = Σ_j exp(s_j - lse) v_j
 //! ```
 //!
+//! With attention sinks, one logit for each head, `lse = ln(Σ_j exp(s_j) + exp(sink))`.
+//!
 //! It shares no code with the backends: neither their tiles nor their view of the mask. Slow; made
 //! to be right.
 
+use crate::config::check_sinks;
 use crate::{AttentionConfig, AttentionShape, Element, Mask, Result, TensorView};
 
 /// An output and its log-sum-exp in f64.
@@ -15,21 +18,29 @@ use crate::{AttentionConfig, AttentionShape, Element, Mask, Result, TensorView};
 pub struct Reference {
     /// `[batch, seq, heads, dim]`, row-major.
     pub out: Vec<f64>,
-    /// `[batch, heads, seq]`, natural logarithm; `-inf` where no key is seen.
+    /// `[batch, heads, seq]`, natural logarithm; `-inf`, or the sink, where no key is seen.
     pub lse: Vec<f64>,
 }
 
 /// Whether a query row sees a key, with `query_len` rows aligned to the end of `key_len` keys.
-pub fn sees(mask: Mask, query_len: usize, key_len: usize, row: usize, key: usize) -> bool {
+pub fn sees(mask: &Mask, query_len: usize, key_len: usize, row: usize, key: usize) -> bool {
     let position = (row + key_len) as i128 - query_len as i128;
-    let key = key as i128;
+    let (key, distance) = (key as i128, key as i128 - position);
+    let after = |left: Option<usize>| left.is_none_or(|left| -distance <= left as i128);
     match mask {
         Mask::Full => true,
         Mask::Causal => key <= position,
-        Mask::Star { anchor_len, block_len, first_block_len } => {
-            let first = first_block_len as i128;
-            let block = |p: i128| if p < first { 0 } else { 1 + (p - first) / block_len as i128 };
-            key <= position && (block(key) == block(position) || key < anchor_len as i128)
+        Mask::Window { left, right } => after(*left) && right.is_none_or(|right| distance <= right as i128),
+        Mask::Star { anchor_len, block_len, first_block_len, left } => {
+            let first = *first_block_len as i128;
+            let block = |p: i128| if p < first { 0 } else { 1 + (p - first) / *block_len as i128 };
+            let own = block(key) == block(position) && after(*left);
+            key <= position && (own || key < *anchor_len as i128)
+        }
+        Mask::Blocks(blocks) => {
+            let ranges = blocks.ranges(row / blocks.tile_rows());
+            let listed = ranges.iter().any(|range| range.contains(&(key as usize)));
+            listed && (!blocks.is_causal() || key <= position)
         }
     }
 }
@@ -46,9 +57,26 @@ pub fn attention<T: Element>(
     key: TensorView<'_, T>,
     value: TensorView<'_, T>,
 ) -> Result<Reference> {
+    attention_with_sinks(config, query, key, value, None)
+}
+
+/// [`attention`] with sinks `[heads]`, if given. One of `-inf` is none.
+///
+/// # Errors
+/// As [`attention`], [`Error::Shape`](crate::Error::Shape) for another number of sinks, and
+/// [`Error::Value`](crate::Error::Value) for one that is NaN or `+inf`.
+pub fn attention_with_sinks<T: Element>(
+    config: &AttentionConfig,
+    query: TensorView<'_, T>,
+    key: TensorView<'_, T>,
+    value: TensorView<'_, T>,
+    sinks: Option<&[f32]>,
+) -> Result<Reference> {
     config.validate()?;
     let shape = AttentionShape::of(&query, &key, &value)?;
+    check_sinks(shape.query_heads, sinks)?;
     let AttentionShape { batch, query_len, key_len, query_heads, head_dim, .. } = shape;
+    config.mask.validate_for(query_len, key_len)?;
     let scale = f64::from(config.scale_for(head_dim));
     let mut out = vec![0.0; batch * query_len * query_heads * head_dim];
     let mut lse = vec![f64::NEG_INFINITY; shape.lse_len()];
@@ -58,7 +86,7 @@ pub fn attention<T: Element>(
                 let kv_head = head / shape.group();
                 let at = |x: &TensorView<'_, T>, seq, head, d| f64::from(x.at([b, seq, head, d]).to_f32());
                 let visible: Vec<usize> =
-                    (0..key_len).filter(|&j| sees(config.mask, query_len, key_len, row, j)).collect();
+                    (0..key_len).filter(|&j| sees(&config.mask, query_len, key_len, row, j)).collect();
                 let scores: Vec<f64> = visible
                     .iter()
                     .map(|&j| {
@@ -68,13 +96,11 @@ pub fn attention<T: Element>(
                         config.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                     })
                     .collect();
-                if scores.is_empty() {
-                    continue;
-                }
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                // If every score is -inf, there is nothing to shift by.
+                let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
+                let max = scores.iter().copied().fold(sink, f64::max);
+                // If every term is -inf, there is nothing to shift by.
                 let shift = if max == f64::NEG_INFINITY { 0.0 } else { max };
-                let sum: f64 = scores.iter().map(|s| (s - shift).exp()).sum();
+                let sum = scores.iter().map(|s| (s - shift).exp()).sum::<f64>() + (sink - shift).exp();
                 let row_out = &mut out[((b * query_len + row) * query_heads + head) * head_dim..][..head_dim];
                 if sum != 0.0 {
                     for (&j, s) in visible.iter().zip(&scores) {

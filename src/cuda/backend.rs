@@ -188,16 +188,14 @@ impl<D: Device> Backend for Cuda<D> {
     fn attend<Q: Element, T: Element, O: Element>(
         &self,
         plan: &mut DevicePlan<D>,
-        inputs: Inputs<DeviceTensor<'_, D, Q>, DeviceTensor<'_, D, T>>,
+        inputs: Inputs<DeviceTensor<'_, D, Q>, DeviceTensor<'_, D, T>, Span<'_, D, f32>>,
         mut out: DeviceTensorMut<'_, D, O>,
         mut lse: Option<SpanMut<'_, D, f32>>,
         mut workspace: SpanMut<'_, D, u8>,
     ) -> Result<()> {
-        let Inputs { query, key, value, prefix, .. } = &inputs;
-        let mut inputs = Inputs::new(query, key, value);
-        if let Some([key, value]) = prefix {
-            inputs = inputs.with_prefix(key, value);
-        }
+        let Inputs { query, key, value, prefix, sinks } = &inputs;
+        let prefix = prefix.as_ref().map(|[key, value]| [key, value]);
+        let inputs = Inputs { query, key, value, prefix, sinks: sinks.as_ref() };
         plan.run(&self.device, &self.stream, inputs, &mut out, lse.as_mut(), &mut workspace)
     }
 
@@ -213,9 +211,10 @@ impl<D: Device> Backend for Cuda<D> {
     fn merge<T: Element, O: Element>(
         &self,
         partials: Vec<PartialOf<DeviceTensor<'_, D, T>, Span<'_, D, f32>>>,
+        sinks: Option<Span<'_, D, f32>>,
         mut out: DeviceTensorMut<'_, D, O>,
         mut lse: Option<SpanMut<'_, D, f32>>,
     ) -> Result<()> {
-        merge_separate(&*self.device, &self.stream, &partials, &mut out, lse.as_mut())
+        merge_separate(&*self.device, &self.stream, &partials, sinks.as_ref(), &mut out, lse.as_mut())
     }
 }

@@ -4,7 +4,7 @@
 use super::device::{ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, Span, SpanMut, bytes_of};
 use super::params::{StarMergeParams, StarPartial, StarTensor};
 use super::{Launch, MERGE_THREADS};
-use crate::config::check_rows;
+use crate::config::{check_rows, check_sink_count};
 use crate::merge::PartialOf;
 use crate::{DType, Element, Error, Result};
 
@@ -40,8 +40,43 @@ pub struct Partials<'a, D: Device, T> {
     pub lse_stride: usize,
 }
 
+/// The sinks of a merge, and which of them a row has: the row `i` of the output's log-sum-exp is
+/// the row `first + i` of a log-sum-exp `[.., heads, seq]`.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RowSinks {
+    /// Of f32 `[heads]`; 0 where there are none.
+    pub address: u64,
+    first: usize,
+    heads: usize,
+    seq: usize,
+}
+
+impl RowSinks {
+    /// One sink for each head of a merge into `[batch, seq, heads, dim]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another number of them, [`Error::Value`] for memory that was borrowed
+    /// for another stream.
+    pub fn new<D: Device>(
+        stream: &D::Stream,
+        [_, seq, heads, _]: [usize; 4],
+        sinks: Option<&Span<'_, D, f32>>,
+    ) -> Result<Self> {
+        let Some(sinks) = sinks else { return Ok(Self::default()) };
+        check_sink_count(heads, sinks.len)?;
+        sinks.check_stream("sinks", stream)?;
+        Ok(Self { address: sinks.address, first: 0, heads, seq })
+    }
+
+    /// The same for the rows from `first` on.
+    pub fn starting_at(self, first: usize) -> Self {
+        Self { first, ..self }
+    }
+}
+
 /// Merges `n` partials into `out` `[batch, seq, heads, dim]` and, if given, `lse` `[batch, heads,
-/// seq]`.
+/// seq]`, with `sinks` `[heads]` if the merge finishes rows that have them, as
+/// [`crate::merge::merge_with_sinks`] says.
 ///
 /// In f32; f32 partials merge into any type, others into their own or f32. Rows at multiples of 16
 /// bytes, of dims that are multiples of 8, are read at full speed, all others too. No partial at
@@ -56,6 +91,20 @@ pub fn merge<D: Device, T: Element, O: Element>(
     device: &D,
     stream: &D::Stream,
     partials: &Partials<'_, D, T>,
+    sinks: Option<&Span<'_, D, f32>>,
+    out: &mut DeviceTensorMut<'_, D, O>,
+    lse: Option<&mut SpanMut<'_, D, f32>>,
+) -> Result<()> {
+    let sinks = RowSinks::new(stream, out.shape(), sinks)?;
+    merge_stacked(device, stream, partials, sinks, out, lse)
+}
+
+/// [`merge`] into rows that may be a part of those of the attention.
+pub(crate) fn merge_stacked<D: Device, T: Element, O: Element>(
+    device: &D,
+    stream: &D::Stream,
+    partials: &Partials<'_, D, T>,
+    sinks: RowSinks,
     out: &mut DeviceTensorMut<'_, D, O>,
     lse: Option<&mut SpanMut<'_, D, f32>>,
 ) -> Result<()> {
@@ -84,6 +133,7 @@ pub fn merge<D: Device, T: Element, O: Element>(
             lse_stride: partials.lse_stride as u64,
             n,
         },
+        sinks,
         shape,
         dtypes: [T::DTYPE, O::DTYPE],
         out: out.params(),
@@ -102,6 +152,7 @@ pub fn merge_separate<D: Device, T: Element, O: Element>(
     device: &D,
     stream: &D::Stream,
     partials: &[DevicePartial<'_, '_, D, T>],
+    sinks: Option<&Span<'_, D, f32>>,
     out: &mut DeviceTensorMut<'_, D, O>,
     lse: Option<&mut SpanMut<'_, D, f32>>,
 ) -> Result<()> {
@@ -117,6 +168,7 @@ pub fn merge_separate<D: Device, T: Element, O: Element>(
     }
     let launch = MergeLaunch {
         partials: MergedFrom::Separate(&each[..partials.len()]),
+        sinks: RowSinks::new(stream, shape, sinks)?,
         shape,
         dtypes: [T::DTYPE, O::DTYPE],
         out: out.params(),
@@ -182,6 +234,7 @@ pub(super) enum MergedFrom<'a> {
 /// A merge of which all is known.
 pub(super) struct MergeLaunch<'a> {
     pub partials: MergedFrom<'a>,
+    pub sinks: RowSinks,
     pub shape: [usize; 4],
     /// Of partials and output.
     pub dtypes: [DType; 2],
@@ -263,6 +316,10 @@ pub(super) unsafe fn launch_merge<D: Device>(
     let params = StarMergeParams {
         out: merge.out,
         lse: merge.lse,
+        sinks: merge.sinks.address,
+        sink_first: merge.narrow(merge.sinks.first)?,
+        sink_seq: merge.narrow(merge.sinks.seq)?,
+        sink_heads: merge.narrow(merge.sinks.heads)?,
         rows: merge.narrow(rows)?,
         seq: merge.narrow(seq)?,
         heads: merge.narrow(heads)?,

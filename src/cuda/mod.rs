@@ -32,7 +32,7 @@ pub use backend::{Buffer, Cuda};
 pub(crate) use device::{ALIGNMENT, check_not_capturing};
 pub use device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, Launch, Properties, Span, SpanMut};
 pub use merge::{DevicePartial, MOST_PARTIALS, Partials, merge, merge_separate};
-pub(crate) use merge::{check_len, check_merged_types};
+pub(crate) use merge::{RowSinks, check_len, check_merged_types, merge_stacked};
 pub use policy::HEAD_DIMS;
 use policy::{APPEND_THREADS, MERGE_THREADS};
 pub use staging::Staging;

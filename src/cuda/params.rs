@@ -45,10 +45,14 @@ pub struct StarTile {
     pub prefix_batch: u32,
     pub prefix_start: u32,
     pub prefix_len: u32,
+    pub hidden: i32,
+    pub first_range: u32,
+    pub ranges: u32,
+    pub padding: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StarTile"][::std::mem::size_of::<StarTile>() - 64usize];
+    ["Size of StarTile"][::std::mem::size_of::<StarTile>() - 80usize];
     ["Alignment of StarTile"][::std::mem::align_of::<StarTile>() - 4usize];
     [
         "Offset of field: StarTile::batch",
@@ -94,6 +98,33 @@ const _: () = {
     [
         "Offset of field: StarTile::prefix_len",
     ][::std::mem::offset_of!(StarTile, prefix_len) - 60usize];
+    [
+        "Offset of field: StarTile::hidden",
+    ][::std::mem::offset_of!(StarTile, hidden) - 64usize];
+    [
+        "Offset of field: StarTile::first_range",
+    ][::std::mem::offset_of!(StarTile, first_range) - 68usize];
+    [
+        "Offset of field: StarTile::ranges",
+    ][::std::mem::offset_of!(StarTile, ranges) - 72usize];
+    [
+        "Offset of field: StarTile::padding",
+    ][::std::mem::offset_of!(StarTile, padding) - 76usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct StarRange {
+    pub entry: u32,
+    pub key: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarRange"][::std::mem::size_of::<StarRange>() - 8usize];
+    ["Alignment of StarRange"][::std::mem::align_of::<StarRange>() - 4usize];
+    [
+        "Offset of field: StarRange::entry",
+    ][::std::mem::offset_of!(StarRange, entry) - 0usize];
+    ["Offset of field: StarRange::key"][::std::mem::offset_of!(StarRange, key) - 4usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -105,8 +136,10 @@ pub struct StarFlashParams {
     pub prefix_value: StarTensor,
     pub out: StarTensor,
     pub lse: u64,
+    pub sinks: u64,
     pub tiles: u64,
     pub page_table: u64,
+    pub ranges: u64,
     pub partials: u64,
     pub partials_lse: u64,
     pub page_len: u32,
@@ -124,7 +157,7 @@ pub struct StarFlashParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 280usize];
+    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 296usize];
     ["Alignment of StarFlashParams"][::std::mem::align_of::<StarFlashParams>() - 8usize];
     [
         "Offset of field: StarFlashParams::query",
@@ -148,53 +181,59 @@ const _: () = {
         "Offset of field: StarFlashParams::lse",
     ][::std::mem::offset_of!(StarFlashParams, lse) - 192usize];
     [
+        "Offset of field: StarFlashParams::sinks",
+    ][::std::mem::offset_of!(StarFlashParams, sinks) - 200usize];
+    [
         "Offset of field: StarFlashParams::tiles",
-    ][::std::mem::offset_of!(StarFlashParams, tiles) - 200usize];
+    ][::std::mem::offset_of!(StarFlashParams, tiles) - 208usize];
     [
         "Offset of field: StarFlashParams::page_table",
-    ][::std::mem::offset_of!(StarFlashParams, page_table) - 208usize];
+    ][::std::mem::offset_of!(StarFlashParams, page_table) - 216usize];
+    [
+        "Offset of field: StarFlashParams::ranges",
+    ][::std::mem::offset_of!(StarFlashParams, ranges) - 224usize];
     [
         "Offset of field: StarFlashParams::partials",
-    ][::std::mem::offset_of!(StarFlashParams, partials) - 216usize];
+    ][::std::mem::offset_of!(StarFlashParams, partials) - 232usize];
     [
         "Offset of field: StarFlashParams::partials_lse",
-    ][::std::mem::offset_of!(StarFlashParams, partials_lse) - 224usize];
+    ][::std::mem::offset_of!(StarFlashParams, partials_lse) - 240usize];
     [
         "Offset of field: StarFlashParams::page_len",
-    ][::std::mem::offset_of!(StarFlashParams, page_len) - 232usize];
+    ][::std::mem::offset_of!(StarFlashParams, page_len) - 248usize];
     [
         "Offset of field: StarFlashParams::page_magic",
-    ][::std::mem::offset_of!(StarFlashParams, page_magic) - 236usize];
+    ][::std::mem::offset_of!(StarFlashParams, page_magic) - 252usize];
     [
         "Offset of field: StarFlashParams::page_shift",
-    ][::std::mem::offset_of!(StarFlashParams, page_shift) - 240usize];
+    ][::std::mem::offset_of!(StarFlashParams, page_shift) - 256usize];
     [
         "Offset of field: StarFlashParams::query_len",
-    ][::std::mem::offset_of!(StarFlashParams, query_len) - 244usize];
+    ][::std::mem::offset_of!(StarFlashParams, query_len) - 260usize];
     [
         "Offset of field: StarFlashParams::query_heads",
-    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 248usize];
+    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 264usize];
     [
         "Offset of field: StarFlashParams::group",
-    ][::std::mem::offset_of!(StarFlashParams, group) - 252usize];
+    ][::std::mem::offset_of!(StarFlashParams, group) - 268usize];
     [
         "Offset of field: StarFlashParams::pack",
-    ][::std::mem::offset_of!(StarFlashParams, pack) - 256usize];
+    ][::std::mem::offset_of!(StarFlashParams, pack) - 272usize];
     [
         "Offset of field: StarFlashParams::out_f32",
-    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 260usize];
+    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 276usize];
     [
         "Offset of field: StarFlashParams::scale_log2",
-    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 264usize];
+    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 280usize];
     [
         "Offset of field: StarFlashParams::cap_scale",
-    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 268usize];
+    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 284usize];
     [
         "Offset of field: StarFlashParams::slack",
-    ][::std::mem::offset_of!(StarFlashParams, slack) - 272usize];
+    ][::std::mem::offset_of!(StarFlashParams, slack) - 288usize];
     [
         "Offset of field: StarFlashParams::padding",
-    ][::std::mem::offset_of!(StarFlashParams, padding) - 276usize];
+    ][::std::mem::offset_of!(StarFlashParams, padding) - 292usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -251,6 +290,7 @@ pub struct StarMergeParams {
     pub partial_stride: u64,
     pub lse_stride: u64,
     pub lse: u64,
+    pub sinks: u64,
     pub merged: u64,
     pub n: u32,
     pub rows: u32,
@@ -259,12 +299,14 @@ pub struct StarMergeParams {
     pub dim: u32,
     pub lanes: u32,
     pub separate: u32,
-    pub padding: u32,
+    pub sink_first: u32,
+    pub sink_seq: u32,
+    pub sink_heads: u32,
     pub each: [StarPartial; 32usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of StarMergeParams"][::std::mem::size_of::<StarMergeParams>() - 1416usize];
+    ["Size of StarMergeParams"][::std::mem::size_of::<StarMergeParams>() - 1432usize];
     ["Alignment of StarMergeParams"][::std::mem::align_of::<StarMergeParams>() - 8usize];
     [
         "Offset of field: StarMergeParams::partials",
@@ -285,35 +327,44 @@ const _: () = {
         "Offset of field: StarMergeParams::lse",
     ][::std::mem::offset_of!(StarMergeParams, lse) - 88usize];
     [
+        "Offset of field: StarMergeParams::sinks",
+    ][::std::mem::offset_of!(StarMergeParams, sinks) - 96usize];
+    [
         "Offset of field: StarMergeParams::merged",
-    ][::std::mem::offset_of!(StarMergeParams, merged) - 96usize];
+    ][::std::mem::offset_of!(StarMergeParams, merged) - 104usize];
     [
         "Offset of field: StarMergeParams::n",
-    ][::std::mem::offset_of!(StarMergeParams, n) - 104usize];
+    ][::std::mem::offset_of!(StarMergeParams, n) - 112usize];
     [
         "Offset of field: StarMergeParams::rows",
-    ][::std::mem::offset_of!(StarMergeParams, rows) - 108usize];
+    ][::std::mem::offset_of!(StarMergeParams, rows) - 116usize];
     [
         "Offset of field: StarMergeParams::seq",
-    ][::std::mem::offset_of!(StarMergeParams, seq) - 112usize];
+    ][::std::mem::offset_of!(StarMergeParams, seq) - 120usize];
     [
         "Offset of field: StarMergeParams::heads",
-    ][::std::mem::offset_of!(StarMergeParams, heads) - 116usize];
+    ][::std::mem::offset_of!(StarMergeParams, heads) - 124usize];
     [
         "Offset of field: StarMergeParams::dim",
-    ][::std::mem::offset_of!(StarMergeParams, dim) - 120usize];
+    ][::std::mem::offset_of!(StarMergeParams, dim) - 128usize];
     [
         "Offset of field: StarMergeParams::lanes",
-    ][::std::mem::offset_of!(StarMergeParams, lanes) - 124usize];
+    ][::std::mem::offset_of!(StarMergeParams, lanes) - 132usize];
     [
         "Offset of field: StarMergeParams::separate",
-    ][::std::mem::offset_of!(StarMergeParams, separate) - 128usize];
+    ][::std::mem::offset_of!(StarMergeParams, separate) - 136usize];
     [
-        "Offset of field: StarMergeParams::padding",
-    ][::std::mem::offset_of!(StarMergeParams, padding) - 132usize];
+        "Offset of field: StarMergeParams::sink_first",
+    ][::std::mem::offset_of!(StarMergeParams, sink_first) - 140usize];
+    [
+        "Offset of field: StarMergeParams::sink_seq",
+    ][::std::mem::offset_of!(StarMergeParams, sink_seq) - 144usize];
+    [
+        "Offset of field: StarMergeParams::sink_heads",
+    ][::std::mem::offset_of!(StarMergeParams, sink_heads) - 148usize];
     [
         "Offset of field: StarMergeParams::each",
-    ][::std::mem::offset_of!(StarMergeParams, each) - 136usize];
+    ][::std::mem::offset_of!(StarMergeParams, each) - 152usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

@@ -23,6 +23,8 @@ pub struct Policy {
     pub values_first: bool,
     /// Whether outputs of f32 go through shared memory.
     pub staged_f32: bool,
+    /// Blocks that a multiprocessor of sm_90 shall have registers for; 0 leaves it to the compiler.
+    pub blocks_sm_90: usize,
 }
 
 /// The defaults of what the variants change.
@@ -36,6 +38,7 @@ const PLAIN: Policy = Policy {
     slots: 2,
     values_first: false,
     staged_f32: false,
+    blocks_sm_90: 0,
 };
 
 impl Policy {
@@ -58,10 +61,15 @@ impl Policy {
 
     /// For 33 to 64 rows, where tiles of `encode` have 128: as that with half the rows and the same
     /// tiles of keys. The products of a row accumulate in the same order, so both give it the same
-    /// bits.
+    /// bits. Hopper's shared memory has room for four blocks; d64 comes by as few registers unasked,
+    /// and spills some if asked.
     pub const fn encode_64(head_dim: usize) -> Option<Self> {
         let encode = Self::encode(head_dim);
-        if encode.rows() == 128 { Some(Self { kernel: "encode_64", row_tiles: 1, ..encode }) } else { None }
+        if encode.rows() != 128 {
+            return None;
+        }
+        let blocks_sm_90 = if head_dim > 64 { 4 } else { 0 };
+        Some(Self { kernel: "encode_64", row_tiles: 1, blocks_sm_90, ..encode })
     }
 
     /// Other divisions of `encode`, which only a GPU can tell the worth of. They are built with the
@@ -112,10 +120,10 @@ impl Policy {
         32 * self.row_warps * self.key_warps
     }
 
-    /// What is kept of the list of keys (its ends, each row's limit, for each thread two addresses
-    /// and a flag), then the queries and each ring's slots in 16 bits.
+    /// What is kept of the list of keys (its ends and border, each row's limit and token, for each
+    /// thread two addresses and a flag), then the queries and each ring's slots in 16 bits.
     pub const fn shared_bytes(&self) -> usize {
-        let list_bytes = (16 + 4 * self.rows() + (16 + 4) * self.threads()).next_multiple_of(128);
+        let list_bytes = (48 + (4 + 1) * self.rows() + (16 + 4) * self.threads()).next_multiple_of(128);
         list_bytes + 2 * self.head_dim * (self.rows() + self.key_warps * self.slots * self.keys)
     }
 }

@@ -21,6 +21,9 @@ pub fn every_sequence_equals_the_oracle_on(device: &Device, dtypes: &[(DType, f3
             let pair = plan.attend(inputs).unwrap();
             assert_eq!((pair.0.dtype(), pair.1.dtype()), (dtype, DType::F32));
             assert_batch(&batch, inputs, &pair, unit);
+            let sinks = sinks(device);
+            let with_sinks = inputs.with_sinks(&sinks);
+            assert_batch(&batch, with_sinks, &plan.attend(with_sinks).unwrap(), unit);
             let pair = plan.partial(inputs).unwrap();
             assert_eq!((pair.0.dtype(), pair.1.dtype()), (DType::F32, DType::F32));
             assert_batch(&batch, inputs, &pair, unit);

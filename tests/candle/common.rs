@@ -21,11 +21,29 @@ pub fn shape(x: &Tensor) -> [usize; 4] {
 
 /// The oracle's output and log-sum-exp.
 pub fn oracle(config: &AttentionConfig, q: &Tensor, k: &Tensor, v: &Tensor) -> (Vec<f32>, Vec<f32>) {
+    oracle_with_sinks(config, [q, k, v], None)
+}
+
+/// The same with a sink for each head, if given.
+pub fn oracle_with_sinks(
+    config: &AttentionConfig,
+    [q, k, v]: [&Tensor; 3],
+    sinks: Option<&Tensor>,
+) -> (Vec<f32>, Vec<f32>) {
+    let sinks = sinks.map(flat);
     let [q, k, v] = [q, k, v].map(|x| (flat(x), shape(x)));
     let view =
         |x: &'static str, y| TensorView::contiguous(x, Vec::leak(<(Vec<f32>, _)>::clone(y).0), y.1).unwrap();
-    let r = reference::attention(config, view("q", &q), view("k", &k), view("v", &v)).unwrap();
+    let (q, k, v) = (view("q", &q), view("k", &k), view("v", &v));
+    let r = reference::attention_with_sinks(config, q, k, v, sinks.as_deref()).unwrap();
     (r.out.iter().map(|&x| x as f32).collect(), r.lse.iter().map(|&x| x as f32).collect())
+}
+
+/// Sinks of four heads: none, far above scores, and of their size; with gaps between them.
+pub fn sinks(device: &Device) -> Tensor {
+    let of = [[f32::NEG_INFINITY, 7.0], [30.0, 7.0], [0.5, 7.0], [-2.0, 7.0]];
+    let all = Tensor::new(&of, device).unwrap();
+    all.narrow(1, 0, 1).unwrap().squeeze(1).unwrap()
 }
 
 pub fn assert_close(got: &[f32], expected: &[f32], tolerance: f32) {
@@ -59,7 +77,7 @@ pub fn sequences(paged: bool) -> Vec<Sequence> {
         true => Keys::pages(len, pages),
         false => Keys::rows(batch, start..start + len),
     };
-    let star = Mask::Star { anchor_len: 8, block_len: 16, first_block_len: 16 };
+    let star = Mask::Star { anchor_len: 8, block_len: 16, first_block_len: 16, left: None };
     vec![
         Sequence::new(0, 0..7, keys(40, &[5, 2, 8], 1, 3), star),
         Sequence::new(0, 7..8, keys(20, &[5, 0], 0, 30), Mask::Causal).with_prefix(1, 3..24),
@@ -101,7 +119,7 @@ fn keys_of(sequence: &Sequence, tensor: &Tensor, prefix: Option<&Tensor>) -> Ten
 /// Each sequence is what the oracle gives for it alone; rows of none are 0 and -inf.
 pub fn assert_batch(
     batch: &Batch,
-    inputs: Inputs<&Tensor, &Tensor>,
+    inputs: Inputs<&Tensor, &Tensor, &Tensor>,
     (out, lse): &(Tensor, Tensor),
     unit: f32,
 ) {
@@ -116,7 +134,8 @@ pub fn assert_batch(
         let key = keys_of(sequence, inputs.key, prefix_key);
         let value = keys_of(sequence, inputs.value, prefix_value);
         let config = AttentionConfig::new(sequence.mask);
-        let (expected, expected_lse) = oracle(&config, &of(inputs.query, 1), &key, &value);
+        let (expected, expected_lse) =
+            oracle_with_sinks(&config, [&of(inputs.query, 1), &key, &value], inputs.sinks);
         assert_close(&flat(&of(out, 1)), &expected, unit);
         assert_close(&flat(&of(lse, 2)), &expected_lse, 1e-4);
     }

@@ -79,6 +79,12 @@ fn batches_and_tensors_of_a_plan() {
     let flat = prefix.flatten_from(2).unwrap();
     let flat = inputs.with_prefix(&flat, &prefix);
     assert_refused!(plan.attend(flat), Error::Shape { argument: "prefix", .. });
+    let sinks = |of: &[f32]| Tensor::new(of, &Device::Cpu).unwrap();
+    let (three, nan) = (sinks(&[0.0; 3]), sinks(&[0.0, f32::NAN, 0.0, 0.0]));
+    let half = sinks(&[0.0; 4]).to_dtype(DType::BF16).unwrap();
+    assert_refused!(plan.attend(inputs.with_sinks(&three)), Error::Shape { argument: "sinks", .. });
+    assert_refused!(plan.attend(inputs.with_sinks(&half)), Error::DType { argument: "sinks", .. });
+    assert_refused!(plan.attend(inputs.with_sinks(&nan)), Error::Value { argument: "sinks", .. });
     // After all this it attends to the batch that it had.
     assert_batch(&whole, inputs, &plan.attend(inputs).unwrap(), 1e-5);
 }
@@ -162,6 +168,10 @@ fn partials_of_a_merge() {
     let shorter = [pair(), (out.narrow(1, 0, 3).unwrap(), lse.clone())];
     assert_refused!(candle::merge(&shorter), Error::Shape { argument: "partial", .. });
     let group = &ThreadGroup::ranks(1).unwrap()[0];
+    let one = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
+    assert_refused!(candle::merge_with_sinks(&[pair()], &one), Error::Shape { argument: "sinks", .. });
+    let refused_over = candle::merge_over_with_sinks(group, &pair(), &one);
+    assert_refused!(refused_over, Error::Shape { argument: "sinks", .. });
     for merge in
         [|pair, _| candle::merge(&[pair]), |pair, group: &ThreadGroup| candle::merge_over(group, &pair)]
     {

@@ -87,6 +87,7 @@ fn tensors_of_a_gpu() {
     batches::a_plan_lasts_over_steps_on(&device, dtypes);
     merges::partials_merge_on(&device, dtypes);
     merges::ranks_merge_on(&device, dtypes);
+    merges::sinks_join_the_last_merge_on(&device, dtypes);
     for &(dtype, unit) in dtypes {
         let gpu = |x: &Tensor| x.to_device(&device).unwrap().to_dtype(dtype).unwrap();
         let (q, k, v) = (random([2, 5, 4, 64]), random([2, 90, 2, 64]), random([2, 90, 2, 64]));

@@ -50,6 +50,37 @@ fn partials_merge() {
     partials_merge_on(&Device::Cpu, &DTYPES);
 }
 
+/// Sinks count in the merge that finishes the rows, of this rank or of all, and once.
+pub fn sinks_join_the_last_merge_on(device: &Device, dtypes: &[(DType, f32)]) {
+    let (full, sinks) = (AttentionConfig::default(), &sinks(device));
+    for &(dtype, unit) in dtypes {
+        let [q, k] = [[2, 3, 4, 64], [2, 31, 2, 64]]
+            .map(|shape| random(shape).to_dtype(dtype).unwrap().to_device(device).unwrap());
+        let (expected, expected_lse) = oracle_with_sinks(&full, [&q, &k, &k], Some(sinks));
+        let partials = [(0, 14), (14, 0), (14, 17)].map(|(start, len)| {
+            let part = k.narrow(1, start, len).unwrap();
+            candle::attention(&full, &q, &part, &part).unwrap()
+        });
+        let (out, lse) = candle::merge_with_sinks(&partials, sinks).unwrap();
+        assert_close(&flat(&out), &expected, unit);
+        assert_close(&flat(&lse), &expected_lse, 1e-4);
+        std::thread::scope(|scope| {
+            for (group, partial) in ThreadGroup::ranks(3).unwrap().into_iter().zip(&partials) {
+                let (out, lse) = (&out, &lse);
+                scope.spawn(move || {
+                    let merged = candle::merge_over_with_sinks(&group, partial, sinks).unwrap();
+                    assert_eq!((flat(&merged.0), flat(&merged.1)), (flat(out), flat(lse)));
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn sinks_join_the_last_merge() {
+    sinks_join_the_last_merge_on(&Device::Cpu, &DTYPES);
+}
+
 /// Every rank gets what one merge of all partials gives, bit for bit.
 pub fn ranks_merge_on(device: &Device, dtypes: &[(DType, f32)]) {
     for &(dtype, _) in dtypes {

@@ -86,6 +86,33 @@ fn a_merge_that_is_dropped_is_completed_for_the_others() {
     }
 }
 
+/// Sinks are in the share of a rank that gives up its own result, and in no merge but the next.
+#[test]
+fn sinks_count_in_the_next_merge_whoever_waits_for_it() {
+    for way in WAYS {
+        all_ranks(3, |group| {
+            let mut merge = merge_of(3, way);
+            for sink in [Some(3f32.ln()), None] {
+                write(&mut merge, 1.0);
+                if let Some(sink) = sink {
+                    merge.with_sinks(Some(&[sink])).unwrap();
+                }
+                let pending = merge.start(&group).unwrap();
+                if group.rank() == 0 {
+                    drop(pending);
+                    continue;
+                }
+                let (mut out, mut lse) = ([f32::NAN; 12], [f32::NAN; 3]);
+                pending.wait(to(&mut out), Some(&mut lse)).unwrap();
+                // The weights of three partials and, if there is one, of as much in the sink.
+                let (part, sum) = if sink.is_some() { (0.5, 6f32) } else { (1.0, 3.0) };
+                assert!(out.iter().all(|x| (x - part).abs() < 1e-6), "{out:?}");
+                assert!(lse.iter().all(|x| (x - sum.ln()).abs() < 1e-6), "{lse:?}");
+            }
+        });
+    }
+}
+
 #[test]
 fn a_merge_that_is_forgotten_leaves_the_group_when_that_is_dropped() {
     for way in WAYS {

@@ -31,6 +31,8 @@ fn a_merge_that_does_not_fit_sends_nothing() {
             assert_eq!(named(merge.run(&group, view, None).unwrap_err()), ("shape", "out"));
             let view = TensorViewMut::contiguous("out", &mut to, [1, 3, 1, 4]).unwrap();
             assert_eq!(named(merge.run(&group, view, None).unwrap_err()), ("value", "partial"));
+            assert_eq!(named(merge.with_sinks(Some(&[0.0; 2])).map(drop).unwrap_err()), ("shape", "sinks"));
+            assert_eq!(named(merge.with_sinks(Some(&[f32::NAN])).map(drop).unwrap_err()), ("value", "sinks"));
             assert_eq!((to, to_lse), ([7.0; 12], [7.0; 3]));
             assert_eq!(group.traffic(), Traffic::default());
         });

@@ -42,6 +42,18 @@ impl Rng {
     }
 }
 
+/// Attention sinks of so many heads: of the size of scores, far above and far below them, and none.
+pub fn sinks(heads: usize, seed: u64) -> Vec<f32> {
+    let mut rng = Rng::new(!seed);
+    let sink = |_| match rng.below(8) {
+        0 => f32::NEG_INFINITY,
+        1 => [1e4, 1e30][rng.below(2)],
+        2 => [-1e4, -1e30][rng.below(2)],
+        _ => 3.0 * rng.normal(),
+    };
+    (0..heads).map(sink).collect()
+}
+
 /// How a tensor lies in its buffer; the last axis is contiguous.
 #[derive(Clone, Debug)]
 pub struct Layout {

@@ -62,7 +62,7 @@ fn plans_take_the_instructions_of_their_backend() {
     let query = Tensor::<bf16>::normal("query", shape.query_shape(), &mut rng);
     let [key, value] = ["key", "value"].map(|name| Tensor::<bf16>::normal(name, shape.key_shape(), &mut rng));
     let inputs = || Inputs::new(query.view(), key.view(), value.view());
-    let batch = Batch::uniform(&shape, Mask::Causal).unwrap();
+    let batch = Batch::uniform(&shape, &Mask::Causal).unwrap();
     let config = PlanConfig::new();
     let mut results = Vec::new();
     for instructions in InstructionSet::available() {
@@ -279,7 +279,7 @@ fn absurd_extents() {
     assert!(cache.iter().flatten().all(|&x| x == 1.0));
 
     let none = star_attention::TensorViewMut::<f32>::new("out", &mut [], [MAX, 2, 0, 2], [0; 4]).unwrap();
-    cpu.merge::<f32, f32>(Vec::new(), none, None).unwrap();
+    cpu.merge::<f32, f32>(Vec::new(), None, none, None).unwrap();
 
     let config = PlanConfig::new();
     let batch = Batch::new([1, 1, 1, 1 << 56], [1, 1, 1, 1 << 56]).unwrap();
@@ -307,7 +307,7 @@ fn plans_keep_their_instructions() {
     let mut rng = Rng::new(12);
     let query = Tensor::<f32>::normal("query", shape.query_shape(), &mut rng);
     let key = Tensor::<f32>::normal("key", shape.key_shape(), &mut rng);
-    let batch = Batch::uniform(&shape, Mask::Full).unwrap();
+    let batch = Batch::uniform(&shape, &Mask::Full).unwrap();
     let capacity = Capacity::new(batch.query_shape(), batch.key_shape(), 1, shape.query_len);
     let mut bits = [portable, Cpu::new()].map(|updater| {
         let mut plan = portable.plan(&PlanConfig::new(), &capacity).unwrap();

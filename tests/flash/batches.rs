@@ -21,11 +21,12 @@ const SPLIT_KEYS: usize = 192;
 fn run<T: Element, O: Element>(
     plan: &Plan,
     inputs: &Inputs<T>,
+    sinks: Option<&[f32]>,
     out: &mut Tensor<O>,
     lse: Option<&mut [f32]>,
 ) {
     let mut workspace = vec![0xffu8; plan.workspace_bytes()];
-    plan.run(inputs.views(), out.view_mut(), lse, &mut workspace).unwrap();
+    plan.run(inputs.views(sinks), out.view_mut(), lse, &mut workspace).unwrap();
 }
 
 fn stands_alone<T: Element, O: Element>(
@@ -37,7 +38,7 @@ fn stands_alone<T: Element, O: Element>(
     each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
         let config = PlanConfig::from(*score);
         let config = if fixed { config.with_split_keys(SPLIT_KEYS) } else { config };
-        by.run(&config, batch, inputs, out, lse);
+        by.run_with_sinks(&config, batch, inputs, case.sinks().as_deref(), out, lse);
     })
 }
 
@@ -53,7 +54,7 @@ fn keeps_its_bits<T: Element>(case: &BatchCase, instructions: InstructionSet) ->
             let plan = plan.with_instructions(instructions).unwrap();
             let mut out = Tensor::<f32>::contiguous("out", batch.query_shape(), |_| 0.0);
             let mut lse = vec![0.0; batch.lse_len()];
-            run(&plan, &inputs, &mut out, Some(&mut lse));
+            run(&plan, &inputs, case.sinks().as_deref(), &mut out, Some(&mut lse));
             (out, lse)
         })
     };
@@ -93,7 +94,7 @@ fn pages_change_no_bit<T: Element>(
         let plan = plan.with_instructions(instructions).unwrap();
         let mut out = Tensor::<f32>::contiguous("out", batch.query_shape(), |_| 0.0);
         let mut lse = vec![0.0; batch.lse_len()];
-        run(&plan, inputs, &mut out, Some(&mut lse));
+        run(&plan, inputs, case.sinks().as_deref(), &mut out, Some(&mut lse));
         (out.bits(), lse.into_iter().map(f32::to_bits).collect::<Vec<_>>())
     });
     prop_assert!(first == second, "other bits from pages than from rows");

@@ -6,13 +6,13 @@ use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::{self, Plan};
 use star_attention::{AttentionConfig, AttentionShape, Error, Inputs, Mask, TensorView, TensorViewMut};
 
-const STAR: Mask = Mask::Star { anchor_len: 3, block_len: 8, first_block_len: 3 };
+const STAR: Mask = Mask::Star { anchor_len: 3, block_len: 8, first_block_len: 3, left: None };
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
 
 /// A call on normal f32 values on all instructions, compared with the oracle; gives output and
 /// log-sum-exp of the last.
 fn check(
-    mask: Mask,
+    mask: &Mask,
     [batch, query_len, key_len]: [usize; 3],
     heads: [usize; 2],
     dim: usize,
@@ -21,7 +21,7 @@ fn check(
     let query = Tensor::<f32>::normal("query", [batch, query_len, heads[0], dim], &mut rng);
     let key = Tensor::<f32>::normal("key", [batch, key_len, heads[1], dim], &mut rng);
     let value = Tensor::<f32>::normal("value", [batch, key_len, heads[1], dim], &mut rng);
-    let config = AttentionConfig::new(mask);
+    let config = AttentionConfig::new(mask.clone());
     let expected = Expected::of(&config, &query, &key, &value, false);
     let (q, k, v) = (query.view(), key.view(), value.view());
     let shape = AttentionShape::of(&q, &k, &v).unwrap();
@@ -45,7 +45,7 @@ fn check(
 fn no_keys_give_the_identity() {
     for mask in MASKS {
         for query_len in [1, 5, 200] {
-            let (out, lse) = check(mask, [2, query_len, 0], [4, 2], 16);
+            let (out, lse) = check(&mask, [2, query_len, 0], [4, 2], 16);
             assert!(out.iter().all(|x| x.to_bits() == 0), "{mask:?}");
             assert!(lse.iter().all(|&x| x == f32::NEG_INFINITY), "{mask:?}");
         }
@@ -57,7 +57,7 @@ fn rows_before_the_first_key_give_the_identity() {
     for mask in [Mask::Causal, STAR] {
         for (query_len, key_len) in [(2, 1), (20, 7), (150, 1), (150, 90), (130, 129)] {
             let blind = query_len - key_len;
-            let (out, lse) = check(mask, [1, query_len, key_len], [2, 1], 16);
+            let (out, lse) = check(&mask, [1, query_len, key_len], [2, 1], 16);
             assert!(out[..blind * 32].iter().all(|x| x.to_bits() == 0), "{mask:?}");
             for head in lse.chunks(query_len) {
                 assert!(head[..blind].iter().all(|&x| x == f32::NEG_INFINITY), "{mask:?}");
@@ -70,19 +70,19 @@ fn rows_before_the_first_key_give_the_identity() {
 #[test]
 fn no_queries_and_no_sequences_are_no_work() {
     for mask in MASKS {
-        check(mask, [2, 0, 50], [4, 2], 16);
-        check(mask, [0, 5, 5], [4, 2], 16);
-        check(mask, [0, 0, 0], [4, 2], 16);
-        check(mask, [3, 0, 0], [4, 2], 16);
+        check(&mask, [2, 0, 50], [4, 2], 16);
+        check(&mask, [0, 5, 5], [4, 2], 16);
+        check(&mask, [0, 0, 0], [4, 2], 16);
+        check(&mask, [3, 0, 0], [4, 2], 16);
     }
 }
 
 #[test]
 fn one_key_gives_its_value() {
-    let (out, lse) = check(Mask::Full, [1, 1, 1], [1, 1], 1);
+    let (out, lse) = check(&Mask::Full, [1, 1, 1], [1, 1], 1);
     assert!(out[0].is_finite() && lse[0].is_finite());
-    check(Mask::Full, [1, 1, 1], [8, 1], 300);
-    check(Mask::Causal, [1, 1, 1], [3, 3], 128);
+    check(&Mask::Full, [1, 1, 1], [8, 1], 300);
+    check(&Mask::Causal, [1, 1, 1], [3, 3], 128);
 }
 
 /// Around the sizes that tiles are likely to have, and head dims around those of vectors.
@@ -90,21 +90,21 @@ fn one_key_gives_its_value() {
 fn every_length_around_a_tile() {
     for mask in MASKS {
         for len in [15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257] {
-            check(mask, [1, len, len], [2, 1], 16);
-            check(mask, [1, 1, len], [2, 1], 64);
-            check(mask, [1, len, 65], [2, 1], 17);
+            check(&mask, [1, len, len], [2, 1], 16);
+            check(&mask, [1, 1, len], [2, 1], 64);
+            check(&mask, [1, len, 65], [2, 1], 17);
         }
         for dim in (1..=40).chain([63, 65, 127, 129, 255, 257, 320]) {
-            check(mask, [1, 19, 37], [2, 1], dim);
+            check(&mask, [1, 19, 37], [2, 1], dim);
         }
     }
 }
 
 #[test]
 fn many_heads_and_many_sequences() {
-    check(Mask::Causal, [1, 9, 33], [128, 1], 24);
-    check(Mask::Causal, [1, 3, 40], [96, 96], 16);
-    check(Mask::Causal, [200, 2, 5], [2, 1], 8);
+    check(&Mask::Causal, [1, 9, 33], [128, 1], 24);
+    check(&Mask::Causal, [1, 3, 40], [96, 96], 16);
+    check(&Mask::Causal, [200, 2, 5], [2, 1], 8);
 }
 
 /// Few rows over many keys, as in decoding: also when the keys are shared out between threads.
@@ -112,7 +112,7 @@ fn many_heads_and_many_sequences() {
 fn few_rows_over_many_keys() {
     for query_len in [1, 2, 16] {
         for mask in MASKS {
-            check(mask, [1, query_len, 9000], [8, 2], 64);
+            check(&mask, [1, query_len, 9000], [8, 2], 64);
         }
     }
 }
@@ -141,7 +141,7 @@ fn strides_that_are_never_taken_may_be_anything() {
     let mut lse = [f32::NAN];
     for mask in MASKS {
         let out = TensorViewMut::new("out", &mut rows, [1, 1, 1, 16], [ANY, ANY, ANY, 1]).unwrap();
-        let config = AttentionConfig::new(mask);
+        let config = AttentionConfig::new(mask.clone());
         flash::attention(&config, view("query"), view("key"), view("value"), out, Some(&mut lse)).unwrap();
         assert!(rows.iter().zip(&data).all(|(out, x)| (out - x).abs() < 1e-6));
     }
@@ -156,7 +156,7 @@ fn strides_that_are_never_taken_may_be_anything() {
             let key = TensorView::new("key", &keys, key, key_strides).unwrap();
             let mut none: [f32; 0] = [];
             let out = TensorViewMut::new("out", &mut none, query, [ANY; 4]).unwrap();
-            let config = AttentionConfig::new(mask);
+            let config = AttentionConfig::new(mask.clone());
             flash::attention(&config, nothing("query", query), key, key, out, Some(&mut [])).unwrap();
         }
         // Queries but no keys.
@@ -164,7 +164,7 @@ fn strides_that_are_never_taken_may_be_anything() {
         let key = nothing("key", [2, 0, 2, 1]);
         let mut rows = [f32::NAN; 16];
         let out = TensorViewMut::new("out", &mut rows, [2, 2, 4, 1], [8, 4, 1, 1]).unwrap();
-        flash::attention(&AttentionConfig::new(mask), query, key, key, out, None).unwrap();
+        flash::attention(&AttentionConfig::new(mask.clone()), query, key, key, out, None).unwrap();
         assert_eq!(rows, [0.0; 16]);
     }
 }
@@ -180,7 +180,7 @@ fn extents_that_no_tensor_can_have_are_refused() {
         for (query_heads, kv_heads, head_dim) in [(MAX, MAX, MAX), (2, 1, MAX), (MAX, 1, 64), (4, 2, 8)] {
             let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
             for mask in MASKS {
-                let plan = Plan::new(&AttentionConfig::new(mask), &shape);
+                let plan = Plan::new(&AttentionConfig::new(mask.clone()), &shape);
                 assert!(matches!(plan, Err(Error::Shape { .. })), "{shape:?}");
             }
         }
@@ -210,7 +210,7 @@ fn one_context_serves_many_queries_without_a_copy() {
     for mask in MASKS {
         let [first, second] = [repeated, copies.view()].map(|keys| {
             let mut out = Tensor::<f32>::contiguous("out", query.shape(), |_| f32::NAN);
-            let config = AttentionConfig::new(mask);
+            let config = AttentionConfig::new(mask.clone());
             flash::attention(&config, query.view(), keys, keys, out.view_mut(), None).unwrap();
             out.bits()
         });

@@ -150,7 +150,7 @@ fn last_axes_that_are_not_contiguous() {
 #[test]
 fn configs_out_of_range() {
     let refused = |config: AttentionConfig, argument: &str| {
-        Call { config, ..GOOD }.fails_with("value", argument);
+        Call { config: config.clone(), ..GOOD }.fails_with("value", argument);
         let data = vec![0.5f32; 160];
         let view = TensorView::contiguous("q", &data, KEY).unwrap();
         assert_eq!(named(reference::attention(&config, view, view, view).unwrap_err()), ("value", argument));
@@ -162,11 +162,11 @@ fn configs_out_of_range() {
     for softcap in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1.0, 0.0] {
         refused(AttentionConfig { softcap: Some(softcap), ..Default::default() }, "softcap");
     }
-    let batch = Batch::uniform(&SHAPE, Mask::Full).unwrap();
+    let batch = Batch::uniform(&SHAPE, &Mask::Full).unwrap();
     let plan = Plan::for_batch(&PlanConfig::new().with_split_keys(0), batch);
     assert_eq!(named(plan.unwrap_err()), ("value", "split_keys"));
     let star = |anchor_len, block_len, first_block_len| {
-        AttentionConfig::new(Mask::Star { anchor_len, block_len, first_block_len })
+        AttentionConfig::new(Mask::Star { anchor_len, block_len, first_block_len, left: None })
     };
     refused(star(0, 0, 0), "block_len");
     refused(star(0, 0, 8), "block_len");

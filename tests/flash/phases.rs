@@ -10,7 +10,7 @@ use crate::properties::star::{contexts, star_equals_re_encoding};
 use proptest::prelude::*;
 use star_attention::cpu::flash::Plan;
 use star_attention::cpu::{Cpu, InstructionSet};
-use star_attention::merge::{Partial, merge, merge_into};
+use star_attention::merge::{Partial, merge, merge_into, merge_with_sinks};
 use star_attention::{AttentionConfig, AttentionShape, Element, Keys, KvConfig, KvStore, bf16, f16};
 
 /// Plans, shards and both merges of rank memory, on given instructions.
@@ -64,19 +64,30 @@ impl<T: Element> Attend<T> for Flash {
     }
 
     /// All at once, and one after another.
-    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
+    fn merge(
+        &self,
+        partials: &[(Tensor<f32>, Vec<f32>)],
+        sinks: Option<&[f32]>,
+    ) -> Vec<(Tensor<f32>, Vec<f32>)> {
         let all: Vec<_> = partials.iter().map(|(out, lse)| Partial { out: out.view(), lse }).collect();
         let new = |out: f32, lse: f32| {
             let (like, like_lse) = &partials[0];
             (Tensor::contiguous("out", like.shape(), |_| out), vec![lse; like_lse.len()])
         };
-        let (mut once, mut once_lse) = new(f32::NAN, f32::NAN);
-        merge(&all, once.view_mut(), &mut once_lse).unwrap();
+        let finish = |partials: &[Partial<'_, f32>]| {
+            let (mut out, mut lse) = new(f32::NAN, f32::NAN);
+            match sinks {
+                Some(sinks) => merge_with_sinks(partials, sinks, out.view_mut(), &mut lse),
+                None => merge(partials, out.view_mut(), &mut lse),
+            }
+            .unwrap();
+            (out, lse)
+        };
         let (mut pairwise, mut pairwise_lse) = new(0.0, f32::NEG_INFINITY);
         for partial in &all {
             merge_into(pairwise.view_mut(), &mut pairwise_lse, partial).unwrap();
         }
-        vec![(once, once_lse), (pairwise, pairwise_lse)]
+        vec![finish(&all), finish(&[Partial { out: pairwise.view(), lse: &pairwise_lse }])]
     }
 }
 

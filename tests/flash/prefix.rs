@@ -73,7 +73,7 @@ impl Case {
     fn bits<T: Element>(
         &self,
         batch: &Batch,
-        inputs: Inputs<TensorView<'_, T>, TensorView<'_, T>>,
+        inputs: Inputs<TensorView<'_, T>, TensorView<'_, T>, &[f32]>,
         instructions: InstructionSet,
     ) -> Bits {
         let config = PlanConfig::new().with_split_keys(SPLIT_KEYS);
@@ -107,7 +107,7 @@ fn prefixes_change_no_bit<T: Element>(case: &Case) -> Result<(), TestCaseError> 
         let rows = query_end..query_end + member.rows;
         query_end = rows.end;
         let all = Keys::rows(0, places.len()..places.len() + member.prefix + member.keys);
-        sequences[0].push(Sequence::new(0, rows.clone(), all, member.mask));
+        sequences[0].push(Sequence::new(0, rows.clone(), all, member.mask.clone()));
         let prefix = prefix_end..prefix_end + member.prefix;
         prefix_end = prefix.end + 2;
         places.extend(prefix.clone().map(|row| (true, [1, row])));
@@ -129,7 +129,7 @@ fn prefixes_change_no_bit<T: Element>(case: &Case) -> Result<(), TestCaseError> 
                 Keys::rows(0, keys)
             }
         };
-        let sequence = Sequence::new(0, rows, keys, member.mask);
+        let sequence = Sequence::new(0, rows, keys, member.mask.clone());
         sequences[1].push(sequence.with_prefix(1, prefix));
     }
     let prefix_shape = [2, prefix_end, kv_heads, head_dim];
@@ -167,7 +167,7 @@ fn prefixes_change_no_bit<T: Element>(case: &Case) -> Result<(), TestCaseError> 
             let Keys::Rows { rows, .. } = &sequence.keys else { unreachable!("as made above") };
             let [key, value] = [&kv[0], &kv[1]].map(|kv| kv.gather(rows.clone()));
             let own = query.gather(sequence.rows.clone());
-            let config = AttentionConfig::new(sequence.mask);
+            let config = AttentionConfig::new(sequence.mask.clone());
             let oracle = Expected::of(&config, &own, &key, &value, false);
             oracle.check_out(out.gather(sequence.rows.clone()).values())?;
         }

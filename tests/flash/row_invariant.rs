@@ -1,12 +1,15 @@
 //! Row-invariant plans: the bits of a row depend on nothing but the row and the keys it sees.
 
-use crate::common::{Rng, Tensor};
-use crate::properties::cases::{configs, head_dims};
+use crate::common::{Rng, Tensor, sinks};
+use crate::properties::cases::{block_lists, configs, head_dims};
 use proptest::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, Batch, Element, Inputs, Keys, Mask, PlanConfig, Sequence, bf16, f16};
+use star_attention::{
+    AttentionConfig, Batch, BlockList, Element, Inputs, Keys, Mask, PlanConfig, Sequence, bf16, f16,
+};
+use std::ops::Range;
 use std::sync::LazyLock;
 
 /// What keys and values hold.
@@ -47,18 +50,12 @@ fn cases() -> impl Strategy<Value = Case> {
     let split_keys = prop::option::weighted(0.7, prop::sample::select(vec![1, 96, 150, 288]));
     let extents = (1..=2usize, 1..=5usize, head_dims());
     let kind = prop_oneof![3 => Just(Kind::Normal), 1 => Just(Kind::Tiny), 2 => Just(Kind::Special)];
-    (configs(), lens, chunks, split_keys, extents, kind, any::<u64>()).prop_map(
-        |(config, (rows, keys), chunks, split_keys, (kv_heads, group, head_dim), kind, seed)| Case {
-            config,
-            rows,
-            keys,
-            chunks,
-            split_keys,
-            kv_heads,
-            group,
-            head_dim,
-            kind,
-            seed,
+    (configs(), block_lists(), lens, chunks, split_keys, extents, kind, any::<u64>()).prop_map(
+        |(mut config, blocks, (rows, keys), chunks, split_keys, (kv_heads, group, head_dim), kind, seed)| {
+            if let Some(blocks) = blocks {
+                config.mask = blocks.mask(rows, keys);
+            }
+            Case { config, rows, keys, chunks, split_keys, kv_heads, group, head_dim, kind, seed }
         },
     )
 }
@@ -73,21 +70,50 @@ impl Case {
         let query = [1, self.rows, self.kv_heads * self.group, self.head_dim];
         let key = [1, self.keys, self.kv_heads, self.head_dim];
         let [mut whole, mut chunks] = [0; 2].map(|_| Batch::new(query, key).unwrap());
-        let mask = self.config.mask;
-        whole.push(Sequence::new(0, 0..self.rows, Keys::rows(0, 0..self.keys), mask)).unwrap();
+        let mask = &self.config.mask;
+        whole.push(Sequence::new(0, 0..self.rows, Keys::rows(0, 0..self.keys), mask.clone())).unwrap();
         let mut start = 0;
         for &len in self.chunks.iter().cycle() {
-            let end = self.rows.min(start + len);
-            // A chunk may end before the first key: then its rows see nothing.
-            let hidden = if mask == Mask::Full { 0 } else { self.rows - end };
-            let keys = Keys::rows(0, 0..self.keys.saturating_sub(hidden));
-            chunks.push(Sequence::new(0, start..end, keys, mask)).unwrap();
+            let mut end = self.rows.min(start + len);
+            if let Mask::Blocks(blocks) = mask {
+                end = end.min((start / blocks.tile_rows() + 1) * blocks.tile_rows());
+            }
+            let (mask, keys) = self.chunk(start..end);
+            chunks.push(Sequence::new(0, start..end, Keys::rows(0, 0..keys), mask)).unwrap();
             start = end;
             if start == self.rows {
                 return [whole, chunks];
             }
         }
         unreachable!("chunks have rows")
+    }
+
+    /// The mask of a chunk, and how many keys there are for it.
+    fn chunk(&self, rows: Range<usize>) -> (Mask, usize) {
+        // A chunk may end before the first key: then its rows see nothing.
+        let own = self.keys.saturating_sub(self.rows - rows.end);
+        match self.config.mask.clone() {
+            Mask::Full => (Mask::Full, self.keys),
+            Mask::Window { left, right } => {
+                // As far as the last row sees on its right; all rows then stand so much further.
+                let end = (self.keys + rows.end) as i128 - self.rows as i128;
+                let keys = right.map_or(i128::MAX, |right| end + right as i128).clamp(0, self.keys as i128);
+                let shift = (keys - end) as usize;
+                let left = left.map(|left| left.saturating_add(shift));
+                (Mask::Window { left, right: right.map(|right| right.saturating_sub(shift)) }, keys as usize)
+            }
+            Mask::Blocks(blocks) => {
+                let keys = if blocks.is_causal() { own } else { self.keys };
+                let ranges = blocks.ranges(rows.start / blocks.tile_rows()).iter();
+                let ranges: Vec<_> = ranges
+                    .map(|range| range.start..range.end.min(keys))
+                    .filter(|range| !range.is_empty())
+                    .collect();
+                let list = BlockList::new(rows.len(), &[0, ranges.len()], &ranges).unwrap();
+                (Mask::from(if blocks.is_causal() { list.causal() } else { list }), keys)
+            }
+            mask => (mask, own),
+        }
     }
 
     fn tensors<T: Element>(&self) -> [Tensor<T>; 3] {
@@ -121,6 +147,7 @@ fn rows_keep_their_bits<T: Element, O: Element>(case: &Case) -> Result<(), TestC
     let [whole, chunks] = case.batches();
     let mut config = PlanConfig::from(case.config.score()).with_row_invariant();
     config.split_keys = case.split_keys;
+    let sinks = case.seed.is_multiple_of(2).then(|| sinks(case.kv_heads * case.group, case.seed));
     for instructions in InstructionSet::available() {
         let results = |batch: &Batch, pool: &ThreadPool| {
             pool.install(|| {
@@ -128,7 +155,8 @@ fn rows_keep_their_bits<T: Element, O: Element>(case: &Case) -> Result<(), TestC
                 let plan = plan.with_instructions(instructions).unwrap();
                 let mut out = Tensor::<O>::contiguous("out", batch.query_shape(), |_| 7.0);
                 let mut lse = vec![7.0; batch.lse_len()];
-                let inputs = Inputs::new(query.view(), key.view(), value.view());
+                let mut inputs = Inputs::new(query.view(), key.view(), value.view());
+                inputs.sinks = sinks.as_deref();
                 let mut workspace = vec![0xffu8; plan.workspace_bytes()];
                 plan.run(inputs, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
                 (bits(out.values()), bits(lse.into_iter()))

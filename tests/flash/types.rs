@@ -20,7 +20,9 @@ fn multiplies_pairs(instructions: InstructionSet) -> bool {
 /// call on the same numbers in f32. Products of bf16 pairs are the exception.
 fn is_as_good_as_f32<Q: Element, T: Element>(case: &Case) -> Result<(), TestCaseError> {
     let (queries, keys) = (case.inputs::<Q>(), case.inputs::<T>());
-    let inputs = star_attention::Inputs::new(queries.query.view(), keys.key.view(), keys.value.view());
+    let mut inputs = star_attention::Inputs::new(queries.query.view(), keys.key.view(), keys.value.view());
+    let sinks = case.sinks();
+    inputs.sinks = sinks.as_deref();
     let exact = Inputs {
         query: wide("query", &queries.query),
         key: wide("key", &keys.key),

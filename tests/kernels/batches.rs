@@ -19,7 +19,7 @@ use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16, f16
 fn stands_alone<B: Engine, T: HalfElement, O: Element>(case: &BatchCase) -> Result<(), TestCaseError> {
     let by = On(B::cuda(case.seed));
     each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
-        by.run(&(*score).into(), batch, inputs, out, lse);
+        by.run_with_sinks(&(*score).into(), batch, inputs, case.sinks().as_deref(), out, lse);
     })
 }
 

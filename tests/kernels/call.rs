@@ -94,15 +94,16 @@ pub fn run_plan<B: Backend, T: HalfElement, O: Element>(
     out: &mut Tensor<O>,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
-    run_plan_with_prefix(backend, plan, inputs, None, out, lse)
+    run_plan_with(backend, plan, inputs, None, None, out, lse)
 }
 
-/// The same with keys and values of prefixes.
-pub fn run_plan_with_prefix<B: Backend, T: HalfElement, O: Element>(
+/// The same with keys and values of prefixes, and a sink for each head, where given.
+pub fn run_plan_with<B: Backend, T: HalfElement, O: Element>(
     backend: &B,
     plan: &Plan,
     Inputs { query, key, value }: &Inputs<T>,
     prefix: Option<[&Tensor<T>; 2]>,
+    sinks: Option<&[f32]>,
     out: &mut Tensor<O>,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
@@ -119,6 +120,9 @@ pub fn run_plan_with_prefix<B: Backend, T: HalfElement, O: Element>(
     if let Some([key, value]) = &prefix {
         inputs = inputs.with_prefix(key, value);
     }
+    let sinks = sinks.map(|sinks| backend.memory(sinks));
+    let sinks = sinks.as_ref().map(|sinks| backend.span(sinks));
+    inputs.sinks = sinks.as_ref();
     plan.prepare(backend.device(), backend.stream(), backend.span_mut(&mut workspace))?.run(
         inputs,
         &mut out_memory.view_mut(backend, "out"),
@@ -166,15 +170,17 @@ impl<B: Backend, T: HalfElement> Attend<T> for Variant<B> {
         unreachable!("attention alone has variants")
     }
 
-    fn merge(&self, _: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
+    fn merge(&self, _: &[(Tensor<f32>, Vec<f32>)], _: Option<&[f32]>) -> Vec<(Tensor<f32>, Vec<f32>)> {
         unreachable!("attention alone has variants")
     }
 }
 
-/// Merges partials of any types on a device, stacked as an all-gather would leave them.
+/// Merges partials of any types on a device, stacked as an all-gather would leave them, with a sink
+/// for each head if given.
 pub fn merge_on<B: Backend, T: Element, O: Element>(
     backend: &B,
     partials: &[(Tensor<T>, Vec<f32>)],
+    sinks: Option<&[f32]>,
     out: &mut Tensor<O>,
     lse: &mut [f32],
 ) -> Result<()> {
@@ -194,10 +200,12 @@ pub fn merge_on<B: Backend, T: Element, O: Element>(
     };
     let mut out_memory = Memory::of(backend, out);
     let mut lse_memory = backend.memory(lse);
+    let sinks = sinks.map(|sinks| backend.memory(sinks));
     merge(
         backend.device(),
         backend.stream(),
         &all,
+        sinks.as_ref().map(|sinks| backend.span(sinks)).as_ref(),
         &mut out_memory.view_mut(backend, "out"),
         Some(&mut backend.span_mut(&mut lse_memory)),
     )?;

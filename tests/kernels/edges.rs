@@ -14,23 +14,23 @@ use star_attention::cuda::simt::{self, Simt};
 use star_attention::cuda::{Device, DeviceTensor, HEAD_DIMS, HalfElement};
 use star_attention::{AttentionConfig, AttentionShape, Element, Mask, bf16, f16};
 
-const STAR: Mask = Mask::Star { anchor_len: 33, block_len: 80, first_block_len: 33 };
+const STAR: Mask = Mask::Star { anchor_len: 33, block_len: 80, first_block_len: 33, left: None };
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
 
 /// A call on normal values, compared with the oracle; gives output and log-sum-exp.
 fn check<B: Engine, T: HalfElement>(
-    mask: Mask,
+    mask: &Mask,
     lens: [usize; 3],
     heads: [usize; 2],
     dim: usize,
 ) -> (Vec<f32>, Vec<f32>) {
-    check_by::<T>(&On(B::cuda(7)), mask, lens, heads, dim)
+    check_by::<T>(&On(B::cuda(7)), &mask, lens, heads, dim)
 }
 
 /// The same by any kernels.
 fn check_by<T: HalfElement>(
     by: &impl Attend<T>,
-    mask: Mask,
+    mask: &Mask,
     [batch, query_len, key_len]: [usize; 3],
     heads: [usize; 2],
     dim: usize,
@@ -41,7 +41,7 @@ fn check_by<T: HalfElement>(
         key: Tensor::normal("key", [batch, key_len, heads[1], dim], &mut rng),
         value: Tensor::normal("value", [batch, key_len, heads[1], dim], &mut rng),
     };
-    let config = AttentionConfig::new(mask);
+    let config = AttentionConfig::new(mask.clone());
     let mut out = Tensor::<T>::contiguous("out", inputs.query.shape(), |_| f32::NAN);
     let mut lse = vec![f32::NAN; batch * heads[0] * query_len];
     by.attend(&config, None, &inputs, &mut out, Some(&mut lse));
@@ -56,10 +56,10 @@ fn every_attention_kernel<B: Engine, T: HalfElement>() {
     for dim in HEAD_DIMS {
         for mask in MASKS {
             for query_len in [3, 20, 70] {
-                check::<B, T>(mask, [1, query_len, 150], [4, 2], dim);
+                check::<B, T>(&mask, [1, query_len, 150], [4, 2], dim);
             }
             for name in variants(dim) {
-                check_by::<T>(&Variant(B::open(7), name), mask, [1, 200, 200], [4, 2], dim);
+                check_by::<T>(&Variant(B::open(7), name), &mask, [1, 200, 200], [4, 2], dim);
             }
         }
     }
@@ -75,7 +75,7 @@ fn every_merge_kernel<B: Backend, T: Element, O: Element>() {
             Tensor::<T>::contiguous("rows", [2, 3, 5, dim], |[b, s, h, d]| ((b + s + h + d) % 8) as f32);
         let mut out = Tensor::<O>::contiguous("out", rows.shape(), |_| f32::NAN);
         let mut lse = vec![f32::NAN; 30];
-        merge_on(&B::open(0), &[(rows.clone(), vec![0.5; 30])], &mut out, &mut lse).unwrap();
+        merge_on(&B::open(0), &[(rows.clone(), vec![0.5; 30])], None, &mut out, &mut lse).unwrap();
         assert!(out.bits() == rows.bits() && lse == [0.5; 30]);
     }
 }
@@ -99,7 +99,7 @@ on_each_device! {
     fn no_keys_give_the_identity() {
         for mask in MASKS {
             for query_len in [1, 5, 200] {
-                let (out, lse) = check::<B, bf16>(mask, [2, query_len, 0], [4, 2], 64);
+                let (out, lse) = check::<B, bf16>(&mask, [2, query_len, 0], [4, 2], 64);
                 assert!(out.iter().all(|x| x.to_bits() == 0), "{mask:?}");
                 assert!(lse.iter().all(|&x| x == f32::NEG_INFINITY), "{mask:?}");
             }
@@ -110,7 +110,7 @@ on_each_device! {
         for mask in [Mask::Causal, STAR] {
             for (query_len, key_len) in [(2, 1), (20, 7), (150, 1), (150, 90), (130, 129)] {
                 let blind = query_len - key_len;
-                let (out, lse) = check::<B, f16>(mask, [1, query_len, key_len], [2, 1], 64);
+                let (out, lse) = check::<B, f16>(&mask, [1, query_len, key_len], [2, 1], 64);
                 assert!(out[..blind * 128].iter().all(|x| x.to_bits() == 0), "{mask:?}");
                 for head in lse.chunks(query_len) {
                     assert!(head[..blind].iter().all(|&x| x == f32::NEG_INFINITY), "{mask:?}");
@@ -122,10 +122,10 @@ on_each_device! {
 
     fn no_queries_and_no_sequences_are_no_work() {
         for mask in MASKS {
-            check::<B, bf16>(mask, [2, 0, 50], [4, 2], 128);
-            check::<B, bf16>(mask, [0, 5, 5], [4, 2], 128);
-            check::<B, bf16>(mask, [0, 0, 0], [4, 2], 128);
-            check::<B, bf16>(mask, [3, 0, 0], [4, 2], 128);
+            check::<B, bf16>(&mask, [2, 0, 50], [4, 2], 128);
+            check::<B, bf16>(&mask, [0, 5, 5], [4, 2], 128);
+            check::<B, bf16>(&mask, [0, 0, 0], [4, 2], 128);
+            check::<B, bf16>(&mask, [3, 0, 0], [4, 2], 128);
         }
     }
 
@@ -134,16 +134,16 @@ on_each_device! {
     fn extents_around_the_tiles() {
         for (query_len, key_len) in [(1, 1), (1, 63), (1, 65), (16, 64), (17, 257), (127, 127), (129, 129), (129, 191)] {
             for mask in MASKS {
-                check::<B, f16>(mask, [1, query_len, key_len], [1, 1], 64);
-                check::<B, bf16>(mask, [1, query_len, key_len], [2, 1], 128);
+                check::<B, f16>(&mask, [1, query_len, key_len], [1, 1], 64);
+                check::<B, bf16>(&mask, [1, query_len, key_len], [2, 1], 128);
             }
         }
     }
 
     fn many_heads_and_many_sequences() {
-        check::<B, bf16>(Mask::Causal, [1, 2, 33], [128, 1], 64);
-        check::<B, bf16>(Mask::Causal, [1, 3, 40], [96, 96], 64);
-        check::<B, bf16>(Mask::Causal, [100, 2, 5], [2, 1], 64);
+        check::<B, bf16>(&Mask::Causal, [1, 2, 33], [128, 1], 64);
+        check::<B, bf16>(&Mask::Causal, [1, 3, 40], [96, 96], 64);
+        check::<B, bf16>(&Mask::Causal, [100, 2, 5], [2, 1], 64);
     }
 
     /// As in decoding: the keys are split, also under masks.
@@ -154,9 +154,9 @@ on_each_device! {
                 let shape = AttentionShape {
                     batch: 1, query_len, key_len: 3000, query_heads: 4, kv_heads: 1, head_dim: 64,
                 };
-                let plan = Plan::new(&properties, &AttentionConfig::new(mask), &shape).unwrap();
+                let plan = Plan::new(&properties, &AttentionConfig::new(mask.clone()), &shape).unwrap();
                 assert!(mask == STAR || plan.splits() > 1);
-                check::<B, bf16>(mask, [1, query_len, 3000], [4, 1], 64);
+                check::<B, bf16>(&mask, [1, query_len, 3000], [4, 1], 64);
             }
         }
     }

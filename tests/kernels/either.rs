@@ -180,18 +180,19 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
     fn attend<Q: Element, T: Element, O: Element>(
         &self,
         plan: &mut Self::Plan,
-        inputs: Inputs<Self::View<'_, Q>, Self::View<'_, T>>,
+        inputs: Inputs<Self::View<'_, Q>, Self::View<'_, T>, Self::Slice<'_, f32>>,
         out: Self::ViewMut<'_, O>,
         lse: Option<Self::SliceMut<'_, f32>>,
         workspace: Self::SliceMut<'_, u8>,
     ) -> Result<()> {
-        let Inputs { query, key, value, prefix, .. } = inputs;
+        let Inputs { query, key, value, prefix, sinks, .. } = inputs;
         match self {
             One(a) => {
                 let mut inputs = Inputs::new(query.one()?, key.one()?, value.one()?);
                 if let Some([key, value]) = prefix {
                     inputs = inputs.with_prefix(key.one()?, value.one()?);
                 }
+                inputs.sinks = option(sinks, Either::one)?;
                 let (plan, lse) = (plan.as_mut().one()?, option(lse, Either::one)?);
                 a.attend(plan, inputs, out.one()?, lse, workspace.one()?)
             }
@@ -200,6 +201,7 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
                 if let Some([key, value]) = prefix {
                     inputs = inputs.with_prefix(key.other()?, value.other()?);
                 }
+                inputs.sinks = option(sinks, Either::other)?;
                 let (plan, lse) = (plan.as_mut().other()?, option(lse, Either::other)?);
                 b.attend(plan, inputs, out.other()?, lse, workspace.other()?)
             }
@@ -236,6 +238,7 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
     fn merge<T: Element, O: Element>(
         &self,
         partials: Vec<PartialOf<Self::View<'_, T>, Self::Slice<'_, f32>>>,
+        sinks: Option<Self::Slice<'_, f32>>,
         out: Self::ViewMut<'_, O>,
         lse: Option<Self::SliceMut<'_, f32>>,
     ) -> Result<()> {
@@ -246,7 +249,7 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
                     Ok(PartialOf { out: out.one()?, lse: part.lse.one()? })
                 };
                 let partials = partials.into_iter().map(one).collect::<Result<_>>()?;
-                a.merge(partials, out.one()?, option(lse, Either::one)?)
+                a.merge(partials, option(sinks, Either::one)?, out.one()?, option(lse, Either::one)?)
             }
             Other(b) => {
                 let other = |part: PartialOf<_, Either<_, _>>| {
@@ -254,7 +257,7 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
                     Ok(PartialOf { out: out.other()?, lse: part.lse.other()? })
                 };
                 let partials = partials.into_iter().map(other).collect::<Result<_>>()?;
-                b.merge(partials, out.other()?, option(lse, Either::other)?)
+                b.merge(partials, option(sinks, Either::other)?, out.other()?, option(lse, Either::other)?)
             }
         }
     }

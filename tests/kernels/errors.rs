@@ -163,7 +163,8 @@ fn configs_and_extents_out_of_range() {
     assert_eq!(plan(config, SHAPE), ("value", "scale"));
     let config = AttentionConfig { softcap: Some(0.0), ..Default::default() };
     assert_eq!(plan(config, SHAPE), ("value", "softcap"));
-    let config = AttentionConfig::new(Mask::Star { anchor_len: 9, block_len: 8, first_block_len: 9 });
+    let config =
+        AttentionConfig::new(Mask::Star { anchor_len: 9, block_len: 8, first_block_len: 9, left: None });
     assert_eq!(plan(config, SHAPE), ("value", "anchor_len"));
     // The last one has 2³³ heads in few enough blocks.
     let heads = [(4, 3, "query"), (0, 2, "query"), (4, 0, "key"), (1 << 33, 1 << 28, "query")];
@@ -176,8 +177,11 @@ fn configs_and_extents_out_of_range() {
     const MAX: usize = usize::MAX;
     for [batch, query_len, key_len] in [[MAX, 1, 1], [1, MAX, 1], [1, 1, MAX], [0, MAX, MAX], [1, 1 << 33, 1]]
     {
-        for mask in [Mask::Full, Mask::Causal, Mask::Star { anchor_len: 1, block_len: 4, first_block_len: 1 }]
-        {
+        for mask in [
+            Mask::Full,
+            Mask::Causal,
+            Mask::Star { anchor_len: 1, block_len: 4, first_block_len: 1, left: None },
+        ] {
             let shape = AttentionShape { batch, query_len, key_len, ..SHAPE };
             assert_eq!(plan(AttentionConfig::new(mask), shape).0, "shape");
         }
@@ -287,7 +291,7 @@ fn merges<B: Backend>() {
             let span = backend.span_mut(&mut out).range(0..m.out.iter().product());
             let mut out = DeviceTensorMut::contiguous("o", span, m.out).unwrap();
             let mut lse_out = backend.span_mut(&mut lse_out).range(0..m.lse_out);
-            merge(backend.device(), backend.stream(), &from, &mut out, Some(&mut lse_out))
+            merge(backend.device(), backend.stream(), &from, None, &mut out, Some(&mut lse_out))
         };
         if result.is_err() {
             assert!(backend.read(&out).iter().chain(&backend.read(&lse_out)).all(|&x| x == RUBBISH));
@@ -314,7 +318,7 @@ fn merges<B: Backend>() {
         lse_stride: 6,
     };
     let mut out = DeviceTensorMut::contiguous("o", backend.span_mut(&mut brain), shape).unwrap();
-    let result = merge(backend.device(), backend.stream(), &from, &mut out, None);
+    let result = merge(backend.device(), backend.stream(), &from, None, &mut out, None);
     assert_eq!(named(result.unwrap_err()), ("dtype", "out"));
 }
 

@@ -16,7 +16,7 @@ use star_attention::{AttentionConfig, AttentionShape, Element, Error, Mask, Resu
 mod params;
 use params::StarTile;
 
-const STAR: Mask = Mask::Star { anchor_len: 20, block_len: 50, first_block_len: 30 };
+const STAR: Mask = Mask::Star { anchor_len: 20, block_len: 50, first_block_len: 30, left: None };
 
 /// A call on one sequence with one pair of heads, small enough that no keys are split.
 fn case(mask: Mask, query_len: usize, key_len: usize, head_dim: usize) -> Case {
@@ -26,6 +26,7 @@ fn case(mask: Mask, query_len: usize, key_len: usize, head_dim: usize) -> Case {
         layouts: [Layout::CONTIGUOUS; 4],
         values: Values::Normal,
         instructions: InstructionSet::Portable,
+        sinks: false,
         seed: 1,
     }
 }

@@ -1,8 +1,8 @@
 //! What plans promise about bits: under a fixed split length, and for any number of rows.
 
 use crate::backend::Backend;
-use crate::call::{kernel_dims, on_each_device, run_plan};
-use crate::common::{Rng, Tensor, aligned};
+use crate::call::{kernel_dims, on_each_device, run_plan_with};
+use crate::common::{Rng, Tensor, aligned, sinks};
 use crate::properties::batches::{BatchCase, batches};
 use crate::properties::cases::{Inputs, RUBBISH};
 use proptest::prelude::*;
@@ -16,11 +16,12 @@ fn bits<B: Backend, T: HalfElement, O: Element>(
     config: &PlanConfig,
     batch: &Batch,
     inputs: &Inputs<T>,
+    sinks: Option<&[f32]>,
 ) -> (Tensor<O>, Vec<u32>) {
     let plan = Plan::for_batch(&backend.device().properties(), config, batch).unwrap();
     let mut out = Tensor::contiguous("out", batch.query_shape(), |_| RUBBISH);
     let mut lse = vec![RUBBISH; batch.lse_len()];
-    run_plan(backend, &plan, inputs, &mut out, Some(&mut lse)).unwrap();
+    run_plan_with(backend, &plan, inputs, None, sinks, &mut out, Some(&mut lse)).unwrap();
     (out, lse.into_iter().map(f32::to_bits).collect())
 }
 
@@ -33,15 +34,17 @@ fn keeps_its_bits<B: Backend, T: HalfElement>(
     let config = PlanConfig::from(case.score).with_split_keys(split_keys);
     let batch = case.batch();
     let inputs = case.inputs::<T>(&batch);
-    let (together, lse) = bits::<B, T, f32>(&backend, &config, &batch, &inputs);
+    let sinks = case.sinks();
+    let sinks = sinks.as_deref();
+    let (together, lse) = bits::<B, T, f32>(&backend, &config, &batch, &inputs, sinks);
     let (rows, in_rows) = case.in_rows(&batch, &inputs);
-    let (as_rows, lse_as_rows) = bits::<B, T, f32>(&backend, &config, &rows, &in_rows);
+    let (as_rows, lse_as_rows) = bits::<B, T, f32>(&backend, &config, &rows, &in_rows, sinks);
     prop_assert!(as_rows.bits() == together.bits() && lse_as_rows == lse, "other bits from rows");
     let [_, seq, heads, dim] = batch.query_shape();
     for sequence in batch.sequences() {
         let mut alone = Batch::new(batch.query_shape(), batch.key_shape()).unwrap();
         alone.push(sequence.clone()).unwrap();
-        let (own, own_lse) = bits::<B, T, f32>(&backend, &config, &alone, &inputs);
+        let (own, own_lse) = bits::<B, T, f32>(&backend, &config, &alone, &inputs, sinks);
         let Sequence { batch: b, ref rows, .. } = *sequence;
         for (row, head) in rows.clone().flat_map(|row| (0..heads).map(move |head| (row, head))) {
             let at = (b * heads + head) * seq + row;
@@ -112,8 +115,10 @@ fn chunks_change_no_bit<B: Backend, T: HalfElement, O: Element>(case: &Chunked) 
     let backend = B::open(seed);
     let config = PlanConfig::new().with_row_invariant().with_split_keys(split_keys);
     let inputs = inputs::<T>(query, key, seed);
-    let [(whole, lse), (parts, parts_lse)] = [&[query[1]][..], ends]
-        .map(|ends| bits::<B, T, O>(&backend, &config, &batch_of(query, key, ends), &inputs));
+    let sinks = seed.is_multiple_of(2).then(|| sinks(query[2], seed));
+    let [(whole, lse), (parts, parts_lse)] = [&[query[1]][..], ends].map(|ends| {
+        bits::<B, T, O>(&backend, &config, &batch_of(query, key, ends), &inputs, sinks.as_deref())
+    });
     prop_assert!(whole.bits() == parts.bits(), "other outputs in chunks");
     prop_assert!(lse == parts_lse, "other log-sum-exps in chunks");
     Ok(())
@@ -161,7 +166,7 @@ on_each_device! {
             let config = PlanConfig::new().with_row_invariant().with_split_keys(split_keys);
             let [whole, alone] = [45, 1].map(|end| {
                 let batch = batch_of(query, key, &[end]);
-                bits::<B, bf16, f32>(&B::open(3), &config, &batch, &inputs).0
+                bits::<B, bf16, f32>(&B::open(3), &config, &batch, &inputs, None).0
             });
             for d in 0..64 {
                 let [whole, alone] = [&whole, &alone].map(|out| out.get([0, 0, 0, d]));

@@ -11,6 +11,15 @@ use star_attention::{Element, bf16, f16};
 
 /// The merge as the laws know it.
 fn merged<B: Backend>(parts: &[&Data], shape: [usize; 4]) -> Data {
+    merged_with::<B>(parts, shape, None)
+}
+
+/// The same with a sink for each head.
+fn with_sinks<B: Backend>(parts: &[&Data], shape: [usize; 4], sinks: &[f32]) -> Data {
+    merged_with::<B>(parts, shape, Some(sinks))
+}
+
+fn merged_with<B: Backend>(parts: &[&Data], shape: [usize; 4], sinks: Option<&[f32]>) -> Data {
     let tensor = |part: &Data| {
         let mut rows = part.out.iter();
         Tensor::<f32>::contiguous("partial", shape, |_| *rows.next().unwrap())
@@ -19,7 +28,7 @@ fn merged<B: Backend>(parts: &[&Data], shape: [usize; 4]) -> Data {
     let mut out = Tensor::<f32>::contiguous("out", shape, |_| f32::NAN);
     let mut lse = Data::identity(shape).lse;
     lse.fill(f32::NAN);
-    merge_on(&B::open(0), &partials, &mut out, &mut lse).unwrap();
+    merge_on(&B::open(0), &partials, sinks, &mut out, &mut lse).unwrap();
     Data { shape, out: out.values().collect(), lse }
 }
 
@@ -41,7 +50,7 @@ fn is_exact<B: Backend, T: Element, O: Element>(
         .collect();
     let mut out = Tensor::<O>::new("out", shape, layout, RUBBISH, |_| f32::NAN);
     let mut lse = vec![f32::NAN; parts[0].lse.len()];
-    merge_on(&B::open(1), &partials, &mut out, &mut lse).unwrap();
+    merge_on(&B::open(1), &partials, None, &mut out, &mut lse).unwrap();
     prop_assert!(out.padding_is(RUBBISH), "wrote between the rows of out");
     let got = Data { shape, out: out.values().collect(), lse };
     assert_rounded(&got, &rounded.iter().collect::<Vec<_>>(), O::DTYPE);
@@ -73,7 +82,7 @@ fn in_place<B: Backend>(parts: &[Data]) {
             )
         };
         let mut out = DeviceTensorMut::contiguous("out", out, shape).unwrap();
-        merge(backend.device(), backend.stream(), &from, &mut out, Some(&mut to_lse)).unwrap();
+        merge(backend.device(), backend.stream(), &from, None, &mut out, Some(&mut to_lse)).unwrap();
     }
     let got = Data {
         shape,
@@ -91,6 +100,7 @@ fn some(parts: &[Data]) -> bool {
 on_each_device! {
     fn is_the_softmax_over_the_union(parts in parts(9)) {
         laws::is_the_softmax_over_the_union(&merged::<B>, &parts);
+        laws::takes_a_sink_for_a_part_without_values(&with_sinks::<B>, &merged::<B>, &parts);
     }
 
     fn is_commutative_and_associative(parts in parts(5).prop_filter("some", |p| p.len() > 2)) {
@@ -106,6 +116,7 @@ on_each_device! {
         at in any::<prop::sample::Index>(),
     ) {
         laws::keeps_a_nan_in_its_row(&merged::<B>, &parts, at);
+        laws::keeps_a_nan_in_its_row(&|parts, shape| with_sinks::<B>(parts, shape, &vec![1e4; shape[2]]), &parts, at);
     }
 
     fn every_pair_of_types_at_any_strides(

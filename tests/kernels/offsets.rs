@@ -112,7 +112,7 @@ fn merge_of<B: Backend>(n: usize, batch: usize, axis: usize) -> Option<()> {
     let lse = backend.memory(&lse);
     let from =
         Partials { out: partials.view(&backend, "partials"), lse: backend.span(&lse), lse_stride: rows };
-    merge(backend.device(), backend.stream(), &from, &mut out.view_mut(&backend, "out"), None).unwrap();
+    merge(backend.device(), backend.stream(), &from, None, &mut out.view_mut(&backend, "out"), None).unwrap();
     let out = near(&backend, &out);
     for [b, s, h, d] in indices(shape) {
         assert_eq!(out.get([b, s, h, d]), tensor.get([(n - 1) * batch + b, s, h, d]));

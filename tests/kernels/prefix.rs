@@ -1,7 +1,7 @@
 //! Sequences whose first keys lie in prefix tensors: the bits of the same sequences without.
 
 use crate::backend::Backend;
-use crate::call::{kernel_dims, on_each_device, run_plan, run_plan_with_prefix};
+use crate::call::{kernel_dims, on_each_device, run_plan, run_plan_with};
 use crate::common::{Rng, Tensor, aligned, named};
 use crate::properties::batches::batches;
 use crate::properties::cases::{Inputs, RUBBISH};
@@ -70,7 +70,7 @@ fn prefixes_change_nothing<B: Backend, T: HalfElement>(
     let plan = Plan::for_batch(&properties, &config, &batch).unwrap();
     let got = results(&|out, lse| {
         let prefix = Some([&prefix_key, &prefix_value]);
-        run_plan_with_prefix(&backend, &plan, &inputs, prefix, out, Some(lse)).unwrap();
+        run_plan_with(&backend, &plan, &inputs, prefix, None, out, Some(lse)).unwrap();
     });
     assert!(got == expected, "other bits with a prefix");
 }
@@ -90,9 +90,9 @@ on_each_device! {
 
     /// Several tiles of keys in the prefix and several behind it, by each kernel.
     fn whole_tiles_of_prefixes_change_no_bit() {
-        let star = Mask::Star { anchor_len: 290, block_len: 300, first_block_len: 290 };
+        let star = Mask::Star { anchor_len: 290, block_len: 300, first_block_len: 290, left: None };
         for dim in HEAD_DIMS {
-            for (mask, query_len) in [(Mask::Causal, 3), (Mask::Causal, 50), (star, 330), (Mask::Full, 70)] {
+            for (mask, query_len) in [(Mask::Causal, 3), (Mask::Causal, 50), (star.clone(), 330), (Mask::Full, 70)] {
                 let (query, key) = ([1, query_len, 1, dim], [1, 620, 1, dim]);
                 let mut rng = Rng::new(dim as u64);
                 let mut tensor = |name, shape| Tensor::<bf16>::normal(name, shape, &mut rng);
@@ -117,7 +117,7 @@ on_each_device! {
         let mut run = |prefix: Option<[[usize; 4]; 2]>| {
             let prefix = prefix.map(|shapes| shapes.map(tensor));
             let prefix = prefix.as_ref().map(|[key, value]| [key, value]);
-            let result = run_plan_with_prefix(&backend, &plan, &inputs, prefix, &mut out, None);
+            let result = run_plan_with(&backend, &plan, &inputs, prefix, None, &mut out, None);
             assert_eq!(result.is_err(), out.values().all(|x| x == RUBBISH));
             result
         };

@@ -3,7 +3,7 @@
 
 use crate::backend::Backend;
 use crate::call::on_each_device;
-use crate::common::{Rng, Tensor, indices, named};
+use crate::common::{Rng, Tensor, indices, named, sinks};
 use star_attention::comm::{
     Collective, DeviceCollective, Link, MergePlan, MergeWay, Staged, ThreadGroup, Traffic,
     share_anchor_on_device,
@@ -52,14 +52,17 @@ fn merged<B: Backend, T: Element, O: Element>(
     group: &ThreadGroup,
     shape: [usize; 4],
     way: MergeWay,
+    sinks: Option<&[f32]>,
 ) -> Vec<u32> {
     let backend = B::open(group.rank() as u64);
     let staged = Staged { device: backend.device(), group };
     let plan = MergePlan::<T, O>::new(shape, group.size(), &LINK).unwrap().with_way(way);
     let (out, lse) = partial::<T>(group.rank(), shape);
     let mut scratch = backend.memory(&vec![0xa5u8; plan.device_scratch_bytes()]);
-    let mut merge =
-        plan.on_device(backend.device(), backend.stream(), backend.span_mut(&mut scratch)).unwrap();
+    let sinks = sinks.map(|sinks| backend.memory(sinks));
+    let sinks = sinks.as_ref().map(|sinks| backend.span(sinks));
+    let merge = plan.on_device(backend.device(), backend.stream(), backend.span_mut(&mut scratch)).unwrap();
+    let mut merge = merge.with_sinks(sinks.as_ref()).unwrap();
     // The output's rows have room between them.
     let to_strides = strides(shape, false);
     let unwritten = vec![O::from_f32(f32::NAN); shape[0] * to_strides[0].max(1)];
@@ -88,6 +91,7 @@ fn merged<B: Backend, T: Element, O: Element>(
                         backend.device(),
                         backend.stream(),
                         one,
+                        None,
                         &mut place,
                         Some(&mut place_lse),
                     )
@@ -122,11 +126,25 @@ fn merged<B: Backend, T: Element, O: Element>(
 }
 
 fn check<B: Backend, T: Element, O: Element>(size: usize, shape: [usize; 4], unit: f32) {
+    check_with_sinks::<B, T, O>(size, shape, unit, None);
+    check_with_sinks::<B, T, O>(size, shape, unit, Some(&sinks(shape[2], size as u64)));
+}
+
+fn check_with_sinks<B: Backend, T: Element, O: Element>(
+    size: usize,
+    shape: [usize; 4],
+    unit: f32,
+    sinks: Option<&[f32]>,
+) {
     let parts: Vec<_> = (0..size).map(|rank| partial::<T>(rank, shape)).collect();
     let partials: Vec<_> = parts.iter().map(|(out, lse)| Partial { out: out.view(), lse }).collect();
     let mut expected = Tensor::<f32>::contiguous("out", shape, |_| f32::NAN);
     let mut expected_lse = vec![f32::NAN; parts[0].1.len()];
-    merge::merge(&partials, expected.view_mut(), &mut expected_lse).unwrap();
+    match sinks {
+        Some(sinks) => merge::merge_with_sinks(&partials, sinks, expected.view_mut(), &mut expected_lse),
+        None => merge::merge(&partials, expected.view_mut(), &mut expected_lse),
+    }
+    .unwrap();
     let expected: Vec<f32> = expected.values().chain(expected_lse).collect();
 
     let results: Vec<Vec<u32>> = [MergeWay::AllGather, MergeWay::ByRows]
@@ -136,7 +154,7 @@ fn check<B: Backend, T: Element, O: Element>(size: usize, shape: [usize; 4], uni
             std::thread::scope(|scope| {
                 let threads: Vec<_> = ranks
                     .into_iter()
-                    .map(|rank| scope.spawn(move || merged::<B, T, O>(&rank, shape, way)))
+                    .map(|rank| scope.spawn(move || merged::<B, T, O>(&rank, shape, way, sinks)))
                     .collect();
                 threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
             })
@@ -292,6 +310,14 @@ on_each_device! {
         assert_eq!(named(attempt(1, [32, 4, 2, 3, 0]).unwrap_err()), ("shape", "lse"));
         assert_eq!(named(attempt(2, [32, 4, 2, 4, 0]).unwrap_err()), ("value", "group"));
         assert!(matches!(attempt(1, [32, 4, 2, 4, 1]).unwrap_err(), Error::Workspace { .. }));
+        for heads in [1, 3] {
+            let plan = MergePlan::<f32, f32>::new([1, 2, 2, 8], 1, &LINK).unwrap();
+            let mut scratch = backend.memory(&vec![0u8; plan.device_scratch_bytes()]);
+            let sinks = backend.memory(&vec![0f32; heads]);
+            let merge = plan.on_device(backend.device(), backend.stream(), backend.span_mut(&mut scratch)).unwrap();
+            let refused = merge.with_sinks(Some(&backend.span(&sinks))).map(drop);
+            assert_eq!(named(refused.unwrap_err()), ("shape", "sinks"));
+        }
         let halves = MergePlan::<bf16, f16>::new([1, 2, 2, 8], 1, &LINK).unwrap();
         let mut scratch = backend.memory(&vec![0u8; halves.device_scratch_bytes()]);
         let span = backend.span_mut(&mut scratch);

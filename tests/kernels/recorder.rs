@@ -227,7 +227,7 @@ fn a_backend_takes_what_was_made_on_its_stream_alone() {
             lse: own.slice(lse, ..),
         });
         let to_lse = own.slice_mut(&mut to_lse, ..);
-        own.merge(all.into(), own.whole_mut::<f32>("out", &mut out, SHAPE).unwrap(), Some(to_lse))
+        own.merge(all.into(), None, own.whole_mut::<f32>("out", &mut out, SHAPE).unwrap(), Some(to_lse))
     };
     for (wrong, argument) in [(0, "partial"), (1, "partial"), (2, "out"), (3, "lse")] {
         assert_eq!(named(merge(wrong).unwrap_err()), ("value", argument));
@@ -252,10 +252,10 @@ fn merges_of_extents_that_kernels_cannot_count() {
     let merge_of = |shape: [usize; 4]| {
         let rows = shape[..3].iter().fold(1usize, |rows, &extent| rows.wrapping_mul(extent));
         let from = Partials { out: tensor::<f16>(shape), lse: span(rows), lse_stride: rows };
-        let stacked = merge(&recorder, &Stream::Plain, &from, &mut tensor_mut::<f16>(shape), None);
+        let stacked = merge(&recorder, &Stream::Plain, &from, None, &mut tensor_mut::<f16>(shape), None);
         let from = [PartialOf { out: tensor::<f16>(shape), lse: span(rows) }];
         let out = &mut tensor_mut::<f16>(shape);
-        let separate = merge_separate(&recorder, &Stream::Plain, &from, out, None);
+        let separate = merge_separate(&recorder, &Stream::Plain, &from, None, out, None);
         assert_eq!(format!("{stacked:?}"), format!("{separate:?}"));
         separate
     };

@@ -17,7 +17,7 @@ fn merge_of<B: Engine, T: Element, O: Element>(n: usize) -> Result<(), (&'static
     let shape = [1, 1, 1, 8];
     let partials = vec![(Tensor::<T>::contiguous("partial", shape, |_| 1.0), vec![0.0]); n];
     let mut out = Tensor::<O>::contiguous("out", shape, |_| RUBBISH);
-    let result = merge_on(&B::cuda(0), &partials, &mut out, None);
+    let result = merge_on(&B::cuda(0), &partials, None, &mut out, None);
     let expected = if result.is_ok() { 1.0 } else { O::from_f32(RUBBISH).to_f32() };
     assert!(out.values().all(|x| x == expected), "{n} partials");
     result.map_err(named)

@@ -263,7 +263,7 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
                     kv_heads,
                     head_dim,
                 };
-                let batch = Batch::uniform(&shape, Mask::Causal).unwrap();
+                let batch = Batch::uniform(&shape, &Mask::Causal).unwrap();
                 let rows = self.store.rows(backend, layer, *id).unwrap();
                 let (out, lse) = attend(backend, &batch, &own, rows);
                 expected.check_out(out.into_iter())?;

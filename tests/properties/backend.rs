@@ -48,7 +48,20 @@ impl<B: Backend> On<B> {
         &self,
         config: &PlanConfig,
         batch: &Batch,
+        inputs: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    ) {
+        self.run_with_sinks(config, batch, inputs, None, out, lse);
+    }
+
+    /// The same with a sink for each head, if given.
+    pub fn run_with_sinks<T: Element, O: Element>(
+        &self,
+        config: &PlanConfig,
+        batch: &Batch,
         Inputs { query, key, value }: &Inputs<T>,
+        sinks: Option<&[f32]>,
         out: &mut Tensor<O>,
         lse: Option<&mut [f32]>,
     ) {
@@ -59,11 +72,13 @@ impl<B: Backend> On<B> {
         let mut to_lse = lse.as_ref().map(|lse| backend.buffer_of(lse).unwrap());
         let workspace = vec![0xffu8; backend.workspace_bytes(&plan)];
         let mut workspace = backend.buffer_of(&workspace).unwrap();
-        let inputs = star_attention::Inputs::new(
+        let sinks = sinks.map(|sinks| backend.buffer_of(sinks).unwrap());
+        let mut inputs = star_attention::Inputs::new(
             query.view(backend, "query"),
             key.view(backend, "key"),
             value.view(backend, "value"),
         );
+        inputs.sinks = sinks.as_ref().map(|sinks| backend.slice(sinks, ..));
         backend
             .attend(
                 &mut plan,
@@ -93,8 +108,8 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
         let [_, key_len, kv_heads, _] = inputs.key.shape();
         let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
         let batch = match offsets {
-            None => Batch::uniform(&shape, config.mask),
-            Some([query, key]) => Batch::packed(&shape, query, key, config.mask),
+            None => Batch::uniform(&shape, &config.mask),
+            Some([query, key]) => Batch::packed(&shape, query, key, &config.mask),
         };
         self.run(&config.score().into(), &batch.unwrap(), inputs, out, lse);
     }
@@ -127,7 +142,11 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
     }
 
     /// Each partial in a layout of its own, with the log-sum-exp and without.
-    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)> {
+    fn merge(
+        &self,
+        partials: &[(Tensor<f32>, Vec<f32>)],
+        sinks: Option<&[f32]>,
+    ) -> Vec<(Tensor<f32>, Vec<f32>)> {
         let (like, like_lse) = &partials[0];
         let partials: Vec<_> = partials
             .iter()
@@ -141,8 +160,8 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
             .collect();
         let mut out = Tensor::<f32>::contiguous("out", like.shape(), |_| f32::NAN);
         let (mut without, mut lse) = (out.clone(), vec![f32::NAN; like_lse.len()]);
-        merge_on(&self.0, &partials, &mut out, Some(&mut lse)).unwrap();
-        merge_on(&self.0, &partials, &mut without, None).unwrap();
+        merge_on(&self.0, &partials, sinks, &mut out, Some(&mut lse)).unwrap();
+        merge_on(&self.0, &partials, sinks, &mut without, None).unwrap();
         assert!(out.bits() == without.bits(), "no log-sum-exp changes the output");
         vec![(out, lse)]
     }
@@ -178,10 +197,11 @@ const LAYOUTS: [Layout; 4] = [
     Layout { order: [2, 1, 0], padding: [3, 1, 5], offset: 7 },
 ];
 
-/// Merges partials that lie apart.
+/// Merges partials that lie apart, with a sink for each head if given.
 pub fn merge_on<B: Backend, T: Element, O: Element>(
     backend: &B,
     partials: &[(Tensor<T>, Vec<f32>)],
+    sinks: Option<&[f32]>,
     out: &mut Tensor<O>,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
@@ -195,8 +215,10 @@ pub fn merge_on<B: Backend, T: Element, O: Element>(
         .iter()
         .map(|(out, lse)| PartialOf { out: out.view(backend, "partial"), lse: backend.slice(lse, ..) })
         .collect();
+    let sinks = sinks.map(|sinks| backend.buffer_of(sinks).unwrap());
     let result = backend.merge(
         views,
+        sinks.as_ref().map(|sinks| backend.slice(sinks, ..)),
         to.view_mut(backend, "out"),
         to_lse.as_mut().map(|lse| backend.slice_mut(lse, ..)),
     );

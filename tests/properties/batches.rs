@@ -1,9 +1,9 @@
 //! Sequences of any lengths, places and masks in one call.
 
 use super::backend::On;
-use super::cases::{Inputs, RUBBISH, configs, masks};
+use super::cases::{Inputs, RUBBISH, block_lists, configs, masks};
 use super::expected::Expected;
-use crate::common::{Layout, Rng, Tensor, layouts};
+use crate::common::{Layout, Rng, Tensor, layouts, sinks};
 use proptest::prelude::*;
 use star_attention::{
     AttentionConfig, Backend, Batch, Element, Keys, Mask, PlanConfig, ScoreConfig, Sequence,
@@ -36,6 +36,8 @@ pub struct BatchCase {
     pub score: ScoreConfig,
     /// Of q, k, v and out.
     pub layouts: [Layout; 4],
+    /// Whether there are attention sinks.
+    sinks: bool,
     pub seed: u64,
 }
 
@@ -48,13 +50,13 @@ pub fn batches(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value =
     ];
     let extents = ([1..=3usize, 1..=3usize], page_len, 1..=3usize, 1..=4usize, head_dims);
     let layouts = [layouts(), layouts(), layouts(), layouts()];
-    (members(), extents, configs(), layouts, any::<u64>()).prop_map(
-        |(members, (batches, page_len, kv_heads, group, head_dim), config, layouts, seed)| {
+    (members(), extents, configs(), layouts, any::<bool>(), any::<u64>()).prop_map(
+        |(members, (batches, page_len, kv_heads, group, head_dim), config, layouts, sinks, seed)| {
             // Keeps the oracle's work small.
             let (kv_heads, group) =
                 if head_dim > 64 { (1 + kv_heads % 2, group.min(2)) } else { (kv_heads, group) };
             let score = config.score();
-            BatchCase { members, batches, page_len, kv_heads, group, head_dim, score, layouts, seed }
+            BatchCase { members, batches, page_len, kv_heads, group, head_dim, score, layouts, sinks, seed }
         },
     )
 }
@@ -63,8 +65,12 @@ fn members() -> impl Strategy<Value = Vec<Member>> {
     let member = |most_rows: usize, keys: Range<usize>| {
         let rows = prop_oneof![1 => 0..=1usize, 3 => 0..=most_rows];
         let gaps = [0..4usize, 0..40usize];
-        (rows, keys, masks(), gaps, prop::bool::weighted(0.3))
-            .prop_map(|(rows, keys, mask, gaps, shares)| Member { rows, keys, mask, gaps, shares })
+        (rows, keys, masks(), block_lists(), gaps, prop::bool::weighted(0.3)).prop_map(
+            |(rows, keys, mask, blocks, gaps, shares)| {
+                let mask = blocks.map_or(mask, |blocks| blocks.mask(rows, keys));
+                Member { rows, keys, mask, gaps, shares }
+            },
+        )
     };
     let several = move |most_rows| {
         prop::collection::vec(prop_oneof![1 => member(most_rows, 0..2), 4 => member(most_rows, 0..90)], 0..=5)
@@ -86,7 +92,12 @@ impl BatchCase {
             let b = i % self.batches[0];
             let start = query_ends[b] + member.gaps[0];
             query_ends[b] = start + member.rows;
-            sequences.push(Sequence::new(b, start..query_ends[b], keys.place(i, member), member.mask));
+            sequences.push(Sequence::new(
+                b,
+                start..query_ends[b],
+                keys.place(i, member),
+                member.mask.clone(),
+            ));
         }
         let seq = query_ends.into_iter().max().unwrap_or(0) + self.seed as usize % 3;
         let query = [self.batches[0], seq, self.kv_heads * self.group, self.head_dim];
@@ -94,6 +105,11 @@ impl BatchCase {
         let mut batch = Batch::new(query, [key_batch, key_seq, self.kv_heads, self.head_dim]).unwrap();
         sequences.into_iter().for_each(|sequence| batch.push(sequence).unwrap());
         batch
+    }
+
+    /// The attention sinks, if there are any.
+    pub fn sinks(&self) -> Option<Vec<f32>> {
+        self.sinks.then(|| sinks(self.kv_heads * self.group, self.seed))
     }
 
     /// Queries, keys and values. What belongs to no sequence holds NaN.
@@ -141,7 +157,7 @@ impl BatchCase {
         for Sequence { batch: b, rows: own, keys, mask, .. } in batch.sequences() {
             let start = end;
             end += keys.len();
-            rows.push(Sequence::new(*b, own.clone(), Keys::rows(0, start..end), *mask)).unwrap();
+            rows.push(Sequence::new(*b, own.clone(), Keys::rows(0, start..end), mask.clone())).unwrap();
         }
         let [key, value] =
             [&inputs.key, &inputs.value].map(|from| gather(from, places.len(), |row| places[row]));
@@ -220,8 +236,8 @@ fn gather<T: Element>(from: &Tensor<T>, len: usize, place: impl Fn(usize) -> [us
     })
 }
 
-/// `run` computes attention for a batch into an output and, if asked for, its log-sum-exp. Each of
-/// the sequences gets what it gets alone, and nothing else is written.
+/// `run` computes attention for a batch, with the case's sinks, into an output and, if asked for,
+/// its log-sum-exp. Each of the sequences gets what it gets alone, and nothing else is written.
 pub fn each_sequence_of_a_batch_stands_alone<T: Element, O: Element>(
     case: &BatchCase,
     run: impl Fn(&Batch, &ScoreConfig, &Inputs<T>, &mut Tensor<O>, Option<&mut [f32]>),
@@ -233,17 +249,18 @@ pub fn each_sequence_of_a_batch_stands_alone<T: Element, O: Element>(
     let (mut out, mut lse) = (rubbish(), vec![RUBBISH; batch.lse_len()]);
     run(&batch, &case.score, &inputs, &mut out, Some(&mut lse));
 
+    let sinks = case.sinks();
     let lse_at = |b: usize, head: usize, row: usize| (b * heads + head) * seq + row;
     let mut padding = vec![vec![true; seq]; batches];
     let ScoreConfig { scale, softcap, .. } = case.score;
     for (index, sequence) in batch.sequences().iter().enumerate() {
-        let Sequence { batch: b, ref rows, ref keys, mask, .. } = *sequence;
+        let Sequence { batch: b, ref rows, ref keys, ref mask, .. } = *sequence;
         let row_place = |row| [b, rows.start + row];
         let key_place = |key| place(keys, key, batch.key_shape()[1]);
-        let config = AttentionConfig { mask, scale, softcap };
+        let config = AttentionConfig { mask: mask.clone(), scale, softcap };
         let query = gather(&inputs.query, rows.len(), row_place);
         let [key, value] = [&inputs.key, &inputs.value].map(|from| gather(from, keys.len(), key_place));
-        let expected = Expected::of(&config, &query, &key, &value, false);
+        let expected = Expected::with_sinks(&config, &query, &key, &value, sinks.as_deref(), false);
         let of_sequence = |error: TestCaseError| TestCaseError::fail(format!("sequence {index}: {error}"));
         expected.check_out(gather(&out, rows.len(), row_place).values()).map_err(of_sequence)?;
         let own_lse = (0..heads).flat_map(|head| rows.clone().map(move |row| lse_at(b, head, row)));

@@ -1,11 +1,11 @@
 //! Random attention calls.
 
 use super::expected::Expected;
-use crate::common::{Layout, Rng, Tensor, indices, layouts};
+use crate::common::{Layout, Rng, Tensor, indices, layouts, sinks};
 use proptest::prelude::*;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, AttentionShape, Element, Mask, TensorView};
+use star_attention::{AttentionConfig, AttentionShape, BlockList, Element, Mask, TensorView};
 use std::ops::Range;
 
 /// What the tensors hold.
@@ -48,6 +48,8 @@ pub struct Case {
     pub values: Values,
     /// What the call is compiled to.
     pub instructions: InstructionSet,
+    /// Whether there are attention sinks.
+    pub sinks: bool,
     pub seed: u64,
 }
 
@@ -106,7 +108,7 @@ pub fn star_masks() -> impl Strategy<Value = Mask> {
         3 => 60..=300usize,
         1 => Just(usize::MAX),
     ];
-    (block_len, any::<prop::sample::Index>(), 0..4usize, 0..5usize, 0..=300usize).prop_map(
+    let lens = (block_len, any::<prop::sample::Index>(), 0..4usize, 0..5usize, 0..=300usize).prop_map(
         |(block_len, index, anchor, first, more)| {
             let anchor_len = match anchor {
                 0 => 0,
@@ -119,13 +121,74 @@ pub fn star_masks() -> impl Strategy<Value = Mask> {
                 2 => usize::MAX,
                 _ => anchor_len.saturating_add(more),
             };
-            Mask::Star { anchor_len, block_len, first_block_len }
+            (anchor_len, block_len, first_block_len)
         },
+    );
+    (lens, lefts()).prop_map(|((anchor_len, block_len, first_block_len), left)| Mask::Star {
+        anchor_len,
+        block_len,
+        first_block_len,
+        left,
+    })
+}
+
+/// How far a window reaches.
+fn lefts() -> impl Strategy<Value = Option<usize>> {
+    prop_oneof![4 => Just(None), 3 => (0..=200usize).prop_map(Some), 1 => Just(Some(usize::MAX))]
+}
+
+/// Windows: causal ones, as of models, and others.
+fn windows() -> impl Strategy<Value = Mask> {
+    let right = prop_oneof![2 => Just(Some(0)), 1 => lefts()];
+    (lefts(), right).prop_map(|(left, right)| Mask::Window { left, right })
+}
+
+/// How a block list is made once rows and keys are known.
+#[derive(Clone, Debug)]
+pub struct BlockLists {
+    tile_rows: usize,
+    /// Ranges begin and end at multiples of this.
+    granularity: usize,
+    causal: bool,
+    seed: u64,
+}
+
+/// A block list now and then.
+pub fn block_lists() -> impl Strategy<Value = Option<BlockLists>> {
+    let lists = (1..=150usize, prop_oneof![1..=8usize, 16..=70usize], any::<bool>(), any::<u64>());
+    prop::option::weighted(
+        0.2,
+        lists.prop_map(|(tile_rows, granularity, causal, seed)| BlockLists {
+            tile_rows,
+            granularity,
+            causal,
+            seed,
+        }),
     )
 }
 
+impl BlockLists {
+    pub fn mask(&self, query_len: usize, key_len: usize) -> Mask {
+        let mut rng = Rng::new(self.seed);
+        let (mut offsets, mut ranges) = (vec![0], Vec::<Range<usize>>::new());
+        for _ in 0..query_len.div_ceil(self.tile_rows) {
+            let mut end = 0;
+            while end < key_len {
+                let start = end + self.granularity * rng.below(3);
+                end = start + self.granularity * (1 + rng.below(3));
+                if start < key_len {
+                    ranges.push(start..end.min(key_len));
+                }
+            }
+            offsets.push(ranges.len());
+        }
+        let list = BlockList::new(self.tile_rows, &offsets, &ranges).unwrap();
+        Mask::from(if self.causal { list.causal() } else { list })
+    }
+}
+
 pub fn masks() -> impl Strategy<Value = Mask> {
-    prop_oneof![1 => Just(Mask::Full), 2 => Just(Mask::Causal), 3 => star_masks()]
+    prop_oneof![1 => Just(Mask::Full), 2 => Just(Mask::Causal), 2 => windows(), 3 => star_masks()]
 }
 
 pub fn configs() -> impl Strategy<Value = AttentionConfig> {
@@ -142,14 +205,13 @@ pub fn configs() -> impl Strategy<Value = AttentionConfig> {
 pub fn cases() -> impl Strategy<Value = Case> {
     let layouts = [layouts(), layouts(), layouts(), layouts()];
     let instructions = prop::sample::select(InstructionSet::available());
-    (shapes(), configs(), layouts, values(), instructions, any::<u64>()).prop_map(
-        |(shape, config, layouts, values, instructions, seed)| Case {
-            shape,
-            config,
-            layouts,
-            values,
-            instructions,
-            seed,
+    let sinks = prop::bool::weighted(0.4);
+    (shapes(), configs(), block_lists(), layouts, values(), instructions, sinks, any::<u64>()).prop_map(
+        |(shape, mut config, blocks, layouts, values, instructions, sinks, seed)| {
+            if let Some(blocks) = blocks {
+                config.mask = blocks.mask(shape.query_len, shape.key_len);
+            }
+            Case { shape, config, layouts, values, instructions, sinks, seed }
         },
     )
 }
@@ -162,9 +224,14 @@ pub struct Inputs<T> {
 }
 
 impl<T: Element> Inputs<T> {
-    /// What a call of the CPU takes.
-    pub fn views(&self) -> star_attention::Inputs<TensorView<'_, T>, TensorView<'_, T>> {
-        star_attention::Inputs::new(self.query.view(), self.key.view(), self.value.view())
+    /// What a call of the CPU takes, with sinks if given.
+    pub fn views<'a>(
+        &'a self,
+        sinks: Option<&'a [f32]>,
+    ) -> star_attention::Inputs<TensorView<'a, T>, TensorView<'a, T>, &'a [f32]> {
+        let mut views = star_attention::Inputs::new(self.query.view(), self.key.view(), self.value.view());
+        views.sinks = sinks;
+        views
     }
 
     /// Fills keys and values of a range of tokens.
@@ -208,9 +275,15 @@ impl Case {
         }
     }
 
+    /// The sinks of this case.
+    pub fn sinks(&self) -> Option<Vec<f32>> {
+        self.sinks.then(|| sinks(self.shape.query_heads, self.seed))
+    }
+
     /// What the definition gives for `inputs`.
-    pub fn expected<T: Element>(&self, inputs: &Inputs<T>) -> Expected {
-        Expected::of(&self.config, &inputs.query, &inputs.key, &inputs.value, self.values.correlated())
+    pub fn expected<T: Element>(&self, Inputs { query, key, value }: &Inputs<T>) -> Expected {
+        let (sinks, correlated) = (self.sinks(), self.values.correlated());
+        Expected::with_sinks(&self.config, query, key, value, sinks.as_deref(), correlated)
     }
 
     /// The output tensor, holding rubbish.
@@ -232,7 +305,9 @@ impl Case {
         let mut workspace = vec![0xffu8; plan.workspace_bytes()];
         let mut out = self.output();
         let mut lse = vec![RUBBISH; self.shape.lse_len()];
-        plan.run(inputs.views(), out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+        let sinks = self.sinks();
+        let views = inputs.views(sinks.as_deref());
+        plan.run(views, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
         (out, lse)
     }
 }

@@ -84,7 +84,8 @@ pub fn histories(steps: usize, head_dims: impl Strategy<Value = usize>) -> impl 
 }
 
 struct Request {
-    star: Mask,
+    /// Of its context, and of generated tokens.
+    masks: [Mask; 2],
     context_len: usize,
     total_len: usize,
     /// What each token's query, key and value are drawn from.
@@ -95,10 +96,23 @@ struct Request {
 impl Request {
     fn new(sequence: SequenceId, rng: &mut Rng) -> Self {
         let block_len = 1 + rng.below(20);
-        let star = Mask::Star { anchor_len: rng.below(block_len + 1), block_len, first_block_len: block_len };
+        let star = Mask::Star {
+            anchor_len: rng.below(block_len + 1),
+            block_len,
+            first_block_len: block_len,
+            left: None,
+        };
+        // Every third request is of a model with a sliding window.
+        let masks = match rng.below(3) {
+            0 => {
+                let window = 1 + rng.below(30);
+                [star, Mask::Causal].map(|mask| mask.with_sliding_window(window).unwrap())
+            }
+            _ => [star, Mask::Causal],
+        };
         let context_len = 1 + rng.below(60);
         let total_len = context_len + rng.below(6);
-        Self { star, context_len, total_len, tokens: Vec::new(), sequence }
+        Self { masks, context_len, total_len, tokens: Vec::new(), sequence }
     }
 
     /// A request that begins as this one does, up to any token.
@@ -113,7 +127,8 @@ impl Request {
     /// How many tokens come next, and what they see.
     fn next(&self, rng: &mut Rng) -> (usize, Mask) {
         let left = self.context_len.saturating_sub(self.tokens.len());
-        if left > 0 { ((1 + rng.below(CHUNK)).min(left), self.star) } else { (1, Mask::Causal) }
+        let [context, generated] = self.masks.clone();
+        if left > 0 { ((1 + rng.below(CHUNK)).min(left), context) } else { (1, generated) }
     }
 }
 
@@ -205,7 +220,7 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
             }
             end = start + len;
             let keys = store.keys(request.sequence).unwrap();
-            batch.push(Sequence::new(0, start..end, keys, mask)).unwrap();
+            batch.push(Sequence::new(0, start..end, keys, mask.clone())).unwrap();
             turns.push(Turn { request: index, start, len, mask });
         }
 

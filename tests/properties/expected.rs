@@ -9,6 +9,8 @@
 //!   itself a few `u`;
 //! - the softcap: 16 `u |s_j|`, as tanh is right to a few units of its own magnitude, whatever the
 //!   cap;
+//! - a sink, which meets the log-sum-exp `l` of the keys: a few `u (|sink| + |l|)`, and the rounding
+//!   of the sum in `l`;
 //! - the sums over `n` keys, rescaled now and then: `growth(n) u Σ w_j |v_j|`, and rounding the
 //!   output.
 //!
@@ -103,7 +105,20 @@ impl Expected {
         value: &Tensor<T>,
         correlated: bool,
     ) -> Self {
-        let oracle = reference::attention(config, query.view(), key.view(), value.view()).unwrap();
+        Self::with_sinks(config, query, key, value, None, correlated)
+    }
+
+    /// With a sink for each head, if given: a key more, whose value is 0.
+    pub fn with_sinks<T: Element>(
+        config: &AttentionConfig,
+        query: &Tensor<T>,
+        key: &Tensor<T>,
+        value: &Tensor<T>,
+        sinks: Option<&[f32]>,
+        correlated: bool,
+    ) -> Self {
+        let (q, k, v) = (query.view(), key.view(), value.view());
+        let oracle = reference::attention_with_sinks(config, q, k, v, sinks).unwrap();
         let shape @ [batch, query_len, heads, dim] = query.shape();
         let [_, key_len, kv_heads, _] = key.shape();
         let (q, k, v) = (Rows::new(query), Rows::new(key), Rows::new(value));
@@ -120,7 +135,7 @@ impl Expected {
         let (mut lowp_error, mut atol) = (0f64, 0f64);
         for row in 0..query_len {
             let visible: Vec<usize> =
-                (0..key_len).filter(|&j| sees(config.mask, query_len, key_len, row, j)).collect();
+                (0..key_len).filter(|&j| sees(&config.mask, query_len, key_len, row, j)).collect();
             let n = visible.len();
             for (b, head) in (0..batch).flat_map(|b| (0..heads).map(move |head| (b, head))) {
                 let kv_head = head / (heads / kv_heads);
@@ -170,6 +185,19 @@ impl Expected {
                         magnitude[d] += weight * v.abs();
                         squares[d] += weight * v * weight * v;
                         lowp[d] += low_weight * v;
+                    }
+                }
+                let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
+                let weight = (sink - lse).exp();
+                if weight > 0.0 {
+                    let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+                    let keys = if sum > 0.0 { max + sum.ln() } else { 0.0 };
+                    let error = U * (4.0 * (sink.abs() + keys.abs() + 2.0) + growth(n));
+                    let moved = weight * error.exp_m1();
+                    score_error += moved;
+                    largest_error = largest_error.max(error);
+                    for (through, &out) in through.iter_mut().zip(out) {
+                        *through += if out == 0.0 { 0.0 } else { moved * out.abs() };
                     }
                 }
                 // No log-sum-exp moves further than the score that moves most.

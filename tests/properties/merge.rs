@@ -118,6 +118,9 @@ pub fn bits(data: &Data) -> Vec<u32> {
 /// A merge of parts of one shape.
 pub type Merge<'a> = &'a dyn Fn(&[&Data], [usize; 4]) -> Data;
 
+/// The same with a sink for each head.
+pub type MergeWithSinks<'a> = &'a dyn Fn(&[&Data], [usize; 4], &[f32]) -> Data;
+
 fn shape_of(parts: &[Data]) -> [usize; 4] {
     parts.first().map_or([1, 2, 3, 4], |part| part.shape)
 }
@@ -125,6 +128,27 @@ fn shape_of(parts: &[Data]) -> [usize; 4] {
 pub fn is_the_softmax_over_the_union(merged: Merge<'_>, parts: &[Data]) {
     let all: Vec<&Data> = parts.iter().collect();
     assert_close(&merged(&all, shape_of(parts)), &all, 0);
+}
+
+/// A sink is one more part, of a log-sum-exp alone; one of -inf is none.
+pub fn takes_a_sink_for_a_part_without_values(
+    with_sinks: MergeWithSinks<'_>,
+    merged: Merge<'_>,
+    parts: &[Data],
+) {
+    let shape @ [_, seq, heads, _] = shape_of(parts);
+    let all: Vec<&Data> = parts.iter().collect();
+    for first in 0..4 {
+        let sink = |head: usize| [0.5, f32::NEG_INFINITY, 1e4, -1e4][(first + head) % 4];
+        let sinks: Vec<f32> = (0..heads).map(sink).collect();
+        let mut part = Data::identity(shape);
+        part.lse.iter_mut().enumerate().for_each(|(row, lse)| *lse = sinks[row / seq % heads]);
+        let with_part: Vec<&Data> = all.iter().copied().chain([&part]).collect();
+        assert_close(&with_sinks(&all, shape, &sinks), &with_part, 0);
+        assert_eq!(bits(&with_sinks(&[], shape, &sinks)), bits(&part));
+    }
+    let none = vec![f32::NEG_INFINITY; heads];
+    assert_eq!(bits(&with_sinks(&all, shape, &none)), bits(&merged(&all, shape)));
 }
 
 /// Of at least three parts.

@@ -8,12 +8,14 @@ pub mod batches;
 pub mod cases;
 pub mod engine;
 pub mod expected;
+pub mod masks;
 pub mod merge;
 pub mod nonfinite;
 pub mod packed;
 pub mod query;
 pub mod refusals;
 pub mod separate;
+pub mod sinks;
 pub mod softcap;
 pub mod star;
 
@@ -37,6 +39,11 @@ pub trait Attend<T: Element> {
     /// The keys and values of a shard to which these were appended one after another.
     fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2];
 
-    /// Output and log-sum-exp of the partials, at least one, merged in each way there is.
-    fn merge(&self, partials: &[(Tensor<f32>, Vec<f32>)]) -> Vec<(Tensor<f32>, Vec<f32>)>;
+    /// Output and log-sum-exp of the partials, at least one, merged in each way there is, with a
+    /// sink for each head if given.
+    fn merge(
+        &self,
+        partials: &[(Tensor<f32>, Vec<f32>)],
+        sinks: Option<&[f32]>,
+    ) -> Vec<(Tensor<f32>, Vec<f32>)>;
 }

@@ -9,7 +9,7 @@ use star_attention::{AttentionConfig, DType, Element, Mask};
 
 /// A call on normal values, and up to four elements of one of its inputs that are not finite.
 pub fn spotted(cases: impl Strategy<Value = Case>) -> impl Strategy<Value = (Case, Vec<Spot>)> {
-    let normal = cases.prop_map(|case| Case { values: Values::Normal, ..case });
+    let normal = cases.prop_map(|case| Case { values: Values::Normal, sinks: false, ..case });
     (normal, prop::collection::vec(spots(), 1..=4)).prop_map(|(case, mut spots)| {
         // A score of -inf and a NaN in that key's value: the definition leaves open what that is.
         let tensor = spots[0].tensor;
@@ -59,7 +59,7 @@ pub fn spots_stay_in_their_rows<T: Element, O: Element>(
         return Ok(());
     }
     let reaches = |&(tensor, [batch, seq, head, _]): &(usize, [usize; 4]), [b, row, h]: [usize; 3]| {
-        let seen = || sees(case.config.mask, shape.query_len, shape.key_len, row, seq);
+        let seen = || sees(&case.config.mask, shape.query_len, shape.key_len, row, seq);
         b == batch && if tensor == 0 { (row, h) == (seq, head) } else { h / shape.group() == head && seen() }
     };
     for b in 0..shape.batch {

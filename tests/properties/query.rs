@@ -5,7 +5,7 @@ use super::Attend;
 use super::cases::Inputs;
 use super::expected::Expected;
 use super::star::Context;
-use crate::common::{Layout, Rng, Tensor, indices, layouts};
+use crate::common::{Layout, Rng, Tensor, indices, layouts, sinks};
 use proptest::prelude::*;
 use star_attention::{AttentionConfig, Element, Mask};
 
@@ -30,11 +30,12 @@ fn partial<T: Element>(
 fn check_merged<T: Element>(
     by: &impl Attend<T>,
     partials: &[(Tensor<f32>, Vec<f32>)],
+    sinks: Option<&[f32]>,
     expected: &Expected,
 ) -> Result<(), TestCaseError> {
     // The partials' own rounding, and the merge's.
     let expected = expected.clone().widened(2.0);
-    for (out, lse) in by.merge(partials) {
+    for (out, lse) in by.merge(partials, sinks) {
         expected.check_out(out.values())?;
         expected.check_lse(&lse)?;
     }
@@ -58,6 +59,8 @@ pub struct Split {
     factor: f32,
     /// Of the partials.
     pub layout: Layout,
+    /// Whether the merge has attention sinks.
+    sinks: bool,
     seed: u64,
 }
 
@@ -73,7 +76,7 @@ pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
         (1..=2usize, 1..=2usize, 1..=8usize, head_dims),
         softcap,
         factor,
-        layouts(),
+        (layouts(), any::<bool>()),
         any::<u64>(),
     )
         .prop_map(
@@ -83,7 +86,7 @@ pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
                 (batch, kv_heads, group, head_dim),
                 softcap,
                 factor,
-                layout,
+                (layout, sinks),
                 seed,
             )| {
                 // Keeps the oracle's work small.
@@ -100,13 +103,14 @@ pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
                     softcap,
                     factor,
                     layout,
+                    sinks,
                     seed,
                 }
             },
         )
 }
 
-/// Partials over any shards, merged, are the dense attention.
+/// Partials over any shards, merged, are the dense attention: sinks count in the merge alone.
 pub fn merged_shards_equal_dense<T: Element>(
     by: &impl Attend<T>,
     split: &Split,
@@ -121,7 +125,8 @@ pub fn merged_shards_equal_dense<T: Element>(
     let key = Tensor::<T>::normal("key", key_shape, &mut rng);
     let value = Tensor::<T>::normal("value", key_shape, &mut rng);
     let config = AttentionConfig { mask: Mask::Causal, softcap: split.softcap, ..Default::default() };
-    let expected = Expected::of(&config, &query, &key, &value, false);
+    let sinks = split.sinks.then(|| sinks(kv_heads * group, split.seed));
+    let expected = Expected::with_sinks(&config, &query, &key, &value, sinks.as_deref(), false);
 
     let mut start = 0;
     let mut partials = Vec::new();
@@ -136,7 +141,7 @@ pub fn merged_shards_equal_dense<T: Element>(
         let inputs = Inputs { query: query.clone(), key, value };
         partials.push(partial(by, &config, &inputs, holds_query, layout));
     }
-    check_merged(by, &partials, &expected)
+    check_merged(by, &partials, sinks.as_deref(), &expected)
 }
 
 /// Encodes a random context, keeps the KV of a next layer made from the outputs, and asks random
@@ -198,5 +203,5 @@ pub fn both_phases<T: Element>(
             partial(by, &config, &inputs, rank == layout.query_rank(), &Layout::CONTIGUOUS)
         })
         .collect();
-    check_merged(by, &partials, &expected)
+    check_merged(by, &partials, None, &expected)
 }

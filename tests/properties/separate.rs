@@ -16,11 +16,11 @@ fn stored<T: Element>(part: &Data, layout: &Layout) -> (Tensor<T>, Vec<f32>) {
 }
 
 /// The merge as the laws know it.
-fn merged<B: Backend>(backend: &B, parts: &[&Data], shape: [usize; 4]) -> Data {
+fn merged<B: Backend>(backend: &B, parts: &[&Data], shape: [usize; 4], sinks: Option<&[f32]>) -> Data {
     let partials: Vec<_> = parts.iter().map(|part| stored::<f32>(part, &Layout::CONTIGUOUS)).collect();
     let mut out = Tensor::<f32>::contiguous("out", shape, |_| f32::NAN);
     let mut lse = vec![f32::NAN; Data::identity(shape).lse.len()];
-    merge_on(backend, &partials, &mut out, Some(&mut lse)).unwrap();
+    merge_on(backend, &partials, sinks, &mut out, Some(&mut lse)).unwrap();
     Data { shape, out: out.values().collect(), lse }
 }
 
@@ -50,8 +50,8 @@ pub fn is_exact_at_any_strides<B: Backend, T: Element, O: Element>(
     let output = || Tensor::<O>::new("out", shape, &layouts[6], RUBBISH, |_| f32::NAN);
     let (mut out, mut without) = (output(), output());
     let mut lse = vec![f32::NAN; Data::identity(shape).lse.len()];
-    merge_on(backend, &partials, &mut out, Some(&mut lse)).unwrap();
-    merge_on(backend, &partials, &mut without, None).unwrap();
+    merge_on(backend, &partials, None, &mut out, Some(&mut lse)).unwrap();
+    merge_on(backend, &partials, None, &mut without, None).unwrap();
     prop_assert!(out.padding_is(RUBBISH) && without.padding_is(RUBBISH), "wrote between rows");
     prop_assert!(out.bits() == without.bits(), "no log-sum-exp changes the output");
     let got = Data { shape, out: out.values().collect(), lse };
@@ -62,11 +62,14 @@ pub fn is_exact_at_any_strides<B: Backend, T: Element, O: Element>(
 /// From no partial to `most`, of dims that are moved 16 bytes at a time and others; and the laws of
 /// what has no weight, is far larger, or is NaN.
 pub fn any_number_of_partials<B: Backend>(backend: &B, most: usize) {
-    let merge = |parts: &[&Data], shape: [usize; 4]| merged(backend, parts, shape);
+    let merge = |parts: &[&Data], shape: [usize; 4]| merged(backend, parts, shape, None);
+    let with_sinks =
+        |parts: &[&Data], shape: [usize; 4], sinks: &[f32]| merged(backend, parts, shape, Some(sinks));
     for n in 0..=most {
         for shape in [[1, 2, 3, 64], [2, 1, 2, 5]] {
             let parts = Data::several(shape, n);
             laws::is_the_softmax_over_the_union(&merge, &parts);
+            laws::takes_a_sink_for_a_part_without_values(&with_sinks, &merge, &parts);
             if n > 2 {
                 laws::is_commutative_and_associative(&merge, &parts);
             }
@@ -80,7 +83,9 @@ pub fn any_number_of_partials<B: Backend>(backend: &B, most: usize) {
     let at = any::<prop::sample::Index>();
     for _ in 0..8 {
         let at = at.new_tree(&mut runner).unwrap().current();
-        laws::keeps_a_nan_in_its_row(&merge, &Data::several([2, 3, 2, 8], 5), at);
+        let parts = Data::several([2, 3, 2, 8], 5);
+        laws::keeps_a_nan_in_its_row(&merge, &parts, at);
+        laws::keeps_a_nan_in_its_row(&|parts, shape| with_sinks(parts, shape, &[1e4, 0.5]), &parts, at);
     }
 }
 
@@ -92,7 +97,7 @@ pub fn what_does_not_fit_is_named<B: Backend>(backend: &B) {
     let refused = |second: &(Tensor<f32>, Vec<f32>), shape: [usize; 4], lse_len: usize| {
         let mut out = Tensor::<f32>::contiguous("out", shape, |_| RUBBISH);
         let mut lse = vec![RUBBISH; lse_len];
-        let result = merge_on(backend, &[good.clone(), second.clone()], &mut out, Some(&mut lse));
+        let result = merge_on(backend, &[good.clone(), second.clone()], None, &mut out, Some(&mut lse));
         let untouched = out.values().chain(lse).all(|x| x == RUBBISH);
         assert!(result.is_ok() || untouched, "wrote in spite of the error");
         result.map_err(named)
@@ -124,7 +129,7 @@ pub fn scattered_rows_are_refused<B: Backend>(backend: &B) {
         let view = B::view("partial", backend.slice(&rows, ..), shape, of_partial).unwrap();
         let partial = PartialOf { out: view, lse: backend.slice(&lse, ..) };
         let to = B::view_mut::<f32>("out", backend.slice_mut(&mut out, ..), shape, of_out).unwrap();
-        let error = backend.merge(vec![partial], to, None).unwrap_err();
+        let error = backend.merge(vec![partial], None, to, None).unwrap_err();
         assert_eq!(named(error), ("stride", argument));
         assert!(backend.read(&out).unwrap().iter().all(|&x| x == RUBBISH));
     }

@@ -3,8 +3,8 @@
 use super::{LSE, MergePlan, OUT};
 use crate::comm::message::{Message, Pattern, Pool, Received, Started};
 use crate::comm::{Collective, MergeWay};
-use crate::config::check_rows;
-use crate::merge::{Partial, ROWS_PER_TASK, check_lse, for_each_row, merge_row, merge_rows};
+use crate::config::{check_rows, check_sinks};
+use crate::merge::{Partial, ROWS_PER_TASK, check_lse, for_each_row, merge_row, merge_rows, sink_of};
 use crate::{Element, Error, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
 
@@ -20,6 +20,8 @@ pub struct CpuMerge<T, O> {
     /// Of the shares that this rank has merged.
     shares: Pool,
     written: Option<Message>,
+    /// Of the next merge.
+    sinks: Option<Vec<f32>>,
 }
 
 impl<T: Element, O: Element> MergePlan<T, O> {
@@ -35,6 +37,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
             partials: Pool::new(regions(self.message_rows(), size_of::<T>())),
             shares: Pool::new(regions(self.share(), size_of::<O>())),
             written: None,
+            sinks: None,
         }
     }
 }
@@ -55,6 +58,18 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
         };
         let (lse, out) = two_regions(self.written.insert(message));
         Ok((TensorViewMut::new("partial", out, plan.shape, plan.strides())?, &mut lse[..plan.rows()]))
+    }
+
+    /// The same with attention sinks `[heads]`, if given, in the next merge and no other: it
+    /// finishes the rows, as [`merge_with_sinks`](crate::merge::merge_with_sinks) says. They are
+    /// the same on every rank, and each counts once.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another number of them, [`Error::Value`] for one that is NaN or `+inf`.
+    pub fn with_sinks(&mut self, sinks: Option<&[f32]>) -> Result<&mut Self> {
+        check_sinks(self.plan.shape[2], sinks)?;
+        self.sinks = sinks.map(<[f32]>::to_vec);
+        Ok(self)
     }
 
     /// Merges every rank's written partial into `out` and, if given, `lse`, on every rank.
@@ -123,7 +138,8 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
         match group.start(pattern, message.clone()) {
             Ok(started) => {
                 self.partials.put(message);
-                Ok(PendingMerge { merge: self, group, started: Some((started, share)) })
+                let sinks = self.sinks.take();
+                Ok(PendingMerge { merge: self, group, started: Some(UnderWay { started, share, sinks }) })
             }
             Err(error) => {
                 // Still there, if the group has not kept it.
@@ -142,20 +158,22 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
     fn finish(
         &mut self,
         group: &(impl Collective + ?Sized),
-        (started, share): (Started, Option<Message>),
+        UnderWay { started, share, sinks }: UnderWay,
         mut to: Option<(TensorViewMut<'_, O>, Option<&mut [f32]>)>,
     ) -> Result<()> {
-        let plan = self.plan;
+        let (plan, sinks) = (self.plan, sinks.as_deref());
         let mut merged = Ok(());
         let Some(mut share) = share else {
             group.finish(started, &mut |received| {
-                merged =
-                    to.take().map_or(Ok(()), |(out, lse)| merge_rows(&plan.partials(received)?, out, lse));
+                merged = to
+                    .take()
+                    .map_or(Ok(()), |(out, lse)| merge_rows(&plan.partials(received)?, sinks, out, lse));
             })?;
             return merged;
         };
-        group
-            .finish(started, &mut |received| merged = plan.merge_share(group.rank(), received, &mut share))?;
+        group.finish(started, &mut |received| {
+            merged = plan.merge_share(group.rank(), received, sinks, &mut share);
+        })?;
         // The others wait for this rank's share: what it cannot merge, it does not send.
         merged?;
         self.shares.put(share.clone());
@@ -181,8 +199,17 @@ impl<T: Element, O: Element> CpuMerge<T, O> {
 pub struct PendingMerge<'a, C: Collective + ?Sized, T: Element, O: Element> {
     merge: &'a mut CpuMerge<T, O>,
     group: &'a C,
-    /// What was started, and by rows the memory of this rank's share.
-    started: Option<(Started, Option<Message>)>,
+    started: Option<UnderWay>,
+}
+
+/// What was started.
+#[derive(Debug)]
+struct UnderWay {
+    started: Started,
+    /// By rows, the memory of this rank's share.
+    share: Option<Message>,
+    /// By rows the others get this rank's share with them, even if this rank gives up its result.
+    sinks: Option<Vec<f32>>,
 }
 
 impl<C: Collective + ?Sized, T: Element, O: Element> PendingMerge<'_, C, T, O> {
@@ -223,8 +250,15 @@ impl<T: Element, O: Element> MergePlan<T, O> {
     }
 
     /// Merges this rank's rows of every partial into a message.
-    fn merge_share(&self, rank: usize, received: &Received<'_>, share: &mut Message) -> Result<()> {
-        let (rows, dim) = (self.own_rows(rank), self.shape[3]);
+    fn merge_share(
+        &self,
+        rank: usize,
+        received: &Received<'_>,
+        sinks: Option<&[f32]>,
+        share: &mut Message,
+    ) -> Result<()> {
+        let ([_, seq, heads, dim], first) = (self.shape, rank * self.share());
+        let rows = self.own_rows(rank);
         let part = |rank| {
             let out: &[T] = received.elements(rank, OUT, rows * dim)?;
             let lse: &[f32] = received.elements(rank, LSE, rows)?;
@@ -234,7 +268,8 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         let (lses, outs) = two_regions::<O>(share);
         let rows = outs.par_chunks_exact_mut(dim).zip(lses).take(rows);
         rows.with_min_len(ROWS_PER_TASK).enumerate().for_each(|(row, (out, lse))| {
-            *lse = merge_row(parts.iter().map(|(outs, lses)| (&outs[row * dim..][..dim], lses[row])), out);
+            let parts = parts.iter().map(|(outs, lses)| (&outs[row * dim..][..dim], lses[row]));
+            *lse = merge_row(parts, sink_of(sinks, (first + row) / seq % heads), out);
         });
         Ok(())
     }

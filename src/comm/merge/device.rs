@@ -4,8 +4,8 @@ use super::MergePlan;
 use crate::comm::device::Region;
 use crate::comm::{DeviceCollective, Exchange, MergeWay};
 use crate::cuda::{
-    ALIGNMENT, Device, DevicePartial, DeviceTensor, DeviceTensorMut, Partials, Span, SpanMut, check_len,
-    check_merged_types, merge, merge_separate,
+    ALIGNMENT, Device, DevicePartial, DeviceTensor, DeviceTensorMut, Partials, RowSinks, Span, SpanMut,
+    check_len, check_merged_types, merge, merge_separate, merge_stacked,
 };
 use crate::{Element, Error, Result};
 
@@ -20,6 +20,7 @@ pub struct DeviceMerge<'a, D: Device, T, O> {
     device: &'a D,
     stream: &'a D::Stream,
     scratch: SpanMut<'a, D, u8>,
+    sinks: RowSinks,
 }
 
 impl<T: Element, O: Element> MergePlan<T, O> {
@@ -47,7 +48,7 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         }
         scratch.check("scratch", needed)?;
         scratch.check_stream("scratch", stream)?;
-        Ok(DeviceMerge { plan: *self, device, stream, scratch })
+        Ok(DeviceMerge { plan: *self, device, stream, scratch, sinks: RowSinks::default() })
     }
 
     /// Bytes of what is sent, what is received, what is merged, and what is received of that:
@@ -67,6 +68,18 @@ impl<T: Element, O: Element> MergePlan<T, O> {
 }
 
 impl<'a, D: Device, T: Element, O: Element> DeviceMerge<'a, D, T, O> {
+    /// The same with attention sinks f32 `[heads]`, if given: each merge finishes its rows, as
+    /// [`merge_with_sinks`](crate::merge::merge_with_sinks) says. They are the same on every rank,
+    /// and each counts once. That none is NaN or `+inf` is the caller's promise.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another number of them, [`Error::Value`] for memory that was borrowed
+    /// for another stream.
+    pub fn with_sinks(self, sinks: Option<&'a Span<'_, D, f32>>) -> Result<Self> {
+        let sinks = RowSinks::new(self.stream, self.plan.shape, sinks)?;
+        Ok(Self { sinks, ..self })
+    }
+
     /// [`partial`](Self::partial), for as long as the scratch was borrowed.
     pub(crate) fn into_partial(self) -> Result<(DeviceTensorMut<'a, D, T>, SpanMut<'a, D, f32>)> {
         self.message()
@@ -133,7 +146,8 @@ impl<'a, D: Device, T: Element, O: Element> DeviceMerge<'a, D, T, O> {
         // A merge of one partial puts its rows anywhere.
         {
             let (mut to, mut to_lse) = self.partial()?;
-            merge_separate(device, stream, std::slice::from_ref(partial), &mut to, Some(&mut to_lse))?;
+            let one = std::slice::from_ref(partial);
+            merge_separate(device, stream, one, None, &mut to, Some(&mut to_lse))?;
         }
         let [sent, ..] = self.places();
         self.exchange(group, sent, out, lse)
@@ -187,27 +201,28 @@ impl<'a, D: Device, T: Element, O: Element> DeviceMerge<'a, D, T, O> {
                 group.all_gather(stream, &exchanges(of(sent, rows, size_of::<T>()), received))?;
                 let shape = [ranks * batch, seq, heads, dim];
                 let partials = stacked::<D, T>(received, shape, plan.strides(), rows)?;
-                merge(device, stream, &partials, out, lse)
+                merge_stacked(device, stream, &partials, self.sinks, out, lse)
             }
             MergeWay::ByRows => {
                 let message = plan.message_rows();
                 let received = of(received, message, size_of::<T>());
                 group.all_to_all(stream, &exchanges(of(sent, message, size_of::<T>()), received))?;
-                // To a share it is the same which token and head a row is of.
+                // To a share it is the same which token and head a row is of, but for its sink.
                 let mine = plan.own_rows(group.rank());
+                let sinks = self.sinks.starting_at(plan.rows().min(group.rank() * share));
                 let strides = [share * dim, dim, dim, 1];
                 let partials = stacked::<D, T>(received, [ranks, mine, 1, dim], strides, share)?;
                 let own = of(own, share, size_of::<O>());
                 let [merged, merged_lse] = of(own, mine, size_of::<O>());
                 let mut merged =
                     DeviceTensorMut::contiguous("out", merged.write::<D, O>(), [1, mine, 1, dim])?;
-                merge(device, stream, &partials, &mut merged, Some(&mut merged_lse.write()))?;
+                merge_stacked(device, stream, &partials, sinks, &mut merged, Some(&mut merged_lse.write()))?;
                 let all = of(all, message, size_of::<O>());
                 group.all_gather(stream, &exchanges(own, all))?;
                 // A merge of one partial puts it where it belongs.
                 let merged =
                     stacked::<D, O>(of(all, rows, size_of::<O>()), plan.shape, plan.strides(), rows)?;
-                merge(device, stream, &merged, out, lse)
+                merge(device, stream, &merged, None, out, lse)
             }
         }
     }

@@ -37,7 +37,7 @@ use crate::{Element, Result, TensorViewMut};
 /// seq]`, on every rank and with the same bits.
 ///
 /// The way is the cheapest on the group's link. Where calls repeat, make a [`MergePlan`] once and
-/// keep what is made of it.
+/// keep what is made of it. With attention sinks, see [`CpuMerge::with_sinks`].
 ///
 /// # Errors
 /// As [`MergePlan::new`] and [`CpuMerge::merge`].

@@ -31,8 +31,7 @@ const STRIDE: usize = KEYS + BLOCK;
 
 /// Whether this kernel computes the rows of a segment, each of so many heads.
 pub(super) fn suits(segment: &Segment, heads: usize) -> bool {
-    let one_length = !segment.causal || segment.rows.len() == 1;
-    one_length && segment.rows.len() * heads <= ROWS
+    segment.is_uniform() && segment.rows.len() * heads <= ROWS
 }
 
 /// Elements of workspace for one thread.

@@ -33,8 +33,8 @@ mod workspace;
 pub use workspace::Workspace;
 
 use super::simd::{InstructionSet, dispatch};
-use crate::config::{check_lse, check_rows};
-use crate::merge::merge_row;
+use crate::config::{check_lse, check_rows, check_sinks};
+use crate::merge::{merge_row, sink_of};
 use crate::tensor::SharedRows;
 use crate::{
     AttentionConfig, AttentionShape, Batch, Capacity, DType, Element, Error, Inputs, Output, PlanConfig,
@@ -43,6 +43,7 @@ use crate::{
 use piece::{Operands, Source};
 use rayon::prelude::*;
 use rows::Rows;
+use std::iter;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicUsize;
@@ -78,7 +79,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Value`] for a config, [`Error::Shape`] for extents out of range.
     pub fn new(config: &AttentionConfig, shape: &AttentionShape) -> Result<Self> {
-        Self::for_batch(&config.score().into(), Batch::uniform(shape, config.mask)?)
+        Self::for_batch(&config.score().into(), Batch::uniform(shape, &config.mask)?)
     }
 
     /// A plan for sequences of different lengths, packed one after the other on the seq axes of a
@@ -95,7 +96,7 @@ impl Plan {
         query_offsets: &[usize],
         key_offsets: &[usize],
     ) -> Result<Self> {
-        let batch = Batch::packed(shape, query_offsets, key_offsets, config.mask)?;
+        let batch = Batch::packed(shape, query_offsets, key_offsets, &config.mask)?;
         Self::for_batch(&config.score().into(), batch)
     }
 
@@ -232,21 +233,25 @@ impl Plan {
     ///
     /// Any strides will do whose last axis is contiguous. Queries, keys and `out` may each be of
     /// another type; `out` may be uninitialised memory. A row that sees no key gets 0 and `-inf`;
-    /// one that belongs to no sequence is left alone.
+    /// one that belongs to no sequence is left alone. Sinks count in every row
+    /// ([`Inputs::with_sinks`]).
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's, [`Error::Value`]
-    /// if a sequence has a prefix and the inputs have none, [`Error::Workspace`] for one smaller
-    /// than [`workspace_bytes`](Self::workspace_bytes). Nothing was written then.
+    /// if a sequence has a prefix and the inputs have none, or for a sink that is NaN or `+inf`,
+    /// [`Error::Workspace`] for one smaller than [`workspace_bytes`](Self::workspace_bytes).
+    /// Nothing was written then.
     pub fn run<'w, Q: Element, T: Element, O: Output>(
         &self,
-        inputs: Inputs<TensorView<'_, Q>, TensorView<'_, T>>,
+        inputs: Inputs<TensorView<'_, Q>, TensorView<'_, T>, &[f32]>,
         out: TensorViewMut<'_, O>,
         lse: Option<&mut [f32]>,
         workspace: impl Into<Workspace<'w>>,
     ) -> Result<()> {
         let queries @ [batch, query_len, query_heads, head_dim] = self.batch.query_shape();
         let operands = self.operands(&inputs)?;
+        let sinks = inputs.sinks;
+        check_sinks(query_heads, sinks)?;
         check_rows("out", queries, out.shape(), out.strides())?;
         check_lse(queries, lse.as_deref())?;
         let (scratch, partials) =
@@ -273,8 +278,14 @@ impl Plan {
         let write = |place @ [batch, token, head]: [usize; 3], row: &[f32], x: f32| {
             // SAFETY: as of the log-sum-exp.
             let to = unsafe { out.row(batch, token, head) };
-            to.iter_mut().zip(row).for_each(|(to, &x)| *to = O::from_f32(x));
-            write_lse(place, x);
+            let lse = match sink_of(sinks, head) {
+                f32::NEG_INFINITY => {
+                    to.iter_mut().zip(row).for_each(|(to, &x)| *to = O::from_f32(x));
+                    x
+                }
+                sink => merge_row(iter::once((row, x)), sink, to),
+            };
+            write_lse(place, lse);
         };
 
         let shared = TensorViewMut::contiguous("workspace", &mut *partials, self.partials_shape())?;
@@ -303,7 +314,11 @@ impl Plan {
                 let place @ [batch, token, head] = piece.place(row);
                 // SAFETY: each row belongs to one piece, which is merged once.
                 let to = unsafe { out.row(batch, token, head) };
-                let lse = merge_row(parts.map(|part| (&part[..head_dim], part[head_dim])), to);
+                let lse = merge_row(
+                    parts.map(|part| (&part[..head_dim], part[head_dim])),
+                    sink_of(sinks, head),
+                    to,
+                );
                 write_lse(place, lse);
             }
         };
@@ -319,11 +334,11 @@ impl Plan {
     /// The inputs with their types erased, if they fit the batch.
     fn operands<'a, Q: Element, T: Element>(
         &self,
-        inputs: &Inputs<TensorView<'a, Q>, TensorView<'a, T>>,
+        inputs: &Inputs<TensorView<'a, Q>, TensorView<'a, T>, &[f32]>,
     ) -> Result<Operands<'a>> {
         let queries @ [.., head_dim] = self.batch.query_shape();
         let keys = self.batch.key_shape();
-        let Inputs { query, key, value, prefix } = inputs;
+        let Inputs { query, key, value, prefix, .. } = inputs;
         check_rows("query", queries, query.shape(), query.strides())?;
         check_rows("key", keys, key.shape(), key.strides())?;
         check_rows("value", keys, value.shape(), value.strides())?;

@@ -93,11 +93,31 @@ impl Piece<'_> {
         self.segment.visible(self.segment.rows.start + row / self.heads.len())
     }
 
+    /// The entry up to which those behind the anchor are hidden from a row.
+    #[inline(always)]
+    pub fn hidden(&self, row: usize) -> usize {
+        self.segment.hidden(self.segment.rows.start + row / self.heads.len())
+    }
+
+    /// Whether `entries` are hidden on the left from a row and those after it.
+    #[inline(always)]
+    pub fn hides(&self, entries: &Range<usize>, row: usize) -> bool {
+        self.segment.first_hidden.is_some()
+            && entries.start >= self.segment.prefix
+            && entries.end <= self.hidden(row)
+    }
+
+    /// Whether a row sees an entry.
+    #[inline(always)]
+    pub fn sees(&self, row: usize, entry: usize) -> bool {
+        entry < self.visible(row) && !self.hides(&(entry..entry + 1), row)
+    }
+
     /// Whether an entry's key and value lie in the prefix, and their place there (or among the
     /// other rows) on the axes batch, seq and heads.
     #[inline(always)]
     pub fn key_place(&self, entry: usize) -> (bool, [usize; 3]) {
-        let key = self.segment.key(entry);
+        let (key, _) = self.segment.key(&self.sequence.mask, entry);
         let (in_prefix, (batch, seq)) = match &self.sequence.prefix {
             Some(prefix) if key < prefix.rows.len() => (true, (prefix.batch, prefix.rows.start + key)),
             _ => {
@@ -110,15 +130,14 @@ impl Piece<'_> {
 
     /// The entries from `entry` to `end` at most whose keys are consecutive in memory.
     pub fn run(&self, entry: usize, end: usize) -> Range<usize> {
-        let key = self.segment.key(entry);
+        let (key, count) = self.segment.key(&self.sequence.mask, entry);
         let prefix = self.sequence.prefix_len();
         let key_end = if key < prefix {
             prefix
         } else {
             prefix + self.sequence.keys.run_end(key - prefix, self.page_len)
         };
-        let gap = if entry < self.segment.prefix { self.segment.prefix } else { usize::MAX };
-        entry..end.min(gap).min(entry + (key_end - key))
+        entry..end.min(entry.saturating_add(count.min(key_end - key)))
     }
 
     /// An entry's row of keys or values.

@@ -3,6 +3,7 @@
 use super::{few, tile};
 use crate::PlanConfig;
 use crate::schedule::Segment;
+use std::ops::Range;
 
 /// Keys are split until there are about this many pieces of work, enough for the threads of a large
 /// machine...
@@ -16,7 +17,7 @@ pub(super) const PIECES_OF_HEADS: usize = 64;
 
 /// How all sequences of a batch are cut.
 pub(super) struct Splits {
-    /// The length that the config fixes, in whole tiles.
+    /// The length that the config fixes.
     fixed: Option<usize>,
     row_invariant: bool,
     /// Query heads of a tile, and its rows at most.
@@ -43,7 +44,7 @@ impl Splits {
         let row_invariant = config.row_invariant;
         let few = sequences.iter().filter(|tiles| !row_invariant && all_few(tiles, heads));
         let few_entries = few.map(entries).fold(0, usize::saturating_add);
-        let fixed = config.fixed_split_keys().map(whole_tiles);
+        let fixed = fixed_len(config);
         let shortest = fixed.unwrap_or(SPLIT_KEYS);
         let most = few_entries.saturating_mul(kv_heads) / shortest.saturating_mul(PIECES_OF_HEADS);
         let mut counts = (1..=most.min(few::KV_HEADS)).rev();
@@ -68,7 +69,7 @@ impl Splits {
         let few = !self.row_invariant && all_few(tiles, self.heads);
         let kv_heads = if few { self.together } else { 1 };
         if let Some(keys) = self.fixed {
-            return Cut { kv_heads, keys, whole: keys };
+            return Cut { kv_heads, keys, whole: 0, fixed: true };
         }
         // A tile of more rows has larger partials, and less time for each.
         let shortest = if few { SPLIT_KEYS } else { SPLIT_KEYS * self.rows / tile::ROWS };
@@ -76,31 +77,44 @@ impl Splits {
         let keys = whole_tiles(share.max(shortest));
         // The tiles of a prefill differ by no more than that, and a merge is spared.
         let whole = if few { keys } else { keys.saturating_mul(2) };
-        Cut { kv_heads, keys, whole }
+        Cut { kv_heads, keys, whole, fixed: false }
     }
 }
 
 /// How the tasks of a sequence are cut.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Cut {
     /// KV heads of a piece.
     pub kv_heads: usize,
     /// Keys of a split.
-    pub keys: usize,
+    keys: usize,
     /// Keys of the longest walk that is not cut.
     whole: usize,
+    /// Whether that is what the config fixes: a list that crosses a border is cut, however short it
+    /// is.
+    fixed: bool,
 }
 
 impl Cut {
-    /// In how many splits `len` entries are walked.
-    pub fn splits(&self, len: usize) -> usize {
-        if len > self.whole { len.div_ceil(self.keys) } else { 1 }
+    /// In how many splits the list of a segment is walked.
+    pub fn splits(&self, segment: &Segment) -> usize {
+        if self.fixed || segment.len() > self.whole { segment.splits(self.keys) } else { 1 }
+    }
+
+    /// The entries of one of so many splits.
+    pub fn split(&self, segment: &Segment, split: usize, splits: usize) -> Range<usize> {
+        if splits == 1 { 0..segment.len() } else { segment.split(self.keys, split) }
     }
 }
 
 /// Whether the kernel for few rows computes all these tiles.
-fn all_few(tiles: &[Segment], heads: usize) -> bool {
+pub(super) fn all_few(tiles: &[Segment], heads: usize) -> bool {
     tiles.iter().all(|tile| few::suits(tile, heads))
+}
+
+/// The split length that a config fixes, in whole tiles.
+pub(super) fn fixed_len(config: &PlanConfig) -> Option<usize> {
+    config.fixed_split_keys().map(whole_tiles)
 }
 
 /// A split length of whole tiles.

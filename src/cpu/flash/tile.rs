@@ -32,6 +32,9 @@ pub(super) const ROWS: usize = 128;
 /// Keys of a tile: one panel of scores and one of values together fit into L1. A multiple of
 /// [`STEP`].
 pub(super) const KEYS: usize = 96;
+/// Whole tiles of every [`Engine`]: a list skips so many keys at a time.
+pub(super) const GRID: usize = 768;
+const _: () = assert!(GRID.is_multiple_of(KEYS) && GRID.is_multiple_of(matrix::KEYS));
 /// Keys and words are padded to multiples of this: the register tile's rows, and the product's
 /// unrolling times two bf16.
 const STEP: usize = 8;
@@ -175,6 +178,10 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
     let visible = |row: usize| piece.visible(row);
     for start in piece.entries.clone().step_by(E::KEYS) {
         let count = E::KEYS.min(piece.entries.end - start);
+        let entries = start..start + count;
+        if piece.hides(&entries, 0) {
+            continue;
+        }
         let padded = count.next_multiple_of(E::STEP);
         let [key_row, value_row] = [&inputs.key, &inputs.value].map(|source| rows_from(piece, source, start));
         for i in 0..padded {
@@ -187,19 +194,23 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
         for panel in 0..panels {
             let (first, last) = (panel * panel_rows, ((panel + 1) * panel_rows).min(rows) - 1);
             let seen = visible(last).saturating_sub(start).min(count);
-            if seen == 0 {
+            if seen == 0 || piece.hides(&entries, first) {
                 continue;
             }
             let keys = seen.next_multiple_of(E::STEP);
             let scores = &mut scratch.scores[..panel_rows * keys];
             let state = first..first + panel_rows;
             engine.scores(&tile, &scratch.query[first * words..], &scratch.key[..keys * words], scores);
-            let mut limits = [0.0; WIDEST_PANEL];
-            let boundary = visible(first) < start + keys || count < keys;
+            let mut limits = Limits { visible: [0.0; WIDEST_PANEL], hidden: [0.0; WIDEST_PANEL], anchor: 0 };
+            let left = start.max(piece.segment.prefix) < piece.hidden(last).min(start + count);
+            let boundary = visible(first) < start + keys || count < keys || left;
             if boundary {
-                for (lane, limit) in limits.iter_mut().enumerate() {
+                limits.anchor = piece.segment.prefix.saturating_sub(start);
+                for lane in 0..panel_rows {
                     let row = (first + lane).min(last);
-                    *limit = visible(row).saturating_sub(start).min(count) as f32;
+                    let within = |entry: usize| entry.saturating_sub(start).min(count) as f32;
+                    limits.visible[lane] = within(visible(row));
+                    limits.hidden[lane] = if left { within(piece.hidden(row)) } else { 0.0 };
                 }
             }
             let online = Online {
@@ -229,7 +240,7 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
             // They are packed as zeros; a row's weight of a key it sees is above 0, of others 0.
             for i in 0..count {
                 for_each_special(value_row(i), |column, x| {
-                    for row in (0..rows).filter(|&row| start + i < visible(row)) {
+                    for row in (0..rows).filter(|&row| piece.sees(row, start + i)) {
                         scratch.out[engine.place(&tile, row, column)] += x;
                     }
                 });
@@ -307,6 +318,14 @@ struct Online<'a> {
     alpha: &'a mut [f32],
 }
 
+/// Which keys of a tile the rows of a panel see: those before `visible`, if they are before `anchor`
+/// or not before `hidden`.
+struct Limits {
+    visible: [f32; WIDEST_PANEL],
+    hidden: [f32; WIDEST_PANEL],
+    anchor: usize,
+}
+
 /// The steps of one tile.
 #[derive(Clone, Copy)]
 pub(super) struct Tile<S, P> {
@@ -334,7 +353,7 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
     fn softmax<const BOUNDARY: bool, const SOFTCAP: bool, const SCALED: bool>(
         &self,
         scores: &mut [f32],
-        limits: &[f32; WIDEST_PANEL],
+        limits: &Limits,
         online: Online<'_>,
     ) {
         let simd = self.simd;
@@ -342,7 +361,8 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
         let cap = simd.splat(self.softcap.unwrap_or(0.0));
         let (panel, keys) = (2 * S::LANES, scores.len() / (2 * S::LANES));
         for half in [0, S::LANES] {
-            let limit = load(simd, &limits[half..]);
+            let visible = load(simd, &limits.visible[half..]);
+            let hidden = load(simd, &limits.hidden[half..]);
             let before = load(simd, &online.max[half..]);
             let factor = simd.splat(self.factor);
             let mut max = if SCALED { before } else { none };
@@ -353,7 +373,11 @@ impl<S: Simd, P: Product<S>> Tile<S, P> {
                     score = simd.mul(cap, simd.tanh(score));
                 }
                 if BOUNDARY {
-                    score = simd.if_greater(limit, simd.splat(key as f32), score, none);
+                    let at = simd.splat(key as f32);
+                    score = simd.if_greater(visible, at, score, none);
+                    if key >= limits.anchor {
+                        score = simd.if_greater(hidden, at, none, score);
+                    }
                 }
                 if SOFTCAP || BOUNDARY {
                     store(simd, score, scores);

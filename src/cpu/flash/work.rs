@@ -8,9 +8,9 @@
 //! memory.
 
 use super::piece::Piece;
-use super::splits::{Cut, PIECES, Splits};
+use super::splits::{Cut, PIECES, Splits, fixed_len};
 use super::{few, tile};
-use crate::schedule::{self, Segment};
+use crate::schedule::{self, Grid, Segment};
 use crate::{Batch, Capacity, Error, PlanConfig, Result};
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -20,10 +20,9 @@ use std::ops::Range;
 struct Task {
     sequence: usize,
     segment: Segment,
-    /// In how many parts its keys are walked.
+    /// In how many parts its keys are walked, and how they are cut.
     splits: usize,
-    /// Keys of a part.
-    split_keys: usize,
+    cut: Cut,
     /// Where the rows of its partials begin, if there is more than one split.
     partials: usize,
 }
@@ -90,7 +89,7 @@ impl Work {
         let parts = batch.group().div_ceil(heads);
         let kv_heads = batch.key_shape()[2];
         let mut sequences: Vec<Vec<Segment>> =
-            batch.sequences().iter().map(|s| tiles(s, rows / heads)).collect();
+            batch.sequences().iter().map(|s| tiles(s, config, [heads, rows])).collect();
         sequences.iter_mut().for_each(|tiles| tiles.sort_by_key(|tile| Reverse(tile.len())));
         let longest = |index: &usize| sequences[*index].first().map_or(0, Segment::len);
         let mut order: Vec<usize> = (0..sequences.len()).collect();
@@ -114,8 +113,12 @@ impl Work {
                 let start = work.tasks.len();
                 let tiles = std::mem::take(&mut sequences[sequence]);
                 let cut = splits.of(&tiles);
-                for segment in tiles {
-                    work.push(sequence, segment, cut);
+                let mut tiles: Vec<_> =
+                    tiles.into_iter().map(|segment| (cut.splits(&segment), segment)).collect();
+                // By length still, but among equals.
+                tiles.sort_by_key(|(splits, _)| Reverse(*splits));
+                for (splits, segment) in tiles {
+                    work.push(sequence, segment, splits, cut);
                 }
                 (start..work.tasks.len(), cut.kv_heads)
             })
@@ -129,7 +132,7 @@ impl Work {
         let most = work.tasks.iter().map(|task| task.splits).max().unwrap_or(0);
         for split in 0..most {
             for (tasks, kv_heads) in &of_sequences {
-                // The tasks of a sequence are sorted by length, so by splits too.
+                // The tasks of a sequence are sorted by splits.
                 let count = work.tasks[tasks.clone()].partition_point(|task| task.splits > split);
                 if count > 0 {
                     let (tasks, kv_heads) = (tasks.start..tasks.start + count, *kv_heads);
@@ -141,15 +144,14 @@ impl Work {
         Ok(work)
     }
 
-    fn push(&mut self, sequence: usize, segment: Segment, cut: Cut) {
-        let splits = cut.splits(segment.len());
+    fn push(&mut self, sequence: usize, segment: Segment, splits: usize, cut: Cut) {
         let partials = self.partial_rows;
         if splits > 1 {
             self.split.push(self.tasks.len());
             let rows = (self.planes() * self.rows(&segment)).saturating_mul(splits);
             self.partial_rows = self.partial_rows.saturating_add(rows);
         }
-        self.tasks.push(Task { sequence, segment, splits, partials, split_keys: cut.keys });
+        self.tasks.push(Task { sequence, segment, splits, partials, cut });
     }
 
     /// Rows of a tile of one KV head or part.
@@ -202,20 +204,17 @@ impl Work {
     }
 
     fn piece_of<'a>(&self, batch: &'a Batch, task: usize, plane: usize, split: usize) -> Piece<'a> {
-        let Task { sequence, ref segment, splits, split_keys, .. } = self.tasks[task];
+        let Task { sequence, ref segment, splits, cut, .. } = self.tasks[task];
         let (kv_head, part) = (plane / self.parts, plane % self.parts);
         let group = batch.group();
         let first = part * self.heads;
-        let entry = |split: usize| {
-            if split == splits { segment.len() } else { split_keys.saturating_mul(split) }
-        };
         Piece {
             sequence: &batch.sequences()[sequence],
             page_len: batch.key_shape()[1],
             kv_heads: kv_head..kv_head + 1,
             heads: kv_head * group + first..kv_head * group + group.min(first + self.heads),
             segment: segment.clone(),
-            entries: entry(split)..entry(split + 1),
+            entries: cut.split(segment, split, splits),
         }
     }
 
@@ -253,12 +252,17 @@ pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>, 
     splits.saturating_mul(heads * planes)
 }
 
-/// The tiles of a sequence: rows that share their keys, so many tokens at most.
-fn tiles(sequence: &crate::Sequence, tokens: usize) -> Vec<Segment> {
+/// The tiles of a sequence, of so many heads and rows at most: tokens that share their keys.
+fn tiles(sequence: &crate::Sequence, config: &PlanConfig, [heads, rows]: [usize; 2]) -> Vec<Segment> {
+    let tokens = rows / heads;
+    let split = fixed_len(config);
     let mut tiles = Vec::with_capacity(sequence.rows.len().div_ceil(tokens));
-    schedule::segments(sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
+    schedule::segments(&sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
         for start in segment.rows.clone().step_by(tokens) {
-            tiles.push(segment.part(start..segment.rows.end.min(start + tokens)));
+            let tile = segment.part(start..segment.rows.end.min(start + tokens));
+            // The kernel for few rows needs no whole tiles.
+            let few = few::suits(&tile, heads) && !config.row_invariant;
+            tiles.push(tile.skipping(Grid { tile: if few { 1 } else { tile::GRID }, split }));
         }
     });
     tiles

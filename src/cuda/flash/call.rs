@@ -1,12 +1,12 @@
 //! One attention call: a launch for each kernel, and the merge of what was split.
 
-use super::Plan;
 use super::division::divide_by;
 use super::room::Room;
 use super::tiles::KernelTiles;
+use super::{DeviceInputs, Plan};
 use crate::cuda::Launch;
 use crate::cuda::device::{Device, DeviceTensor, DeviceTensorMut, SpanMut, bytes_of};
-use crate::cuda::merge::{MergeLaunch, MergedFrom, launch_merge};
+use crate::cuda::merge::{MergeLaunch, MergedFrom, RowSinks, launch_merge};
 use crate::cuda::params::{StarFlashParams, StarTensor, StarTile};
 use crate::{DType, Element, Error, Inputs, Result};
 
@@ -19,6 +19,7 @@ pub(super) struct Tables {
     tiles: u64,
     /// 0 where keys do not lie in pages.
     pages: u64,
+    ranges: u64,
     merged: u64,
     partials: u64,
     partials_lse: u64,
@@ -31,6 +32,7 @@ impl Tables {
         Self {
             tiles: tables,
             pages: if paged { tables + places.pages as u64 } else { 0 },
+            ranges: tables + places.ranges as u64,
             merged: tables + places.merged as u64,
             partials,
             partials_lse: partials + room.partial_out_bytes() as u64,
@@ -54,7 +56,7 @@ pub(super) struct Call<'a, D: Device> {
 impl<D: Device> Call<'_, D> {
     pub fn run<Q: Element, T: Element, O: Element>(
         &self,
-        inputs: Inputs<&DeviceTensor<'_, D, Q>, &DeviceTensor<'_, D, T>>,
+        inputs: DeviceInputs<'_, '_, '_, '_, D, Q, T>,
         out: &mut DeviceTensorMut<'_, D, O>,
         lse: Option<&mut SpanMut<'_, D, f32>>,
     ) -> Result<()> {
@@ -68,7 +70,7 @@ impl<D: Device> Call<'_, D> {
         if O::DTYPE != T::DTYPE && O::DTYPE != DType::F32 {
             return Err(Error::DType { argument: "out", expected: T::DTYPE, got: O::DTYPE });
         }
-        let Inputs { query, key, value, prefix } = inputs;
+        let Inputs { query, key, value, prefix, sinks } = inputs;
         if self.needs_prefix && prefix.is_none() {
             return Err(Error::value("prefix", "keys and values of the prefixes", "none"));
         }
@@ -80,6 +82,7 @@ impl<D: Device> Call<'_, D> {
             prefix
                 .map_or(Ok(StarTensor::default()), |[_, value]| self.check("prefix", plan.prefix, value))?,
         ];
+        let sinks = RowSinks::new(self.stream, plan.query, sinks)?;
         out.check_rows("out", plan.query)?;
         out.check_stream("out", self.stream)?;
         lse.as_ref().map_or(Ok(()), |lse| lse.check_stream("lse", self.stream))?;
@@ -91,11 +94,17 @@ impl<D: Device> Call<'_, D> {
             return Err(Error::shape("lse", expected, format!("{} elements", lse.len)));
         }
         let lse = lse.map_or(0, |lse| lse.address);
-        let params = self.params(tensors, out.params(), lse, O::DTYPE == DType::F32);
+        let params = StarFlashParams {
+            out: out.params(),
+            out_f32: u32::from(O::DTYPE == DType::F32),
+            lse,
+            sinks: sinks.address,
+            ..self.params(tensors)
+        };
         for launch in self.launches.iter().filter(|launch| !launch.tiles.is_empty()) {
             self.launch(launch, params, T::DTYPE)?;
         }
-        self.merge(out.params(), O::DTYPE, lse)
+        self.merge(sinks, out.params(), O::DTYPE, lse)
     }
 
     fn check<T: Element>(
@@ -132,7 +141,7 @@ impl<D: Device> Call<'_, D> {
     }
 
     /// Merges the partial rows of split lists.
-    fn merge(&self, out: StarTensor, dtype: DType, lse: u64) -> Result<()> {
+    fn merge(&self, sinks: RowSinks, out: StarTensor, dtype: DType, lse: u64) -> Result<()> {
         if self.merged == 0 {
             return Ok(());
         }
@@ -143,6 +152,7 @@ impl<D: Device> Call<'_, D> {
                 rows: self.tables.merged,
                 count: self.merged,
             },
+            sinks,
             shape: self.plan.query,
             dtypes: [DType::F32, dtype],
             out,
@@ -153,8 +163,9 @@ impl<D: Device> Call<'_, D> {
         unsafe { launch_merge(self.device, self.stream, &merge) }
     }
 
-    /// What all launches are told. `tensors` are query, key, value, and key and value of prefixes.
-    fn params(&self, tensors: [StarTensor; 5], out: StarTensor, lse: u64, out_f32: bool) -> StarFlashParams {
+    /// What all launches are told of the plan and its inputs. `tensors` are query, key, value, and
+    /// key and value of prefixes.
+    fn params(&self, tensors: [StarTensor; 5]) -> StarFlashParams {
         let Plan { query: [_, seq, heads, dim], key: [_, page_len, kv_heads, _], score, .. } = *self.plan;
         let [query, key, value, prefix_key, prefix_value] = tensors;
         let (cap_scale, scale_log2) = match score.factors_for(dim) {
@@ -170,9 +181,7 @@ impl<D: Device> Call<'_, D> {
             value,
             prefix_key,
             prefix_value,
-            out,
-            lse,
-            out_f32: u32::from(out_f32),
+            ranges: self.tables.ranges,
             partials: self.tables.partials,
             partials_lse: self.tables.partials_lse,
             query_len: seq as u32,

@@ -1,17 +1,15 @@
 //! Plans that last: their tables lie in device memory of their own, and change while an engine
 //! keeps them.
 
-use super::Plan;
 use super::call::{Call, Tables};
 use super::room::{LaunchRoom, Room};
 use super::tiles::KernelTiles;
-use crate::cuda::device::{
-    ALIGNMENT, Device, DeviceTensor, DeviceTensorMut, SpanMut, bytes_of, check_not_capturing,
-};
+use super::{DeviceInputs, Plan};
+use crate::cuda::device::{ALIGNMENT, Device, DeviceTensorMut, SpanMut, bytes_of, check_not_capturing};
 use crate::cuda::merge::merge_kernel;
 use crate::cuda::params::{StarMergedRow, StarTile};
 use crate::cuda::{Properties, Staging};
-use crate::{Batch, Capacity, DType, Element, Error, Inputs, PlanConfig, Result};
+use crate::{Batch, Capacity, DType, Element, Error, PlanConfig, Result};
 use std::ops::Range;
 
 /// Updates that may be under way at a time: an engine prepares a step or two ahead of the device.
@@ -62,13 +60,8 @@ impl<D: Device> DevicePlan<D> {
         check_not_capturing::<D>(stream)?;
         let room = Room::of(&plan);
         let tables = device.allocate(stream, room.places().end)?;
-        let places = room.places();
-        let parts = [
-            (0, bytes_of(&plan.tiles)),
-            (places.pages, bytes_of(&plan.pages)),
-            (places.merged, bytes_of(&plan.merged)),
-        ];
-        for (at, bytes) in parts.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
+        let parts = std::iter::once((0, bytes_of(&plan.tiles))).chain(plan.tables(&room.places()));
+        for (at, bytes) in parts.filter(|(_, bytes)| !bytes.is_empty()) {
             // SAFETY: inside the tables, which nobody else has.
             unsafe { device.upload(stream, D::address(&tables) + at as u64, bytes)? };
         }
@@ -158,6 +151,7 @@ impl<D: Device> DevicePlan<D> {
         let mut parts: Vec<(usize, &[u8])> =
             tables.iter().map(|(at, tiles)| (*at, bytes_of(tiles))).collect();
         parts.push((places.pages, bytes_of(&plan.pages)));
+        parts.push((places.ranges, bytes_of(&plan.ranges)));
         parts.push((places.merged, bytes_of(&merged)));
         let mut to = SpanMut::on(D::address(&self.tables), places.end, self.stream);
         match staging.copy(device, stream, &mut to, &parts) {
@@ -194,7 +188,9 @@ impl<D: Device> DevicePlan<D> {
     /// and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees
     /// no key. Rows of no sequence are neither read nor written. Queries, keys and values are f16
     /// or bf16, all of one type. A prefix may be left out where no sequence has one and the stream
-    /// is not being captured.
+    /// is not being captured. Sinks count in every row
+    /// ([`Inputs::with_sinks`](crate::Inputs::with_sinks)); that none is NaN or `+inf` is the
+    /// caller's promise.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes
@@ -207,7 +203,7 @@ impl<D: Device> DevicePlan<D> {
         &mut self,
         device: &D,
         stream: &D::Stream,
-        inputs: Inputs<&DeviceTensor<'_, D, Q>, &DeviceTensor<'_, D, T>>,
+        inputs: DeviceInputs<'_, '_, '_, '_, D, Q, T>,
         out: &mut DeviceTensorMut<'_, D, O>,
         lse: Option<&mut SpanMut<'_, D, f32>>,
         workspace: &mut SpanMut<'_, D, u8>,

@@ -23,16 +23,16 @@ mod splits;
 mod tiles;
 
 use super::Properties;
-use super::device::{Device, SpanMut, bytes_of, check_not_capturing};
-use super::params::{StarMergedRow, StarTile};
+use super::device::{Device, DeviceTensor, Span, SpanMut, bytes_of, check_not_capturing};
+use super::params::{StarMergedRow, StarRange, StarTile};
 use super::policy::HEAD_DIMS;
 #[cfg(feature = "variants")]
 use super::policy::Policy;
-use crate::{AttentionConfig, AttentionShape, Batch, Error, PlanConfig, Result, ScoreConfig};
+use crate::{AttentionConfig, AttentionShape, Batch, Error, Inputs, PlanConfig, Result, ScoreConfig};
 pub use lasting::DevicePlan;
 pub use pages::PageTable;
 pub use prepared::Prepared;
-use room::Room;
+use room::{Places, Room};
 use tiles::{KernelTiles, Kernels};
 
 /// Rows of a KV head up to which attention is bound by reading its keys: two tiles of 16, which
@@ -44,6 +44,10 @@ pub const FEW_ROWS: usize = 32;
 pub fn variants(head_dim: usize) -> impl Iterator<Item = &'static str> {
     Policy::variants(head_dim).into_iter().map(|policy| policy.kernel)
 }
+
+/// The inputs of a call in device memory: queries of `Q`, keys and values of `T`.
+pub type DeviceInputs<'a, 'q, 'k, 's, D, Q, T> =
+    Inputs<&'a DeviceTensor<'q, D, Q>, &'a DeviceTensor<'k, D, T>, &'a Span<'s, D, f32>>;
 
 /// How a call of known sequences and extents is worked off on a device. Made once, it serves every
 /// layer of a model.
@@ -63,6 +67,8 @@ pub struct Plan {
     tiles: Vec<StarTile>,
     /// Where keys lie in pages: those of each sequence in order, one sequence after another.
     pages: Vec<u32>,
+    /// Those of all block lists.
+    ranges: Vec<StarRange>,
     /// The output rows whose keys are split.
     merged: Vec<StarMergedRow>,
     /// Rows of partial results, of all `merged` together.
@@ -124,7 +130,7 @@ impl Plan {
         query_offsets: &[usize],
         key_offsets: &[usize],
     ) -> Result<Self> {
-        let batch = Batch::packed(shape, query_offsets, key_offsets, config.mask)?;
+        let batch = Batch::packed(shape, query_offsets, key_offsets, &config.mask)?;
         Self::for_batch(properties, &config.score().into(), &batch)
     }
 
@@ -170,6 +176,7 @@ impl Plan {
             launches: Vec::new(),
             tiles: Vec::new(),
             pages: Vec::new(),
+            ranges: Vec::new(),
             merged: Vec::new(),
             partial_rows: 0,
             pairs: 0,
@@ -196,6 +203,15 @@ impl Plan {
         room.places().end + room.partials_bytes()
     }
 
+    /// The tables but that of the tiles, and where they go.
+    fn tables<'a>(&'a self, places: &Places) -> [(usize, &'a [u8]); 3] {
+        [
+            (places.pages, bytes_of(&self.pages)),
+            (places.ranges, bytes_of(&self.ranges)),
+            (places.merged, bytes_of(&self.merged)),
+        ]
+    }
+
     fn lse_len(&self) -> usize {
         self.query[..3].iter().product()
     }
@@ -220,15 +236,11 @@ impl Plan {
         workspace.check_stream("workspace", stream)?;
         check_not_capturing::<D>(stream)?;
         let room = Room::of(self);
-        let places = room.places();
-        let parts = [
-            (0, bytes_of(&self.tiles)),
-            (places.pages, bytes_of(&self.pages)),
-            (places.merged, bytes_of(&self.merged)),
-        ];
+        let tables = self.tables(&room.places());
+        let parts = std::iter::once((0, bytes_of(&self.tiles))).chain(tables);
         // SAFETY: inside the workspace, as just checked, and that is borrowed to be written.
         unsafe {
-            for (at, bytes) in parts.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
+            for (at, bytes) in parts.filter(|(_, bytes)| !bytes.is_empty()) {
                 device.upload(stream, workspace.address + at as u64, bytes)?;
             }
         }
@@ -240,7 +252,7 @@ fn uniform(config: &AttentionConfig, shape: &AttentionShape) -> Result<Batch> {
     shape.validate()?;
     // Before there is a sequence for each index of the batch.
     check_countable(shape.query_shape(), shape.key_shape(), [0; 4])?;
-    Batch::uniform(shape, config.mask)
+    Batch::uniform(shape, &config.mask)
 }
 
 /// Refuses extents that the kernels do not count, in 32 bits: of an axis, or of query rows times

@@ -37,12 +37,12 @@ impl Plan {
             Some(*end)
         });
         let key_offsets: Vec<usize> = std::iter::once(0).chain(ends).collect();
-        let packed = Batch::packed(shape, query_offsets, &key_offsets, config.mask)?;
+        let packed = Batch::packed(shape, query_offsets, &key_offsets, &config.mask)?;
         let key = [table.pages, table.page_len, shape.kv_heads, shape.head_dim];
         let mut batch = Batch::new(shape.query_shape(), key)?;
         for (sequence, (len, pages)) in packed.sequences().iter().zip(&table.sequences) {
             let keys = Keys::pages(*len, &pages[..]);
-            batch.push(Sequence::new(0, sequence.rows.clone(), keys, config.mask))?;
+            batch.push(Sequence::new(0, sequence.rows.clone(), keys, config.mask.clone()))?;
         }
         Self::for_batch(properties, &config.score().into(), &batch)
     }

@@ -1,10 +1,10 @@
 //! A plan whose tables and partial results share one workspace of the caller's.
 
-use super::Plan;
 use super::call::{Call, Tables};
 use super::room::Room;
-use crate::cuda::device::{Device, DeviceTensor, DeviceTensorMut, HalfElement, SpanMut};
-use crate::{Element, Inputs, Result};
+use super::{DeviceInputs, Plan};
+use crate::cuda::device::{Device, DeviceTensorMut, HalfElement, SpanMut};
+use crate::{Element, Result};
 
 /// A [`Plan`] in a device's memory. Calls are ordered by its stream, wait for nothing and allocate
 /// no memory of the device; on a GPU they can be captured in a graph.
@@ -21,7 +21,9 @@ impl<D: Device> Prepared<'_, D> {
     /// Attention of the inputs, of the batch's shapes, into `out` as the query, of its type or f32,
     /// and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees
     /// no key. Rows of no sequence are neither read nor written. A prefix may be left out where no
-    /// sequence has one.
+    /// sequence has one. Sinks count in every row
+    /// ([`Inputs::with_sinks`](crate::Inputs::with_sinks)); that none is NaN or `+inf` is the
+    /// caller's promise.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) or [`Error::Stride`](crate::Error::Stride) for tensors
@@ -32,7 +34,7 @@ impl<D: Device> Prepared<'_, D> {
     /// Nothing was written then.
     pub fn run<T: HalfElement, O: Element>(
         &mut self,
-        inputs: Inputs<&DeviceTensor<'_, D, T>, &DeviceTensor<'_, D, T>>,
+        inputs: DeviceInputs<'_, '_, '_, '_, D, T, T>,
         out: &mut DeviceTensorMut<'_, D, O>,
         lse: Option<&mut SpanMut<'_, D, f32>>,
     ) -> Result<()> {

@@ -4,7 +4,7 @@ use super::Plan;
 use super::splits::places;
 use super::tiles::{KernelTiles, Kernels};
 use crate::cuda::device::ALIGNMENT;
-use crate::cuda::params::{StarMergedRow, StarTile};
+use crate::cuda::params::{StarMergedRow, StarRange, StarTile};
 use crate::cuda::{HEAD_DIMS, Properties};
 use crate::{Capacity, Error, PlanConfig, Result};
 
@@ -41,6 +41,8 @@ pub(super) struct LaunchRoom {
 pub(super) struct Room {
     pub launches: Vec<LaunchRoom>,
     pub pages: usize,
+    /// Ranges of block lists.
+    pub ranges: usize,
     pub merged: usize,
     pub partial_rows: usize,
     head_dim: usize,
@@ -49,6 +51,7 @@ pub(super) struct Room {
 /// Where the parts of a plan's tables begin, in bytes; the tiles come first.
 pub(super) struct Places {
     pub pages: usize,
+    pub ranges: usize,
     pub merged: usize,
     pub end: usize,
 }
@@ -60,6 +63,7 @@ impl Room {
         Self {
             launches: launches.map(|launch| LaunchRoom { launch, counts: Counts::default() }).collect(),
             pages: plan.pages.len(),
+            ranges: plan.ranges.len(),
             merged: plan.merged.len(),
             partial_rows: plan.partial_rows,
             head_dim: plan.query[3],
@@ -77,8 +81,14 @@ impl Room {
         }
         let kernels = Kernels::new(config, head_dim);
         let group = query_heads / capacity.key[2];
-        let mut room =
-            Self { launches: Vec::new(), pages: capacity.pages, merged: 0, partial_rows: 0, head_dim };
+        let mut room = Self {
+            launches: Vec::new(),
+            pages: capacity.pages,
+            ranges: capacity.ranges,
+            merged: 0,
+            partial_rows: 0,
+            head_dim,
+        };
         let mut tiles = 0usize;
         for policy in kernels.all() {
             let rows = kernels.most_rows(&policy, group, capacity.most_rows());
@@ -93,12 +103,12 @@ impl Room {
             let blocks = counts.tiles.saturating_mul(query_heads / pack);
             room.merged = room.merged.saturating_add(counts.merged);
             room.partial_rows = room.partial_rows.saturating_add(counts.partial_rows);
-            if [blocks, end, room.merged, room.partial_rows, room.pages]
+            if [blocks, end, room.merged, room.partial_rows, room.pages, room.ranges]
                 .iter()
                 .any(|&n| i32::try_from(n).is_err())
             {
-                let got = format!("{counts:?}, {} pages", room.pages);
-                return Err(Error::value("capacity", "fewer than 2³¹ blocks, rows and pages", got));
+                let got = format!("{counts:?}, {} pages, {} ranges", room.pages, room.ranges);
+                return Err(Error::value("capacity", "fewer than 2³¹ blocks, rows, pages and ranges", got));
             }
             let launch = KernelTiles { tiles: tiles..end, ..launch };
             room.launches.push(LaunchRoom { launch, counts });
@@ -112,8 +122,9 @@ impl Room {
         let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(ALIGNMENT);
         let tiles = self.launches.last().map_or(0, |room| room.launch.tiles.end);
         let pages = after(0, tiles * size_of::<StarTile>());
-        let merged = after(pages, self.pages * size_of::<u32>());
-        Places { pages, merged, end: after(merged, self.merged * size_of::<StarMergedRow>()) }
+        let ranges = after(pages, self.pages * size_of::<u32>());
+        let merged = after(ranges, self.ranges * size_of::<StarRange>());
+        Places { pages, ranges, merged, end: after(merged, self.merged * size_of::<StarMergedRow>()) }
     }
 
     /// Bytes of the partial outputs, which their log-sum-exps follow.
@@ -162,9 +173,13 @@ fn most_counts(
     };
     // Tiles of a sequence whose lists are longer than a split. Under a star mask a list is at most
     // two blocks long, except in the first block, so only blocks from half a split on have such
-    // lists; three more are the first block, and two that the rows cut.
+    // lists; three more are the first block, and two that the rows cut. A window cuts rows in two
+    // places. A block list may cut them anywhere.
     let blocks = 2 * rows / len + 3;
-    let long_tiles = (rows * of_token).min(rows * pack / policy.rows() + blocks);
+    let long_tiles = match capacity.ranges {
+        0 => (rows * of_token).min(rows * pack / policy.rows() + blocks),
+        _ => rows * of_token,
+    };
     let [merged, partial_rows] = capacity.most_split_rows(rows, len);
     let [_, keys] = capacity.most_keys();
     let extra = if merged == 0 { 0 } else { long_tiles.saturating_mul(keys / len) };
@@ -198,7 +213,8 @@ mod tests {
         ) {
             let room = Room::for_capacity(&properties, &config, &capacity).unwrap();
             let plan = Plan::within(&properties, &config, &batch, &room).unwrap();
-            prop_assert!(plan.pages.len() <= room.pages && plan.merged.len() <= room.merged);
+            prop_assert!(plan.pages.len() <= room.pages && plan.ranges.len() <= room.ranges);
+            prop_assert!(plan.merged.len() <= room.merged);
             prop_assert!(plan.partial_rows <= room.partial_rows);
             for launch in &plan.launches {
                 let own = room.of_kernel(launch.policy.kernel).unwrap();

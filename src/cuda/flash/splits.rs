@@ -12,7 +12,7 @@
 
 use super::Plan;
 use super::room::Counts;
-use super::tiles::{KernelTiles, Kernels, check_count};
+use super::tiles::{KernelTiles, Kernels, WholeTile, check_count};
 use crate::cuda::Properties;
 use crate::cuda::params::{StarMergedRow, StarTile};
 use crate::cuda::policy::Policy;
@@ -23,11 +23,11 @@ const SPLIT_STEPS: usize = 4;
 
 impl Plan {
     /// What a launch takes of the tables if its tiles are split at a length.
-    fn counts(&self, len: usize, launch: &KernelTiles, tiles: &[Vec<StarTile>]) -> Counts {
+    fn counts(&self, len: usize, launch: &KernelTiles, tiles: &[Vec<WholeTile>]) -> Counts {
         let heads = self.heads(launch);
         tiles.iter().flatten().fold(Counts::default(), |sum, tile| {
-            let splits = splits(tile, len);
-            let merged = if splits > 1 { heads * tile.rows as usize } else { 0 };
+            let splits = tile.splits(len);
+            let merged = if splits > 1 { heads * tile.tile.rows as usize } else { 0 };
             Counts {
                 tiles: sum.tiles.saturating_add(splits),
                 merged: sum.merged.saturating_add(merged),
@@ -42,10 +42,10 @@ impl Plan {
         mut len: usize,
         config: &PlanConfig,
         launch: &KernelTiles,
-        tiles: &[Vec<StarTile>],
+        tiles: &[Vec<WholeTile>],
         room: &Counts,
     ) -> Result<usize> {
-        let longest = tiles.iter().flatten().map(|tile| tile.end as usize).max().unwrap_or(0);
+        let longest = tiles.iter().flatten().map(WholeTile::len).max().unwrap_or(0);
         let step = launch.policy.step_keys();
         while !self.counts(len, launch, tiles).fit(room) {
             if len >= longest || config.fixed_split_keys().is_some() {
@@ -63,21 +63,25 @@ impl Plan {
         &mut self,
         len: usize,
         launch: &KernelTiles,
-        tiles: Vec<Vec<StarTile>>,
+        tiles: Vec<Vec<WholeTile>>,
     ) -> Result<()> {
         let heads = self.heads(launch);
         let more = self.counts(len, launch, &tiles).partial_rows;
         let expected = "a length that leaves fewer than 2³¹ partial rows";
         check_count("split_keys", expected, self.partial_rows.saturating_add(more))?;
         for tile in tiles.iter().flatten() {
-            let count = splits(tile, len);
+            let count = tile.splits(len);
             let first = self.partial_rows as u32;
-            self.tiles.extend((0..count).map(|split| StarTile {
-                begin: (split * len) as u32,
-                end: ((split + 1) * len).min(tile.end as usize) as u32,
-                splits: count as u32,
-                partial: first + split as u32,
-                ..*tile
+            let WholeTile { tile, skipped } = tile;
+            self.tiles.extend((0..count).map(|split| {
+                let entries = skipped.split(tile.end as usize, len, split);
+                StarTile {
+                    begin: entries.start as u32,
+                    end: entries.end as u32,
+                    splits: count as u32,
+                    partial: first + split as u32,
+                    ..*tile
+                }
             }));
             if count > 1 {
                 self.list_merged(tile, launch.pack, heads, [first, count as u32]);
@@ -102,11 +106,6 @@ impl Plan {
     }
 }
 
-/// In how many parts a tile's list is walked.
-fn splits(tile: &StarTile, len: usize) -> usize {
-    (tile.end as usize).div_ceil(len).max(1)
-}
-
 /// The split length of a launch, if there is room for all that it gives.
 pub(super) fn split_len(
     properties: &Properties,
@@ -114,7 +113,7 @@ pub(super) fn split_len(
     kernels: &Kernels,
     launch: &KernelTiles,
     heads: usize,
-    tiles: &[Vec<StarTile>],
+    tiles: &[Vec<WholeTile>],
 ) -> usize {
     match config.fixed_split_keys() {
         Some(len) => kernels.whole_steps(len),
@@ -137,10 +136,10 @@ pub(super) fn smallest_split(policy: &Policy) -> usize {
 
 /// The split length for tiles of several sequences, of which each is walked for every head: a
 /// multiple of the kernel's step.
-fn balanced_len(policy: &Policy, places: usize, heads: usize, tiles: &[Vec<StarTile>]) -> usize {
+fn balanced_len(policy: &Policy, places: usize, heads: usize, tiles: &[Vec<WholeTile>]) -> usize {
     let step = policy.step_keys();
     let smallest = smallest_split(policy);
-    let longest_of = |tiles: &[StarTile]| tiles.iter().map(|tile| tile.end as usize).max().unwrap_or(0);
+    let longest_of = |tiles: &[WholeTile]| tiles.iter().map(WholeTile::len).max().unwrap_or(0);
     let longest = tiles.iter().map(|tiles| longest_of(tiles)).max().unwrap_or(0);
     if longest <= smallest {
         return smallest;
@@ -148,7 +147,7 @@ fn balanced_len(policy: &Policy, places: usize, heads: usize, tiles: &[Vec<StarT
     // Of the longest walk: the tiles of a sequence count for its own longest.
     let blocks = tiles.iter().map(|tiles| (tiles.len() * longest_of(tiles)) as f64).sum::<f64>();
     let blocks = blocks * heads as f64 / longest as f64;
-    let total = heads * tiles.iter().flatten().map(|tile| tile.end as usize).sum::<usize>();
+    let total = heads * tiles.iter().flatten().map(WholeTile::len).sum::<usize>();
     let most = longest.div_ceil(smallest).min(places);
     (split_count(blocks, places, most)..=most)
         .map(|splits| longest.div_ceil(splits).next_multiple_of(step))

@@ -4,10 +4,10 @@ use super::room::Room;
 use super::splits::split_len;
 use super::{FEW_ROWS, Plan};
 use crate::cuda::Properties;
-use crate::cuda::params::StarTile;
+use crate::cuda::params::{StarRange, StarTile};
 use crate::cuda::policy::Policy;
-use crate::schedule::{self, Segment};
-use crate::{Batch, DType, Error, Keys, PlanConfig, Result, Sequence};
+use crate::schedule::{self, Grid, Segment, Skipped};
+use crate::{Batch, DType, Error, Keys, Mask, PlanConfig, Result, Sequence};
 use std::ops::Range;
 
 /// The kernels of a head dim that sequences choose from.
@@ -98,6 +98,25 @@ pub(super) struct KernelTiles {
     pub tiles: Range<usize>,
 }
 
+/// A tile whose list is not split yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WholeTile {
+    pub tile: StarTile,
+    pub skipped: Skipped,
+}
+
+impl WholeTile {
+    /// Entries of the list.
+    pub fn len(&self) -> usize {
+        self.tile.end as usize
+    }
+
+    /// In how many parts the list is walked.
+    pub fn splits(&self, len: usize) -> usize {
+        self.skipped.splits(self.len(), len)
+    }
+}
+
 /// A sequence whose keys were found their place.
 struct Placed<'a> {
     sequence: &'a Sequence,
@@ -126,8 +145,13 @@ impl Plan {
                 None => kernels.pack(&policy, batch.group(), most_rows),
             };
             let mut launch = KernelTiles { policy, pack, tiles: self.tiles.len()..self.tiles.len() };
-            let tiles: Vec<Vec<StarTile>> =
-                own().map(|placed| self.tiles_of_sequence(placed, &launch)).collect();
+            let fixed = config.fixed_split_keys().map(|len| kernels.whole_steps(len));
+            let grid = Grid { tile: policy.step_keys(), split: fixed };
+            let mut tiles = Vec::new();
+            for placed in own() {
+                tiles.push(self.tiles_of_sequence(placed, &launch, grid));
+            }
+            check_count("mask", "fewer than 2³¹ ranges of block lists", self.ranges.len())?;
             let len = split_len(properties, config, kernels, &launch, self.heads(&launch), &tiles);
             let len = match room {
                 Some(room) => self.fit(len, config, &launch, &tiles, &room.counts)?,
@@ -190,18 +214,37 @@ impl Plan {
     }
 
     /// The tiles of a sequence, none of them split.
-    fn tiles_of_sequence(&mut self, placed: &Placed<'_>, launch: &KernelTiles) -> Vec<StarTile> {
+    fn tiles_of_sequence(&mut self, placed: &Placed<'_>, launch: &KernelTiles, grid: Grid) -> Vec<WholeTile> {
         let mut tiles = Vec::new();
         let sequence = placed.sequence;
-        schedule::segments(sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
+        // The tile of the block list whose ranges were listed last.
+        let mut listed = None;
+        schedule::segments(&sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
             self.pairs = self.pairs.saturating_add(segment.pairs() as u64);
-            push_tiles(&mut tiles, placed, launch, &segment);
+            if let (Some(tile), Mask::Blocks(blocks)) = (segment.block_tile, &sequence.mask)
+                && listed.is_none_or(|(listed, _)| listed != tile)
+            {
+                listed = Some((tile, self.ranges.len()));
+                let entries = blocks.entries(tile);
+                self.ranges.extend(
+                    entries.map(|(entry, keys)| StarRange { entry: entry as u32, key: keys.start as u32 }),
+                );
+            }
+            let ranges = listed.map_or(0..0, |(_, first)| first..self.ranges.len());
+            push_tiles(&mut tiles, placed, launch, &segment, grid, ranges);
         });
         tiles
     }
 }
 
-fn push_tiles(tiles: &mut Vec<StarTile>, placed: &Placed<'_>, launch: &KernelTiles, segment: &Segment) {
+fn push_tiles(
+    tiles: &mut Vec<WholeTile>,
+    placed: &Placed<'_>,
+    launch: &KernelTiles,
+    segment: &Segment,
+    grid: Grid,
+    ranges: Range<usize>,
+) {
     let Placed { sequence, keys: [key_batch, key_start] } = *placed;
     let [prefix_batch, prefix_start] = sequence
         .prefix
@@ -211,24 +254,30 @@ fn push_tiles(tiles: &mut Vec<StarTile>, placed: &Placed<'_>, launch: &KernelTil
     let rows = segment.rows.start * pack..segment.rows.end * pack;
     for start in rows.clone().step_by(most) {
         let end = rows.end.min(start + most);
-        tiles.push(StarTile {
+        let own = segment.part(start / pack..(end - 1) / pack + 1).skipping(grid);
+        let tile = StarTile {
             batch: sequence.batch as u32,
             key_batch,
             row: (sequence.rows.start * pack + start) as u32,
             rows: (end - start) as u32,
             key_start,
-            anchor: segment.prefix as u32,
-            start: segment.start as u32,
-            visible: segment.visible(start / pack) as u32,
-            causal: u32::from(segment.causal),
+            anchor: own.prefix as u32,
+            start: own.start as u32,
+            visible: own.first_visible as u32,
+            causal: u32::from(own.causal),
             begin: 0,
-            end: segment.visible((end - 1) / pack) as u32,
+            end: own.len() as u32,
             splits: 1,
             partial: 0,
             prefix_batch,
             prefix_start,
             prefix_len: sequence.prefix_len() as u32,
-        });
+            hidden: own.first_hidden.map_or(i32::MIN, |hidden| hidden as i32),
+            first_range: ranges.start as u32,
+            ranges: ranges.len() as u32,
+            padding: 0,
+        };
+        tiles.push(WholeTile { tile, skipped: own.skipped });
     }
 }
 
@@ -239,13 +288,13 @@ pub(super) fn check_count(argument: &'static str, expected: &str, got: usize) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AttentionConfig, AttentionShape, Mask};
+    use crate::{AttentionConfig, AttentionShape};
 
     const PROPERTIES: Properties = Properties::new(132, 228 * 1024, 50 << 20);
 
     #[test]
     fn tiles_partition_rows_and_splits_their_keys() {
-        let mask = Mask::Star { anchor_len: 40, block_len: 200, first_block_len: 200 };
+        let mask = Mask::Star { anchor_len: 40, block_len: 200, first_block_len: 200, left: None };
         let shape = AttentionShape {
             batch: 2,
             query_len: 700,

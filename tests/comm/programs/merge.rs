@@ -2,7 +2,7 @@
 //! both ways, and sends what it says.
 
 use super::{assert_near, assert_same_everywhere, cuts, traffic};
-use crate::common::{Rng, Tensor, indices};
+use crate::common::{Rng, Tensor, indices, sinks};
 use star_attention::comm::{Collective, MergePlan, MergeWay};
 use star_attention::cpu::{flash, reference};
 use star_attention::merge::Partial;
@@ -20,6 +20,7 @@ pub fn merge(group: &dyn Collective) {
                 heads: kv_heads * each,
                 dim,
                 keys: rng.below(80),
+                sinks: case < 2,
                 seed: rng.next(),
             };
             // Merged in f32 from f32: the sums' own rounding. Each rounding to 16 bits of values
@@ -41,6 +42,8 @@ struct Case {
     kv_heads: usize,
     dim: usize,
     keys: usize,
+    /// Whether there are attention sinks.
+    sinks: bool,
     seed: u64,
 }
 
@@ -74,7 +77,10 @@ impl Case {
         let out = Tensor::<T>::contiguous("partial", shape, |index| out.get(index));
         let partial = Partial { out: out.view(), lse: &lse };
 
-        let expected = reference::attention(&config, query.view(), key.view(), value.view()).unwrap();
+        let sinks = self.sinks.then(|| sinks(self.heads, self.seed));
+        let sinks = sinks.as_deref();
+        let (q, k, v) = (query.view(), key.view(), value.view());
+        let expected = reference::attention_with_sinks(&config, q, k, v, sinks).unwrap();
         let plan = MergePlan::<T, O>::new(shape, group.size(), &group.link()).unwrap();
         let results = [MergeWay::AllGather, MergeWay::ByRows].map(|way| {
             let plan = plan.with_way(way);
@@ -86,6 +92,7 @@ impl Case {
                 let mut merged = Tensor::<O>::contiguous("merged", shape, |_| f32::NAN);
                 let mut merged_lse = vec![f32::NAN; lse.len()];
                 let to = merged.view_mut();
+                merge.with_sinks(sinks).unwrap();
                 if call == 2 {
                     merge.merge(group, &partial, to, Some(&mut merged_lse)).unwrap();
                 } else {

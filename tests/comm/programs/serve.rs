@@ -2,7 +2,7 @@
 //! encoded, asked and answered, and end. One loop serves every backend.
 
 use super::assert_same_everywhere;
-use crate::common::{Rng, Tensor};
+use crate::common::{Rng, Tensor, sinks};
 use crate::expected::Expected;
 use star_attention::comm::{Collective, Ranks, Staged};
 use star_attention::cpu::Cpu;
@@ -138,6 +138,8 @@ fn rounds<B: Backend, R: Ranks<B> + ?Sized, T: Element>(
     let bytes = backend.workspace_bytes(&encoding).max(backend.workspace_bytes(&asking));
     let mut workspace = backend.buffer::<u8>(bytes).unwrap();
     let mut merge = ranks.prepare(backend, &ranks.plan::<f32, f32>(asked).unwrap()).unwrap();
+    let sinks = sinks(HEADS, seed);
+    let stored_sinks = backend.buffer_of(&sinks).unwrap();
     let mut requests: Vec<Request> = Vec::new();
 
     for _ in 0..rounds {
@@ -173,7 +175,8 @@ fn rounds<B: Backend, R: Ranks<B> + ?Sized, T: Element>(
         let mut out = backend.buffer::<T>(ENCODED * HEADS * dim).unwrap();
         let inputs =
             Inputs::new(new.query(backend), store.key(backend, 0).unwrap(), store.value(backend, 0).unwrap())
-                .with_prefix(anchors.key(backend, 0).unwrap(), anchors.value(backend, 0).unwrap());
+                .with_prefix(anchors.key(backend, 0).unwrap(), anchors.value(backend, 0).unwrap())
+                .with_sinks(backend.slice(&stored_sinks, ..));
         let to = backend.whole_mut("out", &mut out, encoded).unwrap();
         backend.attend(&mut encoding, inputs, to, None, backend.slice_mut(&mut workspace, ..)).unwrap();
         opened.into_iter().for_each(|anchor| anchors.close(anchor).unwrap());
@@ -183,7 +186,7 @@ fn rounds<B: Backend, R: Ranks<B> + ?Sized, T: Element>(
             let tokens: Vec<u64> = local.tokens().map(|token| tokens[token]).collect();
             let end = start + tokens.len();
             let own = out[start * HEADS * dim..end * HEADS * dim].iter().map(|x| x.to_f32());
-            expected::<T>(local.mask(), &tokens, &tokens, dim).check_out(own).unwrap();
+            expected::<T>(local.mask(), &tokens, &tokens, &sinks, dim).check_out(own).unwrap();
             start = end;
         }
 
@@ -213,7 +216,8 @@ fn rounds<B: Backend, R: Ranks<B> + ?Sized, T: Element>(
         let mut out = backend.buffer::<f32>(ASKED * HEADS * dim).unwrap();
         let mut lse = backend.buffer::<f32>(ASKED * HEADS).unwrap();
         let to = backend.whole_mut("out", &mut out, asked).unwrap();
-        ranks.run(backend, &mut merge, to, Some(backend.slice_mut(&mut lse, ..))).unwrap();
+        let (once, to_lse) = (backend.slice(&stored_sinks, ..), backend.slice_mut(&mut lse, ..));
+        ranks.run_with_sinks(backend, &mut merge, Some(once), to, Some(to_lse)).unwrap();
 
         let (out, lse) = (backend.read(&out).unwrap(), backend.read(&lse).unwrap());
         let bits: Vec<u32> = out[..tokens.len() * HEADS * dim].iter().map(|x| x.to_bits()).collect();
@@ -224,7 +228,7 @@ fn rounds<B: Backend, R: Ranks<B> + ?Sized, T: Element>(
             let step = request.next();
             let end = start + step.len();
             let seen = &request.tokens[..request.layout.context_len() + step.end];
-            let expected = expected::<T>(Mask::Causal, &seen[seen.len() - step.len()..], seen, dim);
+            let expected = expected::<T>(Mask::Causal, &seen[seen.len() - step.len()..], seen, &sinks, dim);
             expected.check_out(out[start * HEADS * dim..end * HEADS * dim].iter().copied()).unwrap();
             let own = (0..HEADS).flat_map(|head| &lse[head * ASKED + start..head * ASKED + end]);
             expected.check_lse(&own.copied().collect::<Vec<f32>>()).unwrap();
@@ -243,8 +247,8 @@ fn rounds<B: Backend, R: Ranks<B> + ?Sized, T: Element>(
 }
 
 /// The oracle's answer, and how far from it rounding may lead.
-fn expected<T: Element>(mask: Mask, queries: &[u64], keys: &[u64], dim: usize) -> Expected {
+fn expected<T: Element>(mask: Mask, queries: &[u64], keys: &[u64], sinks: &[f32], dim: usize) -> Expected {
     let [key, value] = [1, 2].map(|which| rows::<T>(which, keys, KV_HEADS, dim));
     let query = rows::<T>(0, queries, HEADS, dim);
-    Expected::of(&AttentionConfig::new(mask), &query, &key, &value, false)
+    Expected::with_sinks(&AttentionConfig::new(mask), &query, &key, &value, Some(sinks), false)
 }

@@ -1,126 +1,25 @@
-//! Draws which keys each row of a star layout sees, in both phases, as SVG.
-//!
-//! Every cell is asked of the library: the tokens of a rank's local sequence, its mask, and whether
-//! a row sees a key.
+//! Both phases of a star layout in one picture.
 
-use clap::Parser;
+use crate::cells::{Rectangle, path, rectangles, text};
 use star_attention::cpu::reference::sees;
 use star_attention::{Mask, RankLayout, StarLayout};
 use std::fmt::Write as _;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-
-/// Draws the star mask of a layout as SVG.
-#[derive(Debug, Parser)]
-struct Args {
-    /// Tokens of the context
-    #[arg(long, default_value_t = 32)]
-    context_len: usize,
-    /// Tokens of a block
-    #[arg(long, default_value_t = 8)]
-    block_len: usize,
-    /// Tokens of the anchor
-    #[arg(long, default_value_t = 4)]
-    anchor_len: usize,
-    /// Ranks that share the context
-    #[arg(long, alias = "hosts", default_value_t = 4)]
-    ranks: usize,
-    /// Query tokens
-    #[arg(long, default_value_t = 4)]
-    query_len: usize,
-    /// File to write
-    #[arg(long, default_value = "docs/star-mask.svg")]
-    output: PathBuf,
-}
 
 /// One colour for each rank, told apart also by readers who do not see all colours (Okabe and Ito).
 const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6d00"];
 
-/// Above this a cell is smaller than a pixel of any screen.
-const MOST_TOKENS: usize = 4096;
-/// Above this the legend is longer than the picture.
-const MOST_RANKS: usize = 20;
-
-fn main() -> ExitCode {
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(error) if !error.use_stderr() => {
-            print!("{error}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            let text = error.to_string();
-            let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
-            return fail(&lines.collect::<Vec<_>>().join(" "));
-        }
-    };
-    match draw(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(message) => fail(&format!("error: {message}")),
-    }
-}
-
-fn fail(line: &str) -> ExitCode {
-    eprintln!("{line}");
-    ExitCode::from(2)
-}
-
-fn draw(args: &Args) -> Result<(), String> {
-    for (name, number, most) in [
-        ("--context-len", args.context_len, MOST_TOKENS),
-        ("--query-len", args.query_len, MOST_TOKENS),
-        ("--ranks", args.ranks, MOST_RANKS),
-    ] {
-        if !(1..=most).contains(&number) {
-            return Err(format!("{name}: expected 1 to {most}, got {number}"));
-        }
-    }
-    let layout = StarLayout::builder(args.context_len)
-        .block_len(args.block_len)
-        .anchor_len(args.anchor_len)
-        .ranks(args.ranks)
-        .build()
-        .map_err(|e| e.to_string())?;
-    let ranks: Vec<RankLayout> =
-        (0..args.ranks).map(|rank| layout.rank(rank)).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
-    let maps: Vec<RankMap> = ranks.iter().map(|rank| RankMap::of(&layout, rank, args.query_len)).collect();
-    let svg = Picture::new(&layout, args.query_len).draw(&ranks, &maps);
-    write_whole(&args.output, svg.as_bytes())
-        .map_err(|e| format!("--output {}: {e}", args.output.display()))?;
-
-    println!("rank  blocks  kept tokens  phase 1 cells  phase 2 cells");
-    for (local, map) in ranks.iter().zip(&maps) {
-        let (one, two) = (area(&map.own) + area(&map.anchor), area(&map.query));
-        println!(
-            "{:>4}  {:>6}  {:>11}  {one:>13}  {two:>13}",
-            local.rank(),
-            local.blocks().len(),
-            local.kept().len()
-        );
-    }
-    Ok(())
-}
-
-/// A rectangle of cells: column, row, columns, rows.
-type Rectangle = [usize; 4];
-
-fn area(rectangles: &[Rectangle]) -> usize {
-    rectangles.iter().map(|[_, _, columns, rows]| columns * rows).sum()
-}
-
 /// The cells that the rows of one rank see: columns are context tokens and then query tokens.
-struct RankMap {
+pub struct RankMap {
     /// Phase 1, rows are the context tokens that the rank keeps: cells of its own tokens.
-    own: Vec<Rectangle>,
+    pub own: Vec<Rectangle>,
     /// The same rows, cells of the anchor in front of its own tokens.
-    anchor: Vec<Rectangle>,
+    pub anchor: Vec<Rectangle>,
     /// Phase 2, rows are query tokens: cells of the rank's shard.
-    query: Vec<Rectangle>,
+    pub query: Vec<Rectangle>,
 }
 
 impl RankMap {
-    fn of(layout: &StarLayout, local: &RankLayout, query_len: usize) -> Self {
+    pub fn of(layout: &StarLayout, local: &RankLayout, query_len: usize) -> Self {
         let tokens: Vec<usize> = local.tokens().collect();
         let (local_len, kept) = (tokens.len(), local.kept());
         let block = |token: usize| token / layout.block_len();
@@ -129,7 +28,7 @@ impl RankMap {
         let phase_1 = |through_anchor: bool| {
             rectangles(kept.clone().map(|row| {
                 let sees =
-                    (0..local_len).filter(move |&key| sees(local.mask(), local_len, local_len, row, key));
+                    (0..local_len).filter(move |&key| sees(&local.mask(), local_len, local_len, row, key));
                 let columns = sees.map(|key| tokens[key]);
                 let columns = columns.filter(|&key| (block(key) != block(tokens[row])) == through_anchor);
                 (tokens[row], columns.collect())
@@ -144,48 +43,15 @@ impl RankMap {
             mask = Mask::Causal;
         }
         let query = rectangles((0..query_len).map(|row| {
-            let sees = (0..shard.len()).filter(|&key| sees(mask, query_len, shard.len(), row, key));
+            let sees = (0..shard.len()).filter(|&key| sees(&mask, query_len, shard.len(), row, key));
             (row, sees.map(|key| shard[key]).collect())
         }));
         Self { own, anchor, query }
     }
 }
 
-/// Joins cells, given as rows of ascending columns, into runs, and runs of following rows that are
-/// the same.
-fn rectangles(rows: impl Iterator<Item = (usize, Vec<usize>)>) -> Vec<Rectangle> {
-    let mut all: Vec<Rectangle> = Vec::new();
-    let mut open: Vec<usize> = Vec::new(); // rectangles of the row before
-    for (row, columns) in rows {
-        let mut runs: Vec<(usize, usize)> = Vec::new();
-        for column in columns {
-            match runs.last_mut() {
-                Some((start, len)) if *start + *len == column => *len += 1,
-                _ => runs.push((column, 1)),
-            }
-        }
-        open = runs
-            .into_iter()
-            .map(|(start, len)| {
-                let above = |&i: &usize| {
-                    let [x, y, columns, rows] = all[i];
-                    (x, y + rows, columns) == (start, row, len)
-                };
-                if let Some(i) = open.iter().copied().find(above) {
-                    all[i][3] += 1;
-                    i
-                } else {
-                    all.push([start, row, len, 1]);
-                    all.len() - 1
-                }
-            })
-            .collect();
-    }
-    all
-}
-
 /// Where things stand, in pixels.
-struct Picture {
+pub struct Picture {
     layout: StarLayout,
     query_len: usize,
     cell: f64,
@@ -202,7 +68,7 @@ impl Picture {
     /// From the middle of a line of text down to its baseline.
     const MIDDLE: f64 = 4.5;
 
-    fn new(layout: &StarLayout, query_len: usize) -> Self {
+    pub fn new(layout: &StarLayout, query_len: usize) -> Self {
         let (context, query) = (layout.context_len() as f64, query_len as f64);
         let cell = (Self::CELLS / (context + query)).min(24.0);
         let phase_1 = (112.0, 128.0);
@@ -221,7 +87,7 @@ impl Picture {
         }
     }
 
-    fn draw(&self, ranks: &[RankLayout], maps: &[RankMap]) -> String {
+    pub fn draw(&self, ranks: &[RankLayout], maps: &[RankMap]) -> String {
         let (width, height) = self.size;
         let mut svg = format!(
             r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0} {height:.0}" width="{width:.0}" height="{height:.0}" font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#24292f">
@@ -291,11 +157,7 @@ impl Picture {
             if rectangles.is_empty() {
                 return;
             }
-            let mut path = String::new();
-            for [x, y, columns, rows] in rectangles {
-                let _ = write!(path, "M{x} {y}h{columns}v{rows}h-{columns}z");
-            }
-            let _ = writeln!(svg, r#"<path {fill} d="{path}"/>"#);
+            let _ = writeln!(svg, r#"<path {fill} d="{}"/>"#, path(rectangles));
         };
         // Lines between cells where there is room for them, and stronger ones between blocks.
         let lines = |svg: &mut String, columns: usize, rows: usize, row_blocks: bool| {
@@ -384,22 +246,4 @@ impl Picture {
 
 fn colour(rank: usize) -> &'static str {
     COLOURS[rank % COLOURS.len()]
-}
-
-fn text(svg: &mut String, (x, y): (f64, f64), style: &str, words: &str) {
-    if !words.is_empty() {
-        let _ = writeln!(svg, r#"<text x="{x:.1}" y="{y:.1}" {style}>{words}</text>"#);
-    }
-}
-
-/// Writes beside `path` and renames, so that `path` never holds half a picture.
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let name = path.file_name().ok_or(std::io::ErrorKind::IsADirectory)?.to_string_lossy();
-    let partial = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
-    let written = fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path));
-    if written.is_err() {
-        // What went wrong is reported; the partial file may not even exist.
-        let _ = fs::remove_file(&partial);
-    }
-    written
 }
