@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// The modules from low to high. A module may use those of the levels below its own.
 const LEVELS: [&[&str]; 7] = [
-    &["error", "tensor", "config"],
+    &["error", "tensor", "mask", "config"],
     &["layout", "batch", "append", "merge"],
     &["schedule", "backend"],
     &["cpu", "cuda"],
@@ -14,7 +14,7 @@ const LEVELS: [&[&str]; 7] = [
     &["candle"],
 ];
 
-/// The lowest level is one thing in three files, which may use each other.
+/// The lowest level is one thing in four files, which may use each other.
 const TOGETHER: usize = 0;
 
 fn level(module: &str) -> Option<usize> {
