@@ -133,7 +133,7 @@ pub fn assert_batch(
         let [prefix_key, prefix_value] = inputs.prefix.map_or([None; 2], |prefix| prefix.map(Some));
         let key = keys_of(sequence, inputs.key, prefix_key);
         let value = keys_of(sequence, inputs.value, prefix_value);
-        let config = AttentionConfig::new(sequence.mask);
+        let config = AttentionConfig::new(sequence.mask.clone());
         let (expected, expected_lse) =
             oracle_with_sinks(&config, [&of(inputs.query, 1), &key, &value], inputs.sinks);
         assert_close(&flat(&of(out, 1)), &expected, unit);
