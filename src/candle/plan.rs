@@ -48,9 +48,9 @@ pub struct Plan(Of);
 
 #[derive(Debug)]
 enum Of {
-    Cpu(Kept<Cpu>),
+    Cpu(Box<Kept<Cpu>>),
     #[cfg(feature = "candle-cuda")]
-    Cuda(Kept<super::cuda::Gpu>),
+    Cuda(Box<Kept<super::cuda::Gpu>>),
 }
 
 /// Calls a method of the device's plan.
@@ -139,14 +139,14 @@ struct Kept<H: Home> {
 
 impl From<Kept<Cpu>> for Of {
     fn from(kept: Kept<Cpu>) -> Self {
-        Self::Cpu(kept)
+        Self::Cpu(Box::new(kept))
     }
 }
 
 #[cfg(feature = "candle-cuda")]
 impl From<Kept<super::cuda::Gpu>> for Of {
     fn from(kept: Kept<super::cuda::Gpu>) -> Self {
-        Self::Cuda(kept)
+        Self::Cuda(Box::new(kept))
     }
 }
 

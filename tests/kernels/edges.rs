@@ -24,7 +24,7 @@ fn check<B: Engine, T: HalfElement>(
     heads: [usize; 2],
     dim: usize,
 ) -> (Vec<f32>, Vec<f32>) {
-    check_by::<T>(&On(B::cuda(7)), &mask, lens, heads, dim)
+    check_by::<T>(&On(B::cuda(7)), mask, lens, heads, dim)
 }
 
 /// The same by any kernels.
