@@ -8,9 +8,9 @@
 // QKᵀ stays in registers and, as probabilities, is the left operand of PV.
 //
 // Tiles of keys that every row sees whole need no mask. The others are the border: tiles that the
-// mask, a window's left edge or the end of the keys crosses. A hidden key has the weight 0, but 0 · NaN is NaN. So in the
-// border values that are not finite enter the product as zeros, and are added at the end to the
-// rows that see them.
+// mask, a window's left edge or the end of the keys crosses. A hidden key has the weight 0, but
+// 0 · NaN is NaN. So in the border values that are not finite enter the product as zeros, and are
+// added at the end to the rows that see them.
 #pragma once
 
 #include "eight.cuh"

@@ -292,8 +292,9 @@ struct Ring {
         }
     }
 
-    // The same for a list with a prefix or of blocks. Whole tiles of the prefix, and of contiguous rows
-    // after it, are rows at equal distances. Nothing in here is computed ahead for the steps of other lists.
+    // The same for a list with a prefix or of blocks. Whole tiles of the prefix, of a range, and of
+    // contiguous rows are rows at equal distances. Nothing in here is computed ahead for the steps
+    // of other lists.
     template <bool Values>
     DEVICE void copy_scattered(Shared to, uint32_t first, uint32_t end) const {
         to = opaque(to), first = opaque(first);
