@@ -7,17 +7,17 @@
 //!
 //! `cargo bench --bench batches`, and `-- TEXT` for the rows whose name holds a text.
 
+#[path = "common/call.rs"]
+mod call;
 #[path = "common/random.rs"]
 mod random;
 #[path = "common/turns.rs"]
 mod turns;
 
-use random::random;
+use call::Call;
 use star_attention::cpu::flash::Plan;
 use star_attention::cuda::{self, Properties};
-use star_attention::{
-    Batch, Element, Inputs, Keys, Mask, PlanConfig, Sequence, TensorView, TensorViewMut, bf16,
-};
+use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16};
 use std::hint::black_box;
 use turns::{Turns, median, seconds};
 
@@ -25,66 +25,33 @@ const QUERY_HEADS: usize = 16;
 const KV_HEADS: usize = 4;
 const HEAD_DIM: usize = 128;
 
-/// One call: its plan, and all memory that it needs.
-struct Call<T> {
-    plan: Plan,
-    query: Vec<T>,
-    key: Vec<T>,
-    value: Vec<T>,
-    out: Vec<T>,
-    workspace: Vec<u8>,
-}
-
-impl<T: Element> Call<T> {
-    /// Sequences of so many query rows and keys each, causal, packed one after another; with
-    /// `page_len` their keys lie in pages, in an order that is not that of memory.
-    fn new(config: &PlanConfig, lens: &[[usize; 2]], page_len: Option<usize>) -> Self {
-        let rows = lens.iter().map(|[rows, _]| rows).sum();
-        let keys: usize = lens.iter().map(|[_, keys]| keys).sum();
-        let pages = page_len.map(|len| lens.iter().map(|[_, keys]| keys.div_ceil(len)).sum::<usize>());
-        let key = match (pages, page_len) {
-            (Some(pages), Some(len)) => [pages, len, KV_HEADS, HEAD_DIM],
-            _ => [1, keys, KV_HEADS, HEAD_DIM],
+/// Sequences of so many query rows and keys each, causal, packed one after another; with `page_len`
+/// their keys lie in pages, in an order that is not that of memory.
+fn call<T: Element>(config: &PlanConfig, lens: &[[usize; 2]], page_len: Option<usize>) -> Call<T> {
+    let rows = lens.iter().map(|[rows, _]| rows).sum();
+    let keys: usize = lens.iter().map(|[_, keys]| keys).sum();
+    let pages = page_len.map(|len| lens.iter().map(|[_, keys]| keys.div_ceil(len)).sum::<usize>());
+    let key = match (pages, page_len) {
+        (Some(pages), Some(len)) => [pages, len, KV_HEADS, HEAD_DIM],
+        _ => [1, keys, KV_HEADS, HEAD_DIM],
+    };
+    let mut batch = Batch::new([1, rows, QUERY_HEADS, HEAD_DIM], key).unwrap();
+    let (mut row, mut first, mut page) = (0, 0, 0);
+    for &[rows, keys] in lens {
+        let keys_at = match (pages, page_len) {
+            (Some(pages), Some(len)) => {
+                // A step that is coprime with the pages visits each of them once.
+                let step = (pages / 2..).find(|&step| gcd(step, pages) == 1).unwrap_or(1);
+                let own = (page..page + keys.div_ceil(len)).map(|page| (page * step % pages) as u32);
+                Keys::pages(keys, own.collect::<Vec<u32>>())
+            }
+            _ => Keys::rows(0, first..first + keys),
         };
-        let mut batch = Batch::new([1, rows, QUERY_HEADS, HEAD_DIM], key).unwrap();
-        let (mut row, mut first, mut page) = (0, 0, 0);
-        for &[rows, keys] in lens {
-            let keys_at = match (pages, page_len) {
-                (Some(pages), Some(len)) => {
-                    // A step that is coprime with the pages visits each of them once.
-                    let step = (pages / 2..).find(|&step| gcd(step, pages) == 1).unwrap_or(1);
-                    let own = (page..page + keys.div_ceil(len)).map(|page| (page * step % pages) as u32);
-                    Keys::pages(keys, own.collect::<Vec<u32>>())
-                }
-                _ => Keys::rows(0, first..first + keys),
-            };
-            batch.push(Sequence::new(0, row..row + rows, keys_at, Mask::Causal)).unwrap();
-            (row, first) = (row + rows, first + keys);
-            page += page_len.map_or(0, |len| keys.div_ceil(len));
-        }
-        let plan = Plan::for_batch(config, batch).unwrap();
-        let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
-        let (query_len, key_len) = (elements(plan.batch().query_shape()), elements(plan.batch().key_shape()));
-        Self {
-            query: random(query_len, 1),
-            key: random(key_len, 2),
-            value: random(key_len, 3),
-            out: vec![T::default(); query_len],
-            workspace: Vec::with_capacity(plan.workspace_bytes()),
-            plan,
-        }
+        batch.push(Sequence::new(0, row..row + rows, keys_at, Mask::Causal)).unwrap();
+        (row, first) = (row + rows, first + keys);
+        page += page_len.map_or(0, |len| keys.div_ceil(len));
     }
-
-    fn run(&mut self) {
-        let (queries, keys) = (self.plan.batch().query_shape(), self.plan.batch().key_shape());
-        let inputs = Inputs::new(
-            TensorView::contiguous("query", &self.query, queries).unwrap(),
-            TensorView::contiguous("key", &self.key, keys).unwrap(),
-            TensorView::contiguous("value", &self.value, keys).unwrap(),
-        );
-        let out = TensorViewMut::contiguous("out", &mut self.out, queries).unwrap();
-        self.plan.run(inputs, out, None, &mut self.workspace).unwrap();
-    }
+    Call::of(Plan::for_batch(config, batch).unwrap())
 }
 
 fn gcd(a: usize, b: usize) -> usize {
@@ -101,8 +68,8 @@ impl Bench {
             return;
         }
         let config = PlanConfig::new();
-        let mut all = Call::<T>::new(&config, &parts.concat(), None);
-        let [mut one, mut other] = parts.map(|lens| Call::<T>::new(&config, &lens, None));
+        let mut all = call::<T>(&config, &parts.concat(), None);
+        let [mut one, mut other] = parts.map(|lens| call::<T>(&config, &lens, None));
         let mut parts = || {
             one.run();
             other.run();
@@ -116,8 +83,8 @@ impl Bench {
         if !self.0.wants(&name) {
             return;
         }
-        let mut pages = Call::<T>::new(&PlanConfig::new(), lens, Some(page_len));
-        let mut rows = Call::<T>::new(&PlanConfig::new(), lens, None);
+        let mut pages = call::<T>(&PlanConfig::new(), lens, Some(page_len));
+        let mut rows = call::<T>(&PlanConfig::new(), lens, None);
         self.0.compare(&name, &mut || pages.run(), &mut || rows.run(), 1.0);
     }
 
@@ -126,8 +93,8 @@ impl Bench {
         if !self.0.wants(&name) {
             return;
         }
-        let mut invariant = Call::<T>::new(&PlanConfig::new().with_row_invariant(), lens, None);
-        let mut plain = Call::<T>::new(&PlanConfig::new(), lens, None);
+        let mut invariant = call::<T>(&PlanConfig::new().with_row_invariant(), lens, None);
+        let mut plain = call::<T>(&PlanConfig::new(), lens, None);
         self.0.compare(&name, &mut || invariant.run(), &mut || plain.run(), 1.0);
     }
 }

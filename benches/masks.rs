@@ -3,63 +3,23 @@
 //!
 //! `cargo bench --bench masks`, and `-- TEXT` for the rows whose name holds a text.
 
+#[path = "common/call.rs"]
+mod call;
 #[path = "common/random.rs"]
 mod random;
 #[path = "common/turns.rs"]
 mod turns;
 
-use random::random;
+use call::Call;
 use star_attention::cpu::flash::Plan;
-use star_attention::{
-    AttentionConfig, AttentionShape, BlockList, Element, Inputs, Mask, TensorView, TensorViewMut, bf16,
-};
+use star_attention::{AttentionConfig, AttentionShape, BlockList, Element, Mask, bf16};
 use turns::Turns;
 
-/// One call: its plan, and all memory that it needs.
-struct Call<T> {
-    plan: Plan,
-    shape: AttentionShape,
-    query: Vec<T>,
-    key: Vec<T>,
-    value: Vec<T>,
-    out: Vec<T>,
-    workspace: Vec<u8>,
-}
-
-impl<T: Element> Call<T> {
-    fn new(mask: Mask, len: usize) -> Self {
-        let shape = AttentionShape {
-            batch: 1,
-            query_len: len,
-            key_len: len,
-            query_heads: 4,
-            kv_heads: 1,
-            head_dim: 128,
-        };
-        let plan = Plan::new(&AttentionConfig::new(mask), &shape).unwrap();
-        let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
-        let (query_len, key_len) = (elements(shape.query_shape()), elements(shape.key_shape()));
-        Self {
-            query: random(query_len, 1),
-            key: random(key_len, 2),
-            value: random(key_len, 3),
-            out: vec![T::default(); query_len],
-            workspace: Vec::with_capacity(plan.workspace_bytes()),
-            plan,
-            shape,
-        }
-    }
-
-    fn run(&mut self) {
-        let (queries, keys) = (self.shape.query_shape(), self.shape.key_shape());
-        let inputs = Inputs::new(
-            TensorView::contiguous("query", &self.query, queries).unwrap(),
-            TensorView::contiguous("key", &self.key, keys).unwrap(),
-            TensorView::contiguous("value", &self.value, keys).unwrap(),
-        );
-        let out = TensorViewMut::contiguous("out", &mut self.out, queries).unwrap();
-        self.plan.run(inputs, out, None, &mut self.workspace).unwrap();
-    }
+/// `len` rows over as many keys, 4/1 heads of 128.
+fn call<T: Element>(mask: Mask, len: usize) -> Call<T> {
+    let shape =
+        AttentionShape { batch: 1, query_len: len, key_len: len, query_heads: 4, kv_heads: 1, head_dim: 128 };
+    Call::of(Plan::new(&AttentionConfig::new(mask), &shape).unwrap())
 }
 
 /// Every key block of 64 with a chance of one half, for each tile of 128 rows.
@@ -84,8 +44,8 @@ fn row<T: Element>(turns: &mut Turns, name: &str, mask: impl FnOnce() -> Mask, l
     if !turns.wants(&name) {
         return;
     }
-    let mut masked = Call::<T>::new(mask(), len);
-    let mut full = Call::<T>::new(Mask::Full, len.min(4096));
+    let mut masked = call::<T>(mask(), len);
+    let mut full = call::<T>(Mask::Full, len.min(4096));
     let work = masked.plan.flops() as f64 / full.plan.flops() as f64;
     turns.compare(&name, &mut || masked.run(), &mut || full.run(), work);
 }
