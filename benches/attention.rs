@@ -70,8 +70,15 @@ const BLOCK: usize = TOKENS / 4;
 fn context<T: Element>(bench: &mut Bench<'_>, query_heads: usize, kv_heads: usize, head_dim: usize) {
     let star = Mask::Star { anchor_len: BLOCK, block_len: BLOCK, first_block_len: BLOCK, left: None };
     for (name, mask) in [("causal", Mask::Causal), ("star", star)] {
-        let shape =
-            AttentionShape { batch: 1, query_len: TOKENS, key_len: TOKENS, query_heads, kv_heads, head_dim };
+        let shape = AttentionShape {
+            batch: 1,
+            query_len: TOKENS,
+            key_len: TOKENS,
+            query_heads,
+            kv_heads,
+            head_dim,
+            value_dim: head_dim,
+        };
         let query = random::<T>(len(shape.query_shape()), 1);
         let (key, value) = (random::<T>(len(shape.key_shape()), 2), random::<T>(len(shape.key_shape()), 3));
         let plan = Plan::new(&AttentionConfig::new(mask), &shape).unwrap();
@@ -101,8 +108,15 @@ fn query<T: Element>(bench: &mut Bench<'_>, query_len: usize) {
         let rows = TensorView::contiguous("key", &rows, [1, CHUNK, 8, 128]).unwrap();
         shard.put(&cpu, 0, sequence, first..first + CHUNK, [rows, rows]).unwrap();
     }
-    let shape =
-        AttentionShape { batch: 1, query_len, key_len: KEYS, query_heads: 32, kv_heads: 8, head_dim: 128 };
+    let shape = AttentionShape {
+        batch: 1,
+        query_len,
+        key_len: KEYS,
+        query_heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        value_dim: 128,
+    };
     let query = random::<T>(len(shape.query_shape()), 2);
     let plan = Plan::new(&AttentionConfig::default(), &shape).unwrap();
     let (mut out, mut lse) = (vec![0f32; query.len()], vec![0f32; shape.lse_len()]);

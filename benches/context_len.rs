@@ -19,7 +19,15 @@ struct Tensors {
 }
 
 fn shape(tokens: usize) -> AttentionShape {
-    AttentionShape { batch: 1, query_len: tokens, key_len: tokens, query_heads: 8, kv_heads: 2, head_dim: 64 }
+    AttentionShape {
+        batch: 1,
+        query_len: tokens,
+        key_len: tokens,
+        query_heads: 8,
+        kv_heads: 2,
+        head_dim: 64,
+        value_dim: 64,
+    }
 }
 
 impl Tensors {

@@ -17,8 +17,15 @@ use turns::Turns;
 
 /// `len` rows over as many keys, 4/1 heads of 128.
 fn call<T: Element>(mask: Mask, len: usize) -> Call<T> {
-    let shape =
-        AttentionShape { batch: 1, query_len: len, key_len: len, query_heads: 4, kv_heads: 1, head_dim: 128 };
+    let shape = AttentionShape {
+        batch: 1,
+        query_len: len,
+        key_len: len,
+        query_heads: 4,
+        kv_heads: 1,
+        head_dim: 128,
+        value_dim: 128,
+    };
     Call::of(Plan::new(&AttentionConfig::new(mask), &shape).unwrap())
 }
 

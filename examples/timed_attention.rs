@@ -99,6 +99,7 @@ fn read_case(line: &str) -> Result<Box<dyn Case>, Box<dyn Error>> {
         query_heads: number("query_heads")?,
         kv_heads: number("kv_heads")?,
         head_dim: number("head_dim")?,
+        value_dim: number("head_dim")?,
     };
     let config = AttentionConfig::new(match text("mask")? {
         "full" => Mask::Full,

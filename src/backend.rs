@@ -8,6 +8,7 @@
 #[cfg(test)]
 pub(crate) mod cases;
 
+use crate::batch::with_dim;
 use crate::merge::PartialOf;
 use crate::{Append, Batch, Element, Error, Inputs, Keys, PlanConfig, Result};
 use std::fmt::Debug;
@@ -25,11 +26,13 @@ impl<T: bytemuck::Pod + Default + Send + Sync + Debug> Plain for T {}
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capacity {
-    /// The shape of queries and outputs, `[batch, seq, query_heads, head_dim]`.
+    /// The shape of queries, `[batch, seq, query_heads, head_dim]`.
     pub query: [usize; 4],
-    /// The shape of keys and values, `[batch, seq, kv_heads, head_dim]` or `[pages, page_len,
-    /// kv_heads, head_dim]`.
+    /// The shape of keys, `[batch, seq, kv_heads, head_dim]` or `[pages, page_len, kv_heads,
+    /// head_dim]`.
     pub key: [usize; 4],
+    /// Elements of one head of values and outputs.
+    pub value_dim: usize,
     /// Extents batch and seq of the prefix tensors; zeros without.
     pub prefix: [usize; 2],
     /// Sequences.
@@ -43,9 +46,17 @@ pub struct Capacity {
 }
 
 impl Capacity {
-    /// As many sequences as asked for, of at most `rows` query rows each, with keys in rows.
+    /// As many sequences as asked for, of at most `rows` query rows each, with keys in rows and
+    /// values of the keys' head dim.
     pub fn new(query: [usize; 4], key: [usize; 4], sequences: usize, rows: usize) -> Self {
-        Self { query, key, prefix: [0, 0], sequences, rows, pages: 0, ranges: 0 }
+        Self { query, key, value_dim: key[3], prefix: [0, 0], sequences, rows, pages: 0, ranges: 0 }
+    }
+
+    /// The same with values and outputs of `value_dim` elements for each head
+    /// ([`Batch::with_value_dim`]).
+    #[must_use]
+    pub fn with_value_dim(self, value_dim: usize) -> Self {
+        Self { value_dim, ..self }
     }
 
     /// The same with keys in pages, of which the sequences name at most `pages` in all. One that
@@ -108,7 +119,9 @@ impl Capacity {
 
     /// A batch of these extents without sequences.
     pub(crate) fn empty_batch(&self) -> Result<Batch> {
-        Batch::new(self.query, self.key)?.with_prefix(self.prefix[0], self.prefix[1])
+        Batch::new(self.query, self.key)?
+            .with_value_dim(self.value_dim)?
+            .with_prefix(self.prefix[0], self.prefix[1])
     }
 
     /// Refuses a batch with more than there is room for.
@@ -121,6 +134,7 @@ impl Capacity {
         for (argument, expected, got) in [
             ("query", self.query, batch.query_shape()),
             ("key", self.key, batch.key_shape()),
+            ("value", with_dim(self.key, self.value_dim), batch.value_shape()),
             ("prefix", prefix, batch.prefix_shape()),
         ] {
             if expected != got {
@@ -300,7 +314,7 @@ pub trait Backend {
     /// of plans, one call after the other.
     fn workspace_bytes(&self, plan: &Self::Plan) -> usize;
 
-    /// Attention of the plan's batch into `out`, of the queries' shape, and, if given, the natural
+    /// Attention of the plan's batch into `out`, of the shape [`Batch::out_shape`], and, if given, the natural
     /// log-sum-exp `[batch, query_heads, seq]` into `lse`. A row that sees no key gets 0 and
     /// `-inf`; one that belongs to no sequence is left alone.
     ///

@@ -18,7 +18,7 @@
 //! # }
 //! ```
 
-use crate::config::{check_addressable, check_heads};
+use crate::config::{check_addressable, check_heads, check_value_dim};
 use crate::{AttentionShape, Error, Mask, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -146,6 +146,7 @@ impl Sequence {
 pub struct Batch {
     query: [usize; 4],
     key: [usize; 4],
+    value_dim: usize,
     /// Extents batch and seq of the prefix tensors.
     prefix: [usize; 2],
     sequences: Vec<Sequence>,
@@ -156,7 +157,8 @@ pub struct Batch {
 impl Batch {
     /// A batch without sequences, over queries and outputs `[batch, seq, query_heads, head_dim]`
     /// and keys and values `[batch, seq, kv_heads, head_dim]`, which are `[pages, page_len,
-    /// kv_heads, head_dim]` where they lie in pages.
+    /// kv_heads, head_dim]` where they lie in pages. Where heads of values have another length,
+    /// [`with_value_dim`](Self::with_value_dim) says so.
     ///
     /// # Errors
     /// [`Error::Shape`] if heads or head dims are 0 or do not fit together, or a tensor could not
@@ -169,7 +171,22 @@ impl Batch {
         check_heads(query[2], key[2], query[3])?;
         check_addressable("query", query)?;
         check_addressable("key", key)?;
-        Ok(Self { query, key, prefix: [0, 0], sequences: Vec::new(), taken: BTreeMap::new() })
+        let (value_dim, prefix) = (key[3], [0, 0]);
+        Ok(Self { query, key, value_dim, prefix, sequences: Vec::new(), taken: BTreeMap::new() })
+    }
+
+    /// The same batch with values and outputs of `value_dim` elements for each head, where those of
+    /// queries and keys have another number: 192 and 128 in DeepSeek's prefill, say.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for 0, or if values or outputs could not be addressed.
+    pub fn with_value_dim(self, value_dim: usize) -> Result<Self> {
+        check_value_dim(value_dim)?;
+        let batch = Self { value_dim, ..self };
+        check_addressable("value", batch.value_shape())?;
+        check_addressable("prefix", batch.prefix_value_shape())?;
+        check_addressable("out", batch.out_shape())?;
+        Ok(batch)
     }
 
     /// The same batch with prefix tensors `[batch, seq, kv_heads, head_dim]`, where the first keys
@@ -182,7 +199,7 @@ impl Batch {
         if !self.sequences.is_empty() {
             return Err(Error::value("prefix", "before the first sequence", self.sequences.len()));
         }
-        check_addressable("prefix", [batch, seq, self.key[2], self.key[3]])?;
+        check_addressable("prefix", [batch, seq, self.key[2], self.key[3].max(self.value_dim)])?;
         Ok(Self { prefix: [batch, seq], ..self })
     }
 
@@ -192,7 +209,7 @@ impl Batch {
     /// # Errors
     /// [`Error::Shape`] for extents out of range, [`Error::Value`] for a mask out of range.
     pub fn uniform(shape: &AttentionShape, mask: &Mask) -> Result<Self> {
-        let mut batch = Self::new(shape.query_shape(), shape.key_shape())?;
+        let mut batch = Self::of(shape)?;
         mask.validate()?;
         for index in 0..shape.batch {
             batch.push(Sequence::new(
@@ -229,11 +246,15 @@ impl Batch {
         check_offsets("query_offsets", query_offsets, shape.query_len)?;
         check_offsets("key_offsets", key_offsets, shape.key_len)?;
         mask.validate()?;
-        let mut batch = Self::new(shape.query_shape(), shape.key_shape())?;
+        let mut batch = Self::of(shape)?;
         for (rows, keys) in query_offsets.windows(2).zip(key_offsets.windows(2)) {
             batch.push(Sequence::new(0, rows[0]..rows[1], Keys::rows(0, keys[0]..keys[1]), mask.clone()))?;
         }
         Ok(batch)
+    }
+
+    fn of(shape: &AttentionShape) -> Result<Self> {
+        Self::new(shape.query_shape(), shape.key_shape())?.with_value_dim(shape.value_dim)
     }
 
     /// Adds a sequence.
@@ -300,21 +321,42 @@ impl Batch {
         &self.sequences
     }
 
-    /// The shape of queries and outputs, `[batch, seq, query_heads, head_dim]`.
+    /// The shape of queries, `[batch, seq, query_heads, head_dim]`.
     pub fn query_shape(&self) -> [usize; 4] {
         self.query
     }
 
-    /// The shape of keys and values, `[batch, seq, kv_heads, head_dim]` or `[pages, page_len,
-    /// kv_heads, head_dim]`.
+    /// The shape of outputs, `[batch, seq, query_heads, value_dim]`.
+    pub fn out_shape(&self) -> [usize; 4] {
+        with_dim(self.query, self.value_dim)
+    }
+
+    /// The shape of keys, `[batch, seq, kv_heads, head_dim]` or `[pages, page_len, kv_heads,
+    /// head_dim]`.
     pub fn key_shape(&self) -> [usize; 4] {
         self.key
     }
 
-    /// The shape of the prefix tensors, `[batch, seq, kv_heads, head_dim]`: no row of them, if the
+    /// The shape of values, `[batch, seq, kv_heads, value_dim]` or `[pages, page_len, kv_heads,
+    /// value_dim]`.
+    pub fn value_shape(&self) -> [usize; 4] {
+        with_dim(self.key, self.value_dim)
+    }
+
+    /// Elements of one head of values and outputs.
+    pub fn value_dim(&self) -> usize {
+        self.value_dim
+    }
+
+    /// The shape of the prefix's keys, `[batch, seq, kv_heads, head_dim]`: no row of them, if the
     /// batch was made without.
     pub fn prefix_shape(&self) -> [usize; 4] {
         [self.prefix[0], self.prefix[1], self.key[2], self.key[3]]
+    }
+
+    /// The shape of the prefix's values, `[batch, seq, kv_heads, value_dim]`.
+    pub fn prefix_value_shape(&self) -> [usize; 4] {
+        with_dim(self.prefix_shape(), self.value_dim)
     }
 
     /// Query heads that share a KV head.
@@ -347,51 +389,9 @@ impl Batch {
     }
 }
 
-/// The tensors that a call reads: `Q` is a backend's view of queries, `K` its view of keys and
-/// values, `S` its slice of f32.
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub struct Inputs<Q, K, S> {
-    /// Queries, of the shape [`Batch::query_shape`].
-    pub query: Q,
-    /// Keys, of the shape [`Batch::key_shape`].
-    pub key: K,
-    /// Values, of the shape [`Batch::key_shape`].
-    pub value: K,
-    /// Keys and values of the shape [`Batch::prefix_shape`], where a sequence has a prefix.
-    pub prefix: Option<[K; 2]>,
-    /// Attention sinks, f32 `[query_heads]`, where rows have one.
-    pub sinks: Option<S>,
-}
-
-impl<Q, K, S> Inputs<Q, K, S> {
-    /// The tensors of a call without prefixes and sinks.
-    pub fn new(query: Q, key: K, value: K) -> Self {
-        Self { query, key, value, prefix: None, sinks: None }
-    }
-
-    /// The same with the keys and values of prefixes.
-    #[must_use]
-    pub fn with_prefix(self, key: K, value: K) -> Self {
-        Self { prefix: Some([key, value]), ..self }
-    }
-
-    /// The same with attention sinks, as gpt-oss has them: one logit for each query head, f32
-    /// `[query_heads]`, in the units of a score after scale and softcap. The softmax of each row
-    /// has one more term, without a value:
-    ///
-    /// ```text
-    /// out = Σ_j exp(s_j) v_j / (Σ_j exp(s_j) + exp(sink))
-    /// lse = ln(Σ_j exp(s_j) + exp(sink))
-    /// ```
-    ///
-    /// A row that sees no key gets 0 and its sink. A sink of `-inf` is none; NaN and `+inf` are
-    /// out of range. A sink counts once: it belongs to the call that finishes a row. Where the
-    /// results are partials, still to be merged, give it to the last merge instead.
-    #[must_use]
-    pub fn with_sinks(self, sinks: S) -> Self {
-        Self { sinks: Some(sinks), ..self }
-    }
+/// A shape with other elements of a head.
+pub(crate) fn with_dim([batch, seq, heads, _]: [usize; 4], dim: usize) -> [usize; 4] {
+    [batch, seq, heads, dim]
 }
 
 fn check_offsets(argument: &'static str, offsets: &[usize], total: usize) -> Result<()> {

@@ -74,14 +74,14 @@ impl ScoreConfig {
         self.scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt())
     }
 
-    /// The factor of `q · k`, and, if given, what tanh of the product is multiplied by: the scores
-    /// in powers of 2.
+    /// The factor of `q · k` for a scale, and, if there is a softcap, what tanh of the product is
+    /// multiplied by: the scores in powers of 2.
     ///
     /// A cap so large that `scale / cap` falls below f32's normal range does nothing: tanh of such
     /// a number is the number itself. Below a cap so small that `scale / cap` overflows, all scores
     /// but 0 are at the cap; the factor is bounded, so that 0 stays 0.
-    pub(crate) fn factors_for(&self, head_dim: usize) -> (f32, Option<f32>) {
-        let (scale, log2_e) = (self.scale_for(head_dim), std::f32::consts::LOG2_E);
+    pub(crate) fn factors_for(&self, scale: f32) -> (f32, Option<f32>) {
+        let log2_e = std::f32::consts::LOG2_E;
         match self.softcap {
             Some(cap) if scale / cap >= f32::MIN_POSITIVE && (cap * log2_e).is_finite() => {
                 ((scale / cap).min(LARGEST_FACTOR), Some(cap * log2_e))
@@ -189,13 +189,15 @@ pub struct AttentionShape {
     pub query_heads: usize,
     /// Heads of keys and values.
     pub kv_heads: usize,
-    /// Elements of one head.
+    /// Elements of one head of queries and keys.
     pub head_dim: usize,
+    /// Elements of one head of values and outputs.
+    pub value_dim: usize,
 }
 
 impl AttentionShape {
-    /// The extents of queries `[batch, query_len, query_heads, head_dim]` against keys and values
-    /// `[batch, key_len, kv_heads, head_dim]`.
+    /// The extents of queries `[batch, query_len, query_heads, head_dim]` against keys `[batch,
+    /// key_len, kv_heads, head_dim]` and values `[batch, key_len, kv_heads, value_dim]`.
     ///
     /// # Errors
     /// [`Error::Shape`] if the three do not fit together.
@@ -206,18 +208,22 @@ impl AttentionShape {
     ) -> Result<Self> {
         let [batch, query_len, query_heads, head_dim] = query.shape();
         let [_, key_len, kv_heads, _] = key.shape();
-        let shape = Self { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+        let [.., value_dim] = value.shape();
+        let shape = Self { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim };
         shape.check(query, key, value)?;
         Ok(shape)
     }
 
     /// # Errors
-    /// [`Error::Shape`] if heads or head_dim are 0, the query heads are no multiple of the KV
-    /// heads, or a tensor of these extents could not be addressed.
+    /// [`Error::Shape`] if heads, head_dim or value_dim are 0, the query heads are no multiple of
+    /// the KV heads, or a tensor of these extents could not be addressed.
     pub fn validate(&self) -> Result<()> {
         check_heads(self.query_heads, self.kv_heads, self.head_dim)?;
+        check_value_dim(self.value_dim)?;
         check_addressable("query", self.query_shape())?;
-        check_addressable("key", self.key_shape())
+        check_addressable("out", self.out_shape())?;
+        check_addressable("key", self.key_shape())?;
+        check_addressable("value", self.value_shape())
     }
 
     /// Query heads that share a KV head; 0 without KV heads.
@@ -225,14 +231,24 @@ impl AttentionShape {
         self.query_heads.checked_div(self.kv_heads).unwrap_or(0)
     }
 
-    /// The shape of queries and outputs.
+    /// The shape of queries.
     pub fn query_shape(&self) -> [usize; 4] {
         [self.batch, self.query_len, self.query_heads, self.head_dim]
     }
 
-    /// The shape of keys and values.
+    /// The shape of outputs.
+    pub fn out_shape(&self) -> [usize; 4] {
+        [self.batch, self.query_len, self.query_heads, self.value_dim]
+    }
+
+    /// The shape of keys.
     pub fn key_shape(&self) -> [usize; 4] {
         [self.batch, self.key_len, self.kv_heads, self.head_dim]
+    }
+
+    /// The shape of values.
+    pub fn value_shape(&self) -> [usize; 4] {
+        [self.batch, self.key_len, self.kv_heads, self.value_dim]
     }
 
     /// Elements of the log-sum-exp, `[batch, query_heads, query_len]`.
@@ -250,7 +266,7 @@ impl AttentionShape {
         self.validate()?;
         check_rows("query", self.query_shape(), query.shape(), query.strides())?;
         check_rows("key", self.key_shape(), key.shape(), key.strides())?;
-        check_rows("value", self.key_shape(), value.shape(), value.strides())
+        check_rows("value", self.value_shape(), value.shape(), value.strides())
     }
 }
 
@@ -294,6 +310,14 @@ pub(crate) fn check_heads(query_heads: usize, kv_heads: usize, head_dim: usize) 
     if query_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
         let expected = format!("heads a multiple of the {kv_heads} KV heads");
         return Err(Error::shape("query", expected, query_heads.to_string()));
+    }
+    Ok(())
+}
+
+/// Refuses values without elements.
+pub(crate) fn check_value_dim(value_dim: usize) -> Result<()> {
+    if value_dim == 0 {
+        return Err(Error::shape("value", "head_dim of at least 1", "0"));
     }
     Ok(())
 }

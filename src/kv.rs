@@ -110,6 +110,7 @@ pub use store::KvStore;
 
 #[cfg(doc)]
 use crate::Backend;
+use crate::batch::with_dim;
 use crate::config::check_addressable;
 use crate::{Error, Result};
 
@@ -131,8 +132,10 @@ pub struct KvConfig {
     pub layers: usize,
     /// Heads of keys and values; at least 1.
     pub kv_heads: usize,
-    /// Elements of a head; at least 1.
+    /// Elements of a head of keys; at least 1.
     pub head_dim: usize,
+    /// Elements of a head of values; at least 1.
+    pub value_dim: usize,
     /// How many tokens there is room for.
     pub room: KvRoom,
 }
@@ -158,10 +161,17 @@ pub enum KvRoom {
 }
 
 impl KvConfig {
-    /// One layer of `kv_heads` heads of `head_dim` elements. Its room is for the caller to say, by
+    /// One layer of `kv_heads` heads of `head_dim` elements, of keys and of values. Its room is for the caller to say, by
     /// [`in_pages`](Self::in_pages) or [`in_rows`](Self::in_rows).
     pub fn new(kv_heads: usize, head_dim: usize) -> Self {
-        Self { layers: 1, kv_heads, head_dim, room: KvRoom::Pages { pages: 0, page_len: 0 } }
+        let room = KvRoom::Pages { pages: 0, page_len: 0 };
+        Self { layers: 1, kv_heads, head_dim, value_dim: head_dim, room }
+    }
+
+    /// The same with heads of `value_dim` elements of values.
+    #[must_use]
+    pub fn with_value_dim(self, value_dim: usize) -> Self {
+        Self { value_dim, ..self }
     }
 
     /// The same for so many layers.
@@ -182,14 +192,19 @@ impl KvConfig {
         Self { room: KvRoom::Rows { sequences, capacity }, ..self }
     }
 
-    /// The shape of a layer's keys, and of its values, `[pages, page_len, kv_heads, head_dim]`; in
-    /// rows `[sequences, capacity, kv_heads, head_dim]`.
+    /// The shape of a layer's keys, `[pages, page_len, kv_heads, head_dim]`; in rows `[sequences,
+    /// capacity, kv_heads, head_dim]`.
     pub fn shape(&self) -> [usize; 4] {
         let (pages, page_len) = match self.room {
             KvRoom::Pages { pages, page_len } => (pages, page_len),
             KvRoom::Rows { sequences, capacity } => (sequences, capacity),
         };
         [pages, page_len, self.kv_heads, self.head_dim]
+    }
+
+    /// The shape of a layer's values, the same with `value_dim`.
+    pub fn value_shape(&self) -> [usize; 4] {
+        with_dim(self.shape(), self.value_dim)
     }
 
     /// Whether room is in rows.
@@ -207,6 +222,7 @@ impl KvConfig {
             ("layers", 1, self.layers),
             ("kv_heads", 1, self.kv_heads),
             ("head_dim", 1, self.head_dim),
+            ("value_dim", 1, self.value_dim),
             ("page_len", page_len_at_least, page_len),
         ] {
             if got < least {
@@ -223,6 +239,7 @@ impl KvConfig {
             let got = format!("{pages} of {page_len}");
             return Err(Error::value(argument, "fewer than 2³² tokens in all", got));
         }
-        check_addressable("key", shape)
+        check_addressable("key", shape)?;
+        check_addressable("value", self.value_shape())
     }
 }

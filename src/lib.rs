@@ -11,26 +11,32 @@ mod config;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;
+mod element;
 mod error;
+mod inputs;
 mod kv;
 mod layout;
 mod mask;
 pub mod merge;
+mod scales;
 mod schedule;
 mod tensor;
 
 pub use append::{Append, LEFT_OUT, Rotation};
 pub use backend::{Backend, Capacity, Plain};
-pub use batch::{Batch, Inputs, Keys, Prefix, Sequence};
+pub use batch::{Batch, Keys, Prefix, Sequence};
 /// The types of streams and device memory that [`cuda::driver`] takes, of the version that it was
 /// built with.
 #[cfg(feature = "cuda")]
 pub use cudarc;
 
 pub use config::{AttentionConfig, AttentionShape, PlanConfig, ROW_INVARIANT_SPLIT_KEYS, ScoreConfig};
+pub use element::{DType, Element, F8E4M3, Output};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
+pub use inputs::Inputs;
 pub use kv::{KvConfig, KvRoom, KvStore, SequenceId, StepRows};
 pub use layout::{GeneratedKv, RankLayout, StarLayout, StarLayoutBuilder, StepLayout};
 pub use mask::{BlockList, Mask};
-pub use tensor::{DType, Element, Output, TensorView, TensorViewMut};
+pub use scales::Scales;
+pub use tensor::{TensorView, TensorViewMut};

@@ -114,8 +114,15 @@ fn pages_without_rows_hold_no_key() {
 
 #[test]
 fn uniform_and_packed_batches() {
-    let shape =
-        AttentionShape { batch: 2, query_len: 3, key_len: 5, query_heads: 4, kv_heads: 2, head_dim: 8 };
+    let shape = AttentionShape {
+        batch: 2,
+        query_len: 3,
+        key_len: 5,
+        query_heads: 4,
+        kv_heads: 2,
+        head_dim: 8,
+        value_dim: 8,
+    };
     let uniform = Batch::uniform(&shape, &Mask::Causal).unwrap();
     let expected: Vec<_> =
         (0..2).map(|b| Sequence::new(b, 0..3, Keys::rows(b, 0..5), Mask::Causal)).collect();

@@ -16,8 +16,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-const SHAPE: AttentionShape =
-    AttentionShape { batch: 1, query_len: 4, key_len: 3000, query_heads: 8, kv_heads: 2, head_dim: 128 };
+const SHAPE: AttentionShape = AttentionShape {
+    batch: 1,
+    query_len: 4,
+    key_len: 3000,
+    query_heads: 8,
+    kv_heads: 2,
+    head_dim: 128,
+    value_dim: 128,
+};
 
 /// A merge, launched by name.
 const KERNEL: &str = "merge_f32_f32";

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The modules from low to high. A module may use those of the levels below its own.
-const LEVELS: [&[&str]; 7] = [
-    &["error", "tensor", "mask", "config"],
-    &["layout", "batch", "append", "merge"],
+const LEVELS: [&[&str]; 8] = [
+    &["error", "element", "tensor", "mask", "config"],
+    &["layout", "batch", "scales", "merge"],
+    &["inputs", "append"],
     &["schedule", "backend"],
     &["cpu", "cuda"],
     &["kv"],
@@ -14,7 +15,7 @@ const LEVELS: [&[&str]; 7] = [
     &["candle"],
 ];
 
-/// The lowest level is one thing in four files, which may use each other.
+/// The lowest level is one thing in five files, which may use each other.
 const TOGETHER: usize = 0;
 
 fn level(module: &str) -> Option<usize> {

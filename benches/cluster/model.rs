@@ -163,6 +163,7 @@ fn partial_bytes(tokens: usize) -> usize {
 /// FLOPs of a layer's attention.
 fn flops(mask: Mask, query_len: usize, key_len: usize) -> f64 {
     let (query_heads, kv_heads, head_dim) = (HEADS, KV_HEADS, HEAD_DIM);
-    let shape = AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim };
+    let shape =
+        AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim, value_dim: head_dim };
     Plan::new(&AttentionConfig::new(mask), &shape).expect("extents of a model").flops() as f64
 }

@@ -42,8 +42,15 @@ impl Run {
         given: Option<f64>,
     ) -> Self {
         let query_heads = HEADS / KV_HEADS * kv_heads;
-        let shape =
-            AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim: HEAD_DIM };
+        let shape = AttentionShape {
+            batch: 1,
+            query_len,
+            key_len,
+            query_heads,
+            kv_heads,
+            head_dim: HEAD_DIM,
+            value_dim: HEAD_DIM,
+        };
         let plan = Plan::new(&AttentionConfig::new(mask), &shape).unwrap();
         let [queries, keys] = [shape.query_shape(), shape.key_shape()].map(|shape| shape.iter().product());
         let (query, key, value) = (numbers(queries), numbers(keys), numbers(keys));

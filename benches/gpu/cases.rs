@@ -80,7 +80,7 @@ impl Case {
         let mut row = match &self.work {
             Work::Copy { bytes } => json!({ "kind": "rate", "bytes": bytes }),
             Work::Attention(Call { config, shape, order, f32_out, offsets, row_invariant }) => {
-                let AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim } = shape;
+                let AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, .. } = shape;
                 let (anchor_len, block_len) = match config.mask {
                     Mask::Star { anchor_len, block_len, .. } => (anchor_len, block_len),
                     _ => (0, 0),
@@ -132,7 +132,15 @@ impl Sizes {
 
     fn call(&self, mask: Mask, batch: usize, query_len: usize, key_len: usize, head_dim: usize) -> Call {
         let Self { query_heads, kv_heads, .. } = *self;
-        let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+        let shape = AttentionShape {
+            batch,
+            query_len,
+            key_len,
+            query_heads,
+            kv_heads,
+            head_dim,
+            value_dim: head_dim,
+        };
         Call {
             config: AttentionConfig::new(mask),
             shape,

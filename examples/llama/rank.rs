@@ -208,7 +208,7 @@ impl<T: Element> Anchor<T> {
             shape,
             key: buffer(),
             value: buffer(),
-            scratch: vec![T::default(); anchor_scratch_len(shape)],
+            scratch: vec![T::default(); anchor_scratch_len(shape, shape[3])],
             local: store,
             sequence,
         })
@@ -262,5 +262,6 @@ pub fn shape(model: &Llama, query_len: usize, key_len: usize) -> AttentionShape 
         query_heads: config.heads,
         kv_heads: config.kv_heads,
         head_dim: config.head_dim,
+        value_dim: config.head_dim,
     }
 }

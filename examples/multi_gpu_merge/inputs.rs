@@ -16,7 +16,7 @@ impl Sizes {
     /// A rank's attention over so many keys.
     pub fn shape(&self, key_len: usize) -> AttentionShape {
         let Self { query_len, heads: query_heads, kv_heads, head_dim, .. } = *self;
-        AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim }
+        AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim, value_dim: head_dim }
     }
 
     pub fn query<T: Element>(&self) -> Rows<T> {

@@ -79,15 +79,18 @@ macro_rules! by_dtype {
                 type $T = crate::bf16;
                 $call
             }
+            other @ crate::DType::F8E4M3 => {
+                Err(crate::Error::value("tensor", "a tensor of f32, f16 or bf16", other))
+            }
         }
     };
 }
 use by_dtype;
 
-/// Attention of `query` `[batch, seq, heads, dim]` over `key` and `value` `[batch, keys, kv_heads,
-/// dim]`, all f32, f16 or bf16.
+/// Attention of `query` `[batch, seq, heads, dim]` over `key` `[batch, keys, kv_heads, dim]` and
+/// `value` `[batch, keys, kv_heads, value_dim]`, all f32, f16 or bf16.
 ///
-/// Returns the output, of the shape and dtype of `query`, and its log-sum-exp `[batch, heads, seq]`
+/// Returns the output `[batch, seq, heads, value_dim]`, of the dtype of `query`, and its log-sum-exp `[batch, heads, seq]`
 /// in f32. Where calls repeat, keep a [`Plan`].
 ///
 /// # Errors
@@ -98,7 +101,7 @@ pub fn attention(
     key: &Tensor,
     value: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    plan_of(config, query, key)?.attend(Inputs::new(query, key, value))
+    plan_of(config, query, key, value)?.attend(Inputs::new(query, key, value))
 }
 
 /// [`attention`] with the output in f32, so that a [`merge()`] of partials rounds once.
@@ -111,13 +114,14 @@ pub fn partial(
     key: &Tensor,
     value: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    plan_of(config, query, key)?.partial(Inputs::new(query, key, value))
+    plan_of(config, query, key, value)?.partial(Inputs::new(query, key, value))
 }
 
 /// The plan of one call.
-fn plan_of(config: &AttentionConfig, query: &Tensor, key: &Tensor) -> Result<Plan> {
+fn plan_of(config: &AttentionConfig, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Plan> {
     let [[batch, query_len, query_heads, head_dim], _] = axes("query", query.layout())?;
     let [[_, key_len, kv_heads, _], _] = axes("key", key.layout())?;
-    let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+    let [[.., value_dim], _] = axes("value", value.layout())?;
+    let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim };
     Plan::for_batch(query.device(), &config.score().into(), &Batch::uniform(&shape, &config.mask)?)
 }

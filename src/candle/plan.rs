@@ -3,6 +3,7 @@
 use super::borrow::{Locked, axes, table};
 use super::memory::{self, Home, Number, dtype, write_pair};
 use super::on_device;
+use crate::batch::with_dim;
 use crate::cpu::Cpu;
 use crate::{Backend, Batch, Capacity, Element, Error, Inputs, PlanConfig, Result, bf16, f16};
 use candle_core::{Device, Tensor};
@@ -75,7 +76,7 @@ impl Plan {
     pub fn new(device: &Device, config: &PlanConfig, capacity: &Capacity) -> Result<Self> {
         on_device!("device", device, home => {
             let plan = home.backend().plan(config, capacity)?;
-            Ok(Self(Kept::new(home, plan, capacity.query)?.into()))
+            Ok(Self(Kept::new(home, plan, with_dim(capacity.query, capacity.value_dim))?.into()))
         })
     }
 
@@ -86,7 +87,7 @@ impl Plan {
     pub fn for_batch(device: &Device, config: &PlanConfig, batch: &Batch) -> Result<Self> {
         on_device!("device", device, home => {
             let plan = home.backend().plan_for(config, batch)?;
-            let mut kept = Kept::new(home, plan, batch.query_shape())?;
+            let mut kept = Kept::new(home, plan, batch.out_shape())?;
             kept.padded = is_padded(batch);
             Ok(Self(kept.into()))
         })
@@ -100,8 +101,8 @@ impl Plan {
         of_plan!(&mut self.0, kept => kept.update(batch))
     }
 
-    /// Attention of the plan's batch: the output, of the shape and dtype of the query, and its
-    /// log-sum-exp `[batch, query_heads, seq]` in f32. A row that sees no key, or belongs to no
+    /// Attention of the plan's batch: the output, of the batch's [`out_shape`](Batch::out_shape) and
+    /// the dtype of the query, and its log-sum-exp `[batch, query_heads, seq]` in f32. A row that sees no key, or belongs to no
     /// sequence, gets 0 and `-inf`.
     ///
     /// All are f32, f16 or bf16, keys and values of one dtype. On the CPU queries may be of
@@ -131,8 +132,8 @@ struct Kept<H: Home> {
     plan: memory::Plan<H>,
     workspace: H::Owned<u8>,
     workspace_len: usize,
-    /// The shape of queries and outputs.
-    query: [usize; 4],
+    /// The shape of outputs.
+    out: [usize; 4],
     /// Whether rows may belong to no sequence: attention does not write them.
     padded: bool,
 }
@@ -152,15 +153,15 @@ impl From<Kept<super::cuda::Gpu>> for Of {
 
 impl<H: Home> std::fmt::Debug for Kept<H> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Kept").field("query", &self.query).finish_non_exhaustive()
+        f.debug_struct("Kept").field("out", &self.out).finish_non_exhaustive()
     }
 }
 
 impl<H: Home> Kept<H> {
-    fn new(home: H, plan: memory::Plan<H>, query: [usize; 4]) -> Result<Self> {
+    fn new(home: H, plan: memory::Plan<H>, out: [usize; 4]) -> Result<Self> {
         let workspace_len = home.backend().workspace_bytes(&plan);
         let workspace = home.allocate(workspace_len, true)?;
-        Ok(Self { home, plan, workspace, workspace_len, query, padded: true })
+        Ok(Self { home, plan, workspace, workspace_len, out, padded: true })
     }
 
     fn update(&mut self, batch: &Batch) -> Result<()> {
@@ -193,7 +194,7 @@ impl<H: Home> Kept<H> {
         &mut self,
         inputs: Inputs<&Tensor, &Tensor, &Tensor>,
     ) -> Result<(Tensor, Tensor)> {
-        let Self { home, plan, workspace, workspace_len, query: shape, padded } = self;
+        let Self { home, plan, workspace, workspace_len, out: shape, padded } = self;
         let home = &*home;
         let mut tensors = vec![("query", inputs.query), ("key", inputs.key), ("value", inputs.value)];
         if let Some([key, value]) = inputs.prefix {

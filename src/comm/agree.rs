@@ -21,7 +21,7 @@ pub struct Agreement {
 }
 
 /// Names and values, in the order of the message.
-type Fields = [(&'static str, u64); 19];
+type Fields = [(&'static str, u64); 20];
 
 impl Agreement {
     fn fields(&self, ranks: usize, link: Link) -> Fields {
@@ -40,6 +40,7 @@ impl Agreement {
             ("query_heads", self.shape.query_heads as u64),
             ("kv_heads", self.shape.kv_heads as u64),
             ("head_dim", self.shape.head_dim as u64),
+            ("value_dim", self.shape.value_dim as u64),
             ("layers", self.layers as u64),
             ("dtype", self.dtype as u64),
             ("anchor", self.anchor as u64),
@@ -85,7 +86,7 @@ fn show(argument: &str, value: u64) -> String {
         None => format!("number {value}"),
     };
     match argument {
-        "dtype" => one_of(&["f32", "f16", "bf16"]),
+        "dtype" => one_of(&["f32", "f16", "bf16", "f8e4m3"]),
         "anchor" => one_of(&["encoded", "received"]),
         "generated" => one_of(&["on the query rank", "round robin"]),
         "latency" | "bandwidth" => f64::from_bits(value).to_string(),

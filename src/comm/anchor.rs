@@ -3,23 +3,28 @@
 use super::Collective;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use super::{DeviceCollective, device::Region};
+use crate::batch::with_dim;
 use crate::config::check_rows;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::cuda::{Device, DeviceTensorMut, SpanMut};
 use crate::{Element, Error, Result, TensorViewMut};
 
-/// Elements of the scratch that [`share_anchor`] needs for keys of `shape` `[batch, anchor_len,
-/// kv_heads, head_dim]`.
-pub fn anchor_scratch_len(shape: [usize; 4]) -> usize {
+/// Elements of the scratch that [`share_anchor`] needs for keys `[batch, anchor_len, kv_heads,
+/// head_dim]` and values `[batch, anchor_len, kv_heads, value_dim]`.
+pub fn anchor_scratch_len(key: [usize; 4], value_dim: usize) -> usize {
+    elements(key) + elements(with_dim(key, value_dim))
+}
+
+fn elements(shape: [usize; 4]) -> usize {
     // Beside an axis without elements the others may have any extents.
-    if shape.contains(&0) { 0 } else { 2 * shape.iter().product::<usize>() }
+    if shape.contains(&0) { 0 } else { shape.iter().product() }
 }
 
 /// Copies rank 0's keys and values of the anchor, one layer's, over every other rank's: one message
 /// of both.
 ///
-/// Both are `[batch, anchor_len, kv_heads, head_dim]`, already rotated to their positions. A rank
-/// that received them encodes its own tokens only: queries of its rows
+/// They are `[batch, anchor_len, kv_heads, head_dim]`, already rotated to their positions, and
+/// `[batch, anchor_len, kv_heads, value_dim]`. A rank that received them encodes its own tokens only: queries of its rows
 /// [`kept`](crate::RankLayout::kept), against keys and values of all local rows, under the same
 /// [`mask`](crate::RankLayout::mask), which counts positions from the end. What the scratch holds
 /// does not matter.
@@ -36,21 +41,22 @@ pub fn share_anchor<T: Element>(
 ) -> Result<()> {
     let shape = key.shape();
     check_rows("key", shape, shape, key.strides())?;
-    check_rows("value", shape, value.shape(), value.strides())?;
-    let needed = anchor_scratch_len(shape);
+    let value_dim = value.shape()[3];
+    check_rows("value", with_dim(shape, value_dim), value.shape(), value.strides())?;
+    let needed = anchor_scratch_len(shape, value_dim);
     if scratch.len() < needed {
         return Err(Error::scratch::<T>(needed, scratch.len()));
     }
     let message = &mut scratch[..needed];
     let sends = group.rank() == 0;
     if sends {
-        let (keys, values) = message.split_at_mut(needed / 2);
+        let (keys, values) = message.split_at_mut(elements(shape));
         each_row(&mut key, keys, |row, packed| packed.copy_from_slice(row));
         each_row(&mut value, values, |row, packed| packed.copy_from_slice(row));
     }
     group.broadcast(0, bytemuck::cast_slice_mut(message))?;
     if !sends {
-        let (keys, values) = message.split_at_mut(needed / 2);
+        let (keys, values) = message.split_at_mut(elements(shape));
         each_row(&mut key, keys, |row, packed| row.copy_from_slice(packed));
         each_row(&mut value, values, |row, packed| row.copy_from_slice(packed));
     }
@@ -91,17 +97,19 @@ pub fn share_anchor_on_device<D: Device, T: Element>(
 ) -> Result<()> {
     let shape = key.shape();
     check_rows("key", shape, shape, key.strides())?;
-    check_rows("value", shape, value.shape(), value.strides())?;
+    let value_shape = with_dim(shape, value.shape()[3]);
+    check_rows("value", value_shape, value.shape(), value.strides())?;
     key.check_stream("key", stream)?;
     value.check_stream("value", stream)?;
-    let places = [(key.params().data, key.strides()), (value.params().data, value.strides())];
+    let places =
+        [(key.params().data, shape, key.strides()), (value.params().data, value_shape, value.strides())];
     let part = |(address, (start, len)): (u64, (usize, usize))| {
         let [start, len] = [start, len].map(|elements| elements * size_of::<T>());
         Region::new(address + start as u64, len).write()
     };
     let pieces = places
         .into_iter()
-        .flat_map(|(address, strides)| pieces(shape, strides).into_iter().map(move |p| (address, p)));
+        .flat_map(|(address, shape, strides)| pieces(shape, strides).into_iter().map(move |p| (address, p)));
     let mut parts: Vec<SpanMut<'_, D, u8>> = pieces.map(part).collect();
     group.broadcast(stream, 0, &mut parts)
 }

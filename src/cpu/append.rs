@@ -1,5 +1,6 @@
 //! New keys and values to their places in a KV cache, the keys rotated on the way where asked.
 
+use crate::batch::with_dim;
 use crate::config::check_rows;
 use crate::tensor::SharedRows;
 use crate::{Append, Element, Error, LEFT_OUT, Result, Rotation, TensorView, TensorViewMut};
@@ -8,15 +9,17 @@ use rayon::prelude::*;
 /// Elements below which a second thread costs more than it saves.
 const ELEMENTS_PER_TASK: usize = 1 << 15;
 
-/// Stores new keys and values in a cache of two tensors `[pages, page_len, kv_heads, head_dim]`,
-/// each row at its place.
+/// Stores new keys and values in a cache of keys `[pages, page_len, kv_heads, head_dim]` and values
+/// `[pages, page_len, kv_heads, value_dim]`, each row at its place.
 ///
 /// The last axes are contiguous. Rows are converted where the cache has another element type, in
-/// f32, rounded once. Places are compared with each other, which takes memory for a copy of them.
+/// f32, rounded once, after a division by the scales if there are any. Places are compared with each other, which takes memory for a copy of them.
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Value`] for
-/// a rotation of an odd number of dims or of more than there are; [`Error::Sequence`], naming the
+/// a rotation of an odd number of dims or of more than there are, or scales that are not finite or
+/// not above 0, [`Error::DType`] for scales of a cache of another type than [`F8E4M3`](crate::F8E4M3);
+/// [`Error::Sequence`], naming the
 /// index on the batch axis, with [`Error::Value`] for a place outside of the cache, one that
 /// another row has, or a position outside of the rotation's table. Nothing was written then.
 pub fn append<T: Element, C: Element>(
@@ -26,11 +29,12 @@ pub fn append<T: Element, C: Element>(
 ) -> Result<()> {
     let shape @ [batch, seq, kv_heads, dim] = new.key.shape();
     let [pages, page_len, ..] = cache_key.shape();
+    let [.., value_dim] = cache_value.shape();
     let cache = [pages, page_len, kv_heads, dim];
     check_rows("key", shape, shape, new.key.strides())?;
-    check_rows("value", shape, new.value.shape(), new.value.strides())?;
+    check_rows("value", with_dim(shape, value_dim), new.value.shape(), new.value.strides())?;
     check_rows("cache_key", cache, cache_key.shape(), cache_key.strides())?;
-    check_rows("cache_value", cache, cache_value.shape(), cache_value.strides())?;
+    check_rows("cache_value", with_dim(cache, value_dim), cache_value.shape(), cache_value.strides())?;
     // Axes of stride 0 may have any extent.
     let tokens = if shape.contains(&0) { Some(0) } else { batch.checked_mul(seq) };
     let Some(tokens) = tokens else {
@@ -43,8 +47,11 @@ pub fn append<T: Element, C: Element>(
         check_rotation(rotation, new.places, tokens, seq, dim)?;
     }
 
+    if let Some(scales) = &new.scales {
+        scales.check(C::DTYPE, kv_heads)?;
+    }
     let (cache_key, cache_value) = (SharedRows::new(cache_key), SharedRows::new(cache_value));
-    let least = ELEMENTS_PER_TASK.div_ceil((kv_heads * dim).max(1));
+    let least = ELEMENTS_PER_TASK.div_ceil((kv_heads * dim.max(value_dim)).max(1));
     (0..tokens).into_par_iter().with_min_len(least).for_each(|token| {
         let Some([page, row]) = places.get(token) else { return };
         let angles = new.rotation.as_ref().map(|rotation| Angles::new(rotation, token));
@@ -53,10 +60,11 @@ pub fn append<T: Element, C: Element>(
             let (to_key, to_value) =
                 unsafe { (cache_key.row(page, row, head), cache_value.row(page, row, head)) };
             let from = [token / seq, token % seq, head];
-            convert(row_of(&new.value, from), to_value);
+            let [key_scale, value_scale] = new.scales.map_or([1.0; 2], |scales| scales.of_head(head));
+            convert(row_of(&new.value, from), value_scale, to_value);
             match &angles {
-                Some(angles) => angles.rotate(row_of(&new.key, from), to_key),
-                None => convert(row_of(&new.key, from), to_key),
+                Some(angles) => angles.rotate(row_of(&new.key, from), key_scale, to_key),
+                None => convert(row_of(&new.key, from), key_scale, to_key),
             }
         }
     });
@@ -139,11 +147,11 @@ fn row_of<'a, T: Element>(tensor: &TensorView<'a, T>, [batch, seq, head]: [usize
     &tensor.data()[start..start + tensor.shape()[3]]
 }
 
-fn convert<T: Element, C: Element>(from: &[T], to: &mut [C]) {
-    if T::DTYPE == C::DTYPE {
+fn convert<T: Element, C: Element>(from: &[T], scale: f32, to: &mut [C]) {
+    if T::DTYPE == C::DTYPE && scale == 1.0 {
         to.copy_from_slice(bytemuck::cast_slice(from));
     } else {
-        to.iter_mut().zip(from).for_each(|(to, from)| *to = C::from_f32(from.to_f32()));
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = C::from_f32(from.to_f32() / scale));
     }
 }
 
@@ -162,14 +170,14 @@ impl<'a> Angles<'a> {
         Self { cos: of(rotation.cos), sin: of(rotation.sin), interleaved: rotation.interleaved }
     }
 
-    fn rotate<T: Element, C: Element>(&self, from: &[T], to: &mut [C]) {
+    fn rotate<T: Element, C: Element>(&self, from: &[T], scale: f32, to: &mut [C]) {
         let half = self.cos.len();
-        convert(&from[2 * half..], &mut to[2 * half..]);
+        convert(&from[2 * half..], scale, &mut to[2 * half..]);
         for (i, (cos, sin)) in self.cos.iter().zip(self.sin).enumerate() {
             let [first, second] = if self.interleaved { [2 * i, 2 * i + 1] } else { [i, i + half] };
             let (x, y) = (from[first].to_f32(), from[second].to_f32());
-            to[first] = C::from_f32(x * cos - y * sin);
-            to[second] = C::from_f32(x * sin + y * cos);
+            to[first] = C::from_f32((x * cos - y * sin) / scale);
+            to[second] = C::from_f32((x * sin + y * cos) / scale);
         }
     }
 }

@@ -5,18 +5,19 @@
 //! lse = ln Σ_j exp(s_j)          out = Σ_j exp(s_j - lse) v_j
 //! ```
 //!
-//! With attention sinks, one logit for each head, `lse = ln(Σ_j exp(s_j) + exp(sink))`.
+//! With attention sinks, one logit for each head, `lse = ln(Σ_j exp(s_j) + exp(sink))`. With scales
+//! k and v are their codes' values times these, in f64.
 //!
 //! It shares no code with the backends: neither their tiles nor their view of the mask. Slow; made
 //! to be right.
 
 use crate::config::check_sinks;
-use crate::{AttentionConfig, AttentionShape, Element, Mask, Result, TensorView};
+use crate::{AttentionConfig, AttentionShape, Element, Error, Inputs, Mask, Result, TensorView};
 
 /// An output and its log-sum-exp in f64.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reference {
-    /// `[batch, seq, heads, dim]`, row-major.
+    /// `[batch, seq, heads, value_dim]`, row-major.
     pub out: Vec<f64>,
     /// `[batch, heads, seq]`, natural logarithm; `-inf`, or the sink, where no key is seen.
     pub lse: Vec<f64>,
@@ -45,54 +46,60 @@ pub fn sees(mask: &Mask, query_len: usize, key_len: usize, row: usize, key: usiz
     }
 }
 
-/// Attention of `query` `[batch, seq, heads, dim]` over `key` and `value` `[batch, keys, kv_heads,
-/// dim]`.
+/// Attention of `query` `[batch, seq, heads, dim]` over `key` `[batch, keys, kv_heads, dim]` and
+/// `value` `[batch, keys, kv_heads, value_dim]`.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::Stride`](crate::Error::Stride) or
-/// [`Error::Value`](crate::Error::Value) for tensors or a config that do not fit together.
+/// [`Error::Shape`], [`Error::Stride`](crate::Error::Stride) or [`Error::Value`] for tensors or a
+/// config that do not fit together.
 pub fn attention<T: Element>(
     config: &AttentionConfig,
     query: TensorView<'_, T>,
     key: TensorView<'_, T>,
     value: TensorView<'_, T>,
 ) -> Result<Reference> {
-    attention_with_sinks(config, query, key, value, None)
+    attention_of(config, Inputs::new(query, key, value))
 }
 
-/// [`attention`] with sinks `[heads]`, if given. One of `-inf` is none.
+/// [`attention`] of inputs with sinks and scales, and with queries of another type than keys. A
+/// sink of `-inf` is none.
 ///
 /// # Errors
-/// As [`attention`], [`Error::Shape`](crate::Error::Shape) for another number of sinks, and
-/// [`Error::Value`](crate::Error::Value) for one that is NaN or `+inf`.
-pub fn attention_with_sinks<T: Element>(
+/// As [`attention`]; [`Error::Shape`] for another number of sinks or scales,
+/// [`Error::Value`] for a sink that is NaN or `+inf`, a scale out of range, or inputs with a prefix,
+/// which the oracle takes as the first keys; [`Error::DType`](crate::Error::DType) for scales of
+/// keys that are not [`F8E4M3`](crate::F8E4M3).
+pub fn attention_of<Q: Element, T: Element>(
     config: &AttentionConfig,
-    query: TensorView<'_, T>,
-    key: TensorView<'_, T>,
-    value: TensorView<'_, T>,
-    sinks: Option<&[f32]>,
+    inputs: Inputs<TensorView<'_, Q>, TensorView<'_, T>, &[f32]>,
 ) -> Result<Reference> {
+    let Inputs { query, key, value, prefix, sinks, scales } = inputs;
     config.validate()?;
     let shape = AttentionShape::of(&query, &key, &value)?;
+    if prefix.is_some() {
+        return Err(Error::value("prefix", "none: its rows are the first keys", "some"));
+    }
     check_sinks(shape.query_heads, sinks)?;
-    let AttentionShape { batch, query_len, key_len, query_heads, head_dim, .. } = shape;
+    scales.map_or(Ok(()), |scales| scales.check(T::DTYPE, shape.kv_heads))?;
+    let AttentionShape { batch, query_len, key_len, query_heads, head_dim, value_dim, .. } = shape;
     config.mask.validate_for(query_len, key_len)?;
     let scale = f64::from(config.scale_for(head_dim));
-    let mut out = vec![0.0; batch * query_len * query_heads * head_dim];
+    let mut out = vec![0.0; batch * query_len * query_heads * value_dim];
     let mut lse = vec![f64::NEG_INFINITY; shape.lse_len()];
     for b in 0..batch {
         for row in 0..query_len {
             for head in 0..query_heads {
                 let kv_head = head / shape.group();
-                let at = |x: &TensorView<'_, T>, seq, head, d| f64::from(x.at([b, seq, head, d]).to_f32());
+                let [key_scale, value_scale] =
+                    scales.map_or([1.0; 2], |scales| scales.of_head(kv_head).map(f64::from));
                 let visible: Vec<usize> =
                     (0..key_len).filter(|&j| sees(&config.mask, query_len, key_len, row, j)).collect();
                 let scores: Vec<f64> = visible
                     .iter()
                     .map(|&j| {
-                        let dot: f64 =
-                            (0..head_dim).map(|d| at(&query, row, head, d) * at(&key, j, kv_head, d)).sum();
-                        let score = scale * dot;
+                        let term =
+                            |d| at(&query, [b, row, head, d]) * key_scale * at(&key, [b, j, kv_head, d]);
+                        let score = scale * (0..head_dim).map(term).sum::<f64>();
                         config.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                     })
                     .collect();
@@ -101,12 +108,13 @@ pub fn attention_with_sinks<T: Element>(
                 // If every term is -inf, there is nothing to shift by.
                 let shift = if max == f64::NEG_INFINITY { 0.0 } else { max };
                 let sum = scores.iter().map(|s| (s - shift).exp()).sum::<f64>() + (sink - shift).exp();
-                let row_out = &mut out[((b * query_len + row) * query_heads + head) * head_dim..][..head_dim];
+                let row_out =
+                    &mut out[((b * query_len + row) * query_heads + head) * value_dim..][..value_dim];
                 if sum != 0.0 {
                     for (&j, s) in visible.iter().zip(&scores) {
                         let weight = (s - shift).exp() / sum;
                         for (d, out) in row_out.iter_mut().enumerate() {
-                            *out += weight * at(&value, j, kv_head, d);
+                            *out += weight * value_scale * at(&value, [b, j, kv_head, d]);
                         }
                     }
                 }
@@ -115,4 +123,8 @@ pub fn attention_with_sinks<T: Element>(
         }
     }
     Ok(Reference { out, lse })
+}
+
+fn at<T: Element>(tensor: &TensorView<'_, T>, index: [usize; 4]) -> f64 {
+    f64::from(tensor.at(index).to_f32())
 }

@@ -10,7 +10,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let device = Driver::open(0)?;
 //! let stream = device.context().default_stream();
-//! let shape = AttentionShape { batch: 1, query_len: 4096, key_len: 4096, query_heads: 32, kv_heads: 8, head_dim: 128 };
+//! let shape = AttentionShape { batch: 1, query_len: 4096, key_len: 4096, query_heads: 32, kv_heads: 8, head_dim: 128, value_dim: 128 };
 //! let plan = Plan::new(&device.properties(), &AttentionConfig::new(Mask::Causal), &shape)?;
 //!
 //! let query = stream.alloc_zeros::<bf16>(4096 * 32 * 128)?;

@@ -1,4 +1,4 @@
-//! How a layer's keys or values lie in memory: `[pages, kv_heads, page_len, head_dim]`, so that the
+//! How a layer's keys or values lie in memory: `[pages, kv_heads, page_len, dim]`, so that the
 //! keys of a head are contiguous. A *plane* is one head's rows of one page.
 
 use crate::{Append, Backend, Element, LEFT_OUT, Result};
@@ -20,7 +20,7 @@ pub(super) struct Planes {
 /// Rows that go from planes to as many others, in the order of memory: row by row to the same rows.
 pub(super) struct PlaneCopy<B: Backend> {
     calls: Vec<Call<B>>,
-    head_dim: usize,
+    dims: [usize; 2],
 }
 
 struct Call<B: Backend> {
@@ -34,10 +34,10 @@ struct Call<B: Backend> {
 
 impl<B: Backend> PlaneCopy<B> {
     /// A copy of the first rows of `count` planes: as many of each as `rows` says, by its number
-    /// from 0 on.
+    /// from 0 on. `dims` are the elements of a row of keys and of values.
     pub(super) fn new(
         backend: &B,
-        head_dim: usize,
+        dims: [usize; 2],
         (from, to): (Planes, Planes),
         count: usize,
         rows: impl Fn(usize) -> usize,
@@ -64,7 +64,7 @@ impl<B: Backend> PlaneCopy<B> {
                 places: backend.buffer_of(&places)?,
             });
         }
-        Ok(Self { calls, head_dim })
+        Ok(Self { calls, dims })
     }
 
     pub(super) fn run<T: Element>(
@@ -73,21 +73,34 @@ impl<B: Backend> PlaneCopy<B> {
         [from_key, from_value]: &Layer<B, T>,
         [to_key, to_value]: &mut Layer<B, T>,
     ) -> Result<()> {
-        let dim = self.head_dim;
+        let [key_dim, value_dim] = self.dims;
         for Call { from, to, count, rows, places } in &self.calls {
             // A plane is a page of one head.
-            let shape = |rows| [*count, rows, 1, dim];
-            let strides = |planes: &Planes| [planes.len * dim, dim, dim, 1];
-            let part = |planes: &Planes| planes.first * planes.len * dim..;
-            let read = |argument, buffer| {
-                B::view(argument, backend.slice(buffer, part(from)), shape(*rows), strides(from))
+            let shape = |rows, dim| [*count, rows, 1, dim];
+            let strides = |planes: &Planes, dim| [planes.len * dim, dim, dim, 1];
+            let part = |planes: &Planes, dim| planes.first * planes.len * dim..;
+            let read = |argument, buffer, dim| {
+                B::view(
+                    argument,
+                    backend.slice(buffer, part(from, dim)),
+                    shape(*rows, dim),
+                    strides(from, dim),
+                )
             };
-            let write = |argument, buffer| {
-                B::view_mut(argument, backend.slice_mut(buffer, part(to)), shape(to.len), strides(to))
+            let write = |argument, buffer, dim| {
+                let slice = backend.slice_mut(buffer, part(to, dim));
+                B::view_mut(argument, slice, shape(to.len, dim), strides(to, dim))
             };
-            let new =
-                Append::new(read("key", from_key)?, read("value", from_value)?, backend.slice(places, ..));
-            backend.append(new, write("cache_key", to_key)?, write("cache_value", to_value)?)?;
+            let new = Append::new(
+                read("key", from_key, key_dim)?,
+                read("value", from_value, value_dim)?,
+                backend.slice(places, ..),
+            );
+            backend.append(
+                new,
+                write("cache_key", to_key, key_dim)?,
+                write("cache_value", to_value, value_dim)?,
+            )?;
         }
         Ok(())
     }

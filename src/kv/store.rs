@@ -10,8 +10,8 @@ use std::ops::Range;
 /// Keys and values of an engine's sequences, in the memory of one backend: the one that is passed
 /// to every call.
 ///
-/// Each layer has a tensor of keys and one of values, [`shape`](Self::shape) `[pages, page_len,
-/// kv_heads, head_dim]`. In memory heads come before rows, so that the keys of a head are
+/// Each layer has a tensor of keys, [`shape`](Self::shape) `[pages, page_len, kv_heads, head_dim]`,
+/// and one of values, [`value_shape`](Self::value_shape). In memory heads come before rows, so that the keys of a head are
 /// contiguous.
 ///
 /// What a sequence holds is its length alone, the same in all layers; `extend` and `truncate`
@@ -43,16 +43,22 @@ impl<B: Backend, T: Element> KvStore<B, T> {
         &self.config
     }
 
-    /// The shape of a layer's keys, and of its values, `[pages, page_len, kv_heads, head_dim]`: the
-    /// key shape of a [`Batch`](crate::Batch).
+    /// The shape of a layer's keys, `[pages, page_len, kv_heads, head_dim]`: the key shape of a
+    /// [`Batch`](crate::Batch).
     pub fn shape(&self) -> [usize; 4] {
         self.config.shape()
     }
 
+    /// The shape of a layer's values, `[pages, page_len, kv_heads, value_dim]`.
+    pub fn value_shape(&self) -> [usize; 4] {
+        self.config.value_shape()
+    }
+
     /// Bytes of the keys and values of one token, over all layers.
     pub fn row_bytes(&self) -> usize {
-        let KvConfig { layers, kv_heads, head_dim, .. } = self.config;
-        [layers, kv_heads, head_dim, T::DTYPE.size()].iter().fold(2, |n: usize, &x| n.saturating_mul(x))
+        let KvConfig { layers, kv_heads, head_dim, value_dim, .. } = self.config;
+        let dims = head_dim.saturating_add(value_dim);
+        [layers, kv_heads, T::DTYPE.size()].iter().fold(dims, |n, &x| n.saturating_mul(x))
     }
 
     /// Pages that no sequence has.
@@ -101,7 +107,8 @@ impl<B: Backend, T: Element> KvStore<B, T> {
 
     /// By way of memory of its own: no tensor is read and written in one call.
     fn copy(&mut self, backend: &B, extension: &Extension) -> Result<()> {
-        let KvConfig { kv_heads, head_dim, .. } = self.config;
+        let KvConfig { kv_heads, head_dim, value_dim, .. } = self.config;
+        let dims = [head_dim, value_dim];
         let Some(PageCopy { from, to, rows, .. }) = extension.copy else { return Ok(()) };
         if rows == 0 {
             return Ok(());
@@ -109,10 +116,10 @@ impl<B: Backend, T: Element> KvStore<B, T> {
         let [_, len, ..] = self.shape();
         let [from, to] = [from, to].map(|page| Planes { first: page as usize * kv_heads, len });
         let between = Planes { first: 0, len: rows };
-        let out = PlaneCopy::new(backend, head_dim, (from, between), kv_heads, |_| rows)?;
-        let back = PlaneCopy::new(backend, head_dim, (between, to), kv_heads, |_| rows)?;
-        let elements = kv_heads * rows * head_dim;
-        let mut scratch = [backend.buffer(elements)?, backend.buffer(elements)?];
+        let out = PlaneCopy::new(backend, dims, (from, between), kv_heads, |_| rows)?;
+        let back = PlaneCopy::new(backend, dims, (between, to), kv_heads, |_| rows)?;
+        let scratch = |dim| backend.buffer(kv_heads * rows * dim);
+        let mut scratch = [scratch(head_dim)?, scratch(value_dim)?];
         for layer in &mut self.layers {
             out.run(backend, layer, &mut scratch)?;
             back.run(backend, &scratch, layer)?;
@@ -171,18 +178,19 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     /// # Errors
     /// [`Error::Value`], naming `layer`, if there is no such layer.
     pub fn key<'a>(&'a self, backend: &'a B, layer: usize) -> Result<B::View<'a, T>> {
-        self.whole(backend, "key", &self.layer(layer)?[0])
+        whole::<B, T>(backend, "key", &self.layer(layer)?[0], self.shape())
     }
 
-    /// The values of a layer, of [`shape`](Self::shape).
+    /// The values of a layer, of [`value_shape`](Self::value_shape).
     ///
     /// # Errors
     /// As [`key`](Self::key).
     pub fn value<'a>(&'a self, backend: &'a B, layer: usize) -> Result<B::View<'a, T>> {
-        self.whole(backend, "value", &self.layer(layer)?[1])
+        whole::<B, T>(backend, "value", &self.layer(layer)?[1], self.value_shape())
     }
 
-    /// Keys and values of a sequence in rows, each `[1, len, kv_heads, head_dim]`.
+    /// Keys `[1, len, kv_heads, head_dim]` and values `[1, len, kv_heads, value_dim]` of a sequence
+    /// in rows.
     ///
     /// # Errors
     /// [`Error::Value`], naming `layer` or `sequence`, if there is none, or `store`, if it is in
@@ -206,13 +214,11 @@ impl<B: Backend, T: Element> KvStore<B, T> {
         let Keys::Rows { batch, .. } = self.keys_of(id, len)? else {
             return Err(Error::value("store", "one in rows", "one in pages"));
         };
-        let [_, page_len, kv_heads, head_dim] = self.shape();
-        let first = batch * kv_heads * page_len * head_dim;
-        let view = |argument, buffer| {
-            let shape = [1, len, kv_heads, head_dim];
-            B::view(argument, backend.slice(buffer, first..), shape, strides(self.shape()))
+        let view = |argument, buffer, all @ [_, page_len, kv_heads, dim]: [usize; 4]| {
+            let first = batch * kv_heads * page_len * dim;
+            B::view(argument, backend.slice(buffer, first..), [1, len, kv_heads, dim], strides(all))
         };
-        Ok([view("key", key)?, view("value", value)?])
+        Ok([view("key", key, self.shape())?, view("value", value, self.value_shape())?])
     }
 
     /// Stores new rows of any sequences in a layer. A token that sequences share is written for all
@@ -227,17 +233,17 @@ impl<B: Backend, T: Element> KvStore<B, T> {
         new: Append<B::View<'_, S>, B::Slice<'_, f32>, B::Slice<'_, u32>>,
     ) -> Result<()> {
         self.layer(layer)?;
-        let shape = self.shape();
+        let (shape, value_shape) = (self.shape(), self.value_shape());
         let [key, value] = self.layers[layer].each_mut().map(|buffer| backend.slice_mut(buffer, ..));
         backend.append(
             new,
             B::view_mut("cache_key", key, shape, strides(shape))?,
-            B::view_mut("cache_value", value, shape, strides(shape))?,
+            B::view_mut("cache_value", value, value_shape, strides(value_shape))?,
         )
     }
 
-    /// Stores keys and values, each `[1, rows.len(), kv_heads, head_dim]`, as the tokens `rows` of
-    /// one sequence in a layer.
+    /// Stores keys `[1, rows.len(), kv_heads, head_dim]` and values `[1, rows.len(), kv_heads,
+    /// value_dim]` as the tokens `rows` of one sequence in a layer.
     ///
     /// The places go to the backend's memory in each call: an engine of many layers makes them
     /// once, for [`append`](Self::append).
@@ -271,7 +277,7 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     /// [`Error::Value`] for a config that differs in more than room, or has less; as
     /// [`new`](Self::new) and [`Backend::append`]. The store is then as it was.
     pub fn grow(&mut self, backend: &B, config: KvConfig) -> Result<()> {
-        let KvConfig { layers, kv_heads, head_dim, .. } = self.config;
+        let KvConfig { layers, kv_heads, head_dim, value_dim, .. } = self.config;
         let [pages, page_len, ..] = self.shape();
         let [more_pages, longer, ..] = config.shape();
         let in_rows = self.config.in_rows_mode();
@@ -284,6 +290,7 @@ impl<B: Backend, T: Element> KvStore<B, T> {
             ("layers", true, layers, config.layers),
             ("kv_heads", true, kv_heads, config.kv_heads),
             ("head_dim", true, head_dim, config.head_dim),
+            ("value_dim", true, value_dim, config.value_dim),
             (names[0], false, pages, more_pages),
             (names[1], !in_rows, page_len, longer),
         ] {
@@ -297,8 +304,8 @@ impl<B: Backend, T: Element> KvStore<B, T> {
         let mut grown = allocate(backend, &config)?;
         let planes = (Planes { first: 0, len: page_len }, Planes { first: 0, len: longer });
         let used = self.table.used_rows();
-        let copy =
-            PlaneCopy::new(backend, head_dim, planes, pages * kv_heads, |plane| used[plane / kv_heads])?;
+        let dims = [head_dim, value_dim];
+        let copy = PlaneCopy::new(backend, dims, planes, pages * kv_heads, |plane| used[plane / kv_heads])?;
         for (from, to) in self.layers.iter().zip(&mut grown) {
             copy.run(backend, from, to)?;
         }
@@ -312,33 +319,33 @@ impl<B: Backend, T: Element> KvStore<B, T> {
         let expected = || format!("below {}", self.layers.len());
         self.layers.get(layer).ok_or_else(|| Error::value("layer", expected(), layer))
     }
+}
 
-    fn whole<'a>(
-        &self,
-        backend: &'a B,
-        argument: &'static str,
-        buffer: &'a B::Buffer<T>,
-    ) -> Result<B::View<'a, T>> {
-        B::view(argument, backend.slice(buffer, ..), self.shape(), strides(self.shape()))
-    }
+fn whole<'a, B: Backend, T: Element>(
+    backend: &'a B,
+    argument: &'static str,
+    buffer: &'a B::Buffer<T>,
+    shape: [usize; 4],
+) -> Result<B::View<'a, T>> {
+    B::view(argument, backend.slice(buffer, ..), shape, strides(shape))
 }
 
 /// Memory for all layers.
 fn allocate<B: Backend, T: Element>(backend: &B, config: &KvConfig) -> Result<Vec<Layer<B, T>>> {
-    let elements = config.shape().iter().product();
+    let [keys, values] = [config.shape(), config.value_shape()].map(|shape| shape.iter().product());
     let mut layers = Vec::new();
     if layers.try_reserve_exact(config.layers).is_err() {
         return Err(Error::value("layers", "a count that memory has room for", config.layers));
     }
     for _ in 0..config.layers {
-        layers.push([backend.buffer(elements)?, backend.buffer(elements)?]);
+        layers.push([backend.buffer(keys)?, backend.buffer(values)?]);
     }
     Ok(layers)
 }
 
-/// Of a tensor `[pages, page_len, kv_heads, head_dim]` with heads before rows.
-fn strides([_, page_len, kv_heads, head_dim]: [usize; 4]) -> [usize; 4] {
-    [kv_heads * page_len * head_dim, head_dim, page_len * head_dim, 1]
+/// Of a tensor `[pages, page_len, kv_heads, dim]` with heads before rows.
+fn strides([_, page_len, kv_heads, dim]: [usize; 4]) -> [usize; 4] {
+    [kv_heads * page_len * dim, dim, page_len * dim, 1]
 }
 
 impl<B: Backend, T: Element> Debug for KvStore<B, T> {

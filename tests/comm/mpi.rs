@@ -354,6 +354,7 @@ fn agreement(group: &dyn Collective, block_len: usize) -> Agreement {
             query_heads: 4,
             kv_heads: 2,
             head_dim: 64,
+            value_dim: 64,
         },
         layers: 1,
         dtype: DType::F32,

@@ -56,8 +56,15 @@ fn an_engine_on_each_instruction_set_and_one_thread() {
 /// The instructions of a backend are those of its plans: other sets give other bits.
 #[test]
 fn plans_take_the_instructions_of_their_backend() {
-    let shape =
-        AttentionShape { batch: 1, query_len: 40, key_len: 300, query_heads: 2, kv_heads: 1, head_dim: 64 };
+    let shape = AttentionShape {
+        batch: 1,
+        query_len: 40,
+        key_len: 300,
+        query_heads: 2,
+        kv_heads: 1,
+        head_dim: 64,
+        value_dim: 64,
+    };
     let mut rng = Rng::new(11);
     let query = Tensor::<bf16>::normal("query", shape.query_shape(), &mut rng);
     let [key, value] = ["key", "value"].map(|name| Tensor::<bf16>::normal(name, shape.key_shape(), &mut rng));
@@ -293,8 +300,15 @@ fn absurd_extents() {
     let error = cpu.plan_for(&config.with_row_invariant(), &batch).map(drop).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "split_keys", .. }), "{error}");
 
-    let shape =
-        AttentionShape { batch: MAX, query_len: MAX, key_len: 1, query_heads: 3, kv_heads: 0, head_dim: 1 };
+    let shape = AttentionShape {
+        batch: MAX,
+        query_len: MAX,
+        key_len: 1,
+        query_heads: 3,
+        kv_heads: 0,
+        head_dim: 1,
+        value_dim: 1,
+    };
     assert_eq!((shape.group(), shape.lse_len()), (0, MAX));
 }
 
@@ -302,8 +316,15 @@ fn absurd_extents() {
 #[test]
 fn plans_keep_their_instructions() {
     let portable = Cpu::new().with_instructions(InstructionSet::Portable).unwrap();
-    let shape =
-        AttentionShape { batch: 1, query_len: 20, key_len: 200, query_heads: 1, kv_heads: 1, head_dim: 64 };
+    let shape = AttentionShape {
+        batch: 1,
+        query_len: 20,
+        key_len: 200,
+        query_heads: 1,
+        kv_heads: 1,
+        head_dim: 64,
+        value_dim: 64,
+    };
     let mut rng = Rng::new(12);
     let query = Tensor::<f32>::normal("query", shape.query_shape(), &mut rng);
     let key = Tensor::<f32>::normal("key", shape.key_shape(), &mut rng);

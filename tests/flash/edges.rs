@@ -178,7 +178,15 @@ fn extents_that_no_tensor_can_have_are_refused() {
         [[MAX, 1, 1], [MAX; 3], [1, MAX, 1], [1, 1, MAX], [0, MAX, MAX], [MAX, 0, MAX]]
     {
         for (query_heads, kv_heads, head_dim) in [(MAX, MAX, MAX), (2, 1, MAX), (MAX, 1, 64), (4, 2, 8)] {
-            let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+            let shape = AttentionShape {
+                batch,
+                query_len,
+                key_len,
+                query_heads,
+                kv_heads,
+                head_dim,
+                value_dim: head_dim,
+            };
             for mask in MASKS {
                 let plan = Plan::new(&AttentionConfig::new(mask.clone()), &shape);
                 assert!(matches!(plan, Err(Error::Shape { .. })), "{shape:?}");

@@ -9,8 +9,24 @@ use std::mem::MaybeUninit;
 
 /// Few rows whose keys are split, and many rows.
 const SHAPES: [AttentionShape; 2] = [
-    AttentionShape { batch: 1, query_len: 1, key_len: 5000, query_heads: 4, kv_heads: 2, head_dim: 40 },
-    AttentionShape { batch: 2, query_len: 70, key_len: 90, query_heads: 4, kv_heads: 2, head_dim: 24 },
+    AttentionShape {
+        batch: 1,
+        query_len: 1,
+        key_len: 5000,
+        query_heads: 4,
+        kv_heads: 2,
+        head_dim: 40,
+        value_dim: 40,
+    },
+    AttentionShape {
+        batch: 2,
+        query_len: 70,
+        key_len: 90,
+        query_heads: 4,
+        kv_heads: 2,
+        head_dim: 24,
+        value_dim: 24,
+    },
 ];
 
 struct Call {

@@ -144,7 +144,7 @@ impl Case {
 fn shape_of<T: Element>(inputs: &Inputs<T>) -> AttentionShape {
     let ([batch, query_len, query_heads, head_dim], [_, key_len, kv_heads, _]) =
         (inputs.query.shape(), inputs.key.shape());
-    AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim }
+    AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim: head_dim }
 }
 
 /// A variant of the kernel for many rows, by its name.

@@ -152,8 +152,7 @@ on_each_device! {
         for query_len in [1, 2, 16] {
             for mask in MASKS {
                 let shape = AttentionShape {
-                    batch: 1, query_len, key_len: 3000, query_heads: 4, kv_heads: 1, head_dim: 64,
-                };
+                    batch: 1, query_len, key_len: 3000, query_heads: 4, kv_heads: 1, head_dim: 64, value_dim: 64 };
                 let plan = Plan::new(&properties, &AttentionConfig::new(mask.clone()), &shape).unwrap();
                 assert!(mask == STAR || plan.splits() > 1);
                 check::<B, bf16>(&mask, [1, query_len, 3000], [4, 1], 64);
@@ -188,7 +187,7 @@ on_each_device! {
             On(B::cuda(5)).attend(&config, None, &inputs, &mut copied, None);
 
             let [batch, _, query_heads, head_dim] = query.shape();
-            let shape = AttentionShape { batch, query_len, key_len: 40, query_heads, kv_heads: 2, head_dim };
+            let shape = AttentionShape { batch, query_len, key_len: 40, query_heads, kv_heads: 2, head_dim, value_dim: head_dim };
             let plan = Plan::new(&backend.device().properties(), &config, &shape).unwrap();
             let (query, one) = (Memory::of(&backend, &query), Memory::of(&backend, &one));
             let repeated = DeviceTensor::new("key", backend.span(&one.memory), keys.shape(), [0, 128, 64, 1]).unwrap();

@@ -15,8 +15,15 @@ use star_attention::{
 };
 
 const PROPERTIES: Properties = Properties::new(132, 228 * 1024, 50 << 20);
-const SHAPE: AttentionShape =
-    AttentionShape { batch: 2, query_len: 3, key_len: 5, query_heads: 4, kv_heads: 2, head_dim: 64 };
+const SHAPE: AttentionShape = AttentionShape {
+    batch: 2,
+    query_len: 3,
+    key_len: 5,
+    query_heads: 4,
+    kv_heads: 2,
+    head_dim: 64,
+    value_dim: 64,
+};
 const QUERY: [usize; 4] = [2, 3, 4, 64];
 const KEY: [usize; 4] = [2, 5, 2, 64];
 const LSE: usize = 24;
@@ -169,8 +176,15 @@ fn configs_and_extents_out_of_range() {
     // The last one has 2³³ heads in few enough blocks.
     let heads = [(4, 3, "query"), (0, 2, "query"), (4, 0, "key"), (1 << 33, 1 << 28, "query")];
     for (query_heads, kv_heads, argument) in heads {
-        let shape =
-            AttentionShape { batch: 1, query_len: 1, key_len: 1, query_heads, kv_heads, head_dim: 64 };
+        let shape = AttentionShape {
+            batch: 1,
+            query_len: 1,
+            key_len: 1,
+            query_heads,
+            kv_heads,
+            head_dim: 64,
+            value_dim: 64,
+        };
         let got = plan(AttentionConfig::default(), shape);
         assert_eq!(got, ("shape", argument));
     }

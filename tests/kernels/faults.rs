@@ -21,7 +21,15 @@ const STAR: Mask = Mask::Star { anchor_len: 20, block_len: 50, first_block_len: 
 /// A call on one sequence with one pair of heads, small enough that no keys are split.
 fn case(mask: Mask, query_len: usize, key_len: usize, head_dim: usize) -> Case {
     Case {
-        shape: AttentionShape { batch: 1, query_len, key_len, query_heads: 2, kv_heads: 1, head_dim },
+        shape: AttentionShape {
+            batch: 1,
+            query_len,
+            key_len,
+            query_heads: 2,
+            kv_heads: 1,
+            head_dim,
+            value_dim: head_dim,
+        },
         config: AttentionConfig::new(mask),
         layouts: [Layout::CONTIGUOUS; 4],
         values: Values::Normal,

@@ -67,8 +67,15 @@ fn near<B: Backend>(backend: &B, memory: &Far<B>) -> Tensor<f16> {
 
 /// With whole tiles of keys, also beyond 2³² bytes, and a rest.
 fn attention<B: Backend>(query_len: usize, axis: usize) -> Option<()> {
-    let shape =
-        AttentionShape { batch: 3, query_len, key_len: 400, query_heads: 6, kv_heads: 3, head_dim: 64 };
+    let shape = AttentionShape {
+        batch: 3,
+        query_len,
+        key_len: 400,
+        query_heads: 6,
+        kv_heads: 3,
+        head_dim: 64,
+        value_dim: 64,
+    };
     let mut rng = Rng::new(1);
     let inputs = Inputs::<f16> {
         query: Tensor::normal("query", shape.query_shape(), &mut rng),

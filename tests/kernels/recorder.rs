@@ -133,8 +133,15 @@ fn tensor_mut<'a, T: Element>(shape: [usize; 4]) -> DeviceTensorMut<'a, Recorder
 #[test]
 fn a_plan_is_not_prepared_on_a_captured_stream() {
     let recorder = Recorder::default();
-    let shape =
-        AttentionShape { batch: 1, query_len: 2, key_len: 3, query_heads: 2, kv_heads: 1, head_dim: 64 };
+    let shape = AttentionShape {
+        batch: 1,
+        query_len: 2,
+        key_len: 3,
+        query_heads: 2,
+        kv_heads: 1,
+        head_dim: 64,
+        value_dim: 64,
+    };
     for (query_len, copies) in [(2, 1), (0, 0)] {
         let shape = AttentionShape { query_len, ..shape };
         let plan = Plan::new(&recorder.properties(), &AttentionConfig::default(), &shape).unwrap();

@@ -262,6 +262,7 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
                     query_heads: heads,
                     kv_heads,
                     head_dim,
+                    value_dim: head_dim,
                 };
                 let batch = Batch::uniform(&shape, &Mask::Causal).unwrap();
                 let rows = self.store.rows(backend, layer, *id).unwrap();

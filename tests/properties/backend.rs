@@ -106,7 +106,15 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
     ) {
         let [batch, query_len, query_heads, head_dim] = inputs.query.shape();
         let [_, key_len, kv_heads, _] = inputs.key.shape();
-        let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim };
+        let shape = AttentionShape {
+            batch,
+            query_len,
+            key_len,
+            query_heads,
+            kv_heads,
+            head_dim,
+            value_dim: head_dim,
+        };
         let batch = match offsets {
             None => Batch::uniform(&shape, &config.mask),
             Some([query, key]) => Batch::packed(&shape, query, key, &config.mask),

@@ -77,6 +77,7 @@ pub fn shapes() -> impl Strategy<Value = AttentionShape> {
                 query_heads: kv_heads * group,
                 kv_heads,
                 head_dim,
+                value_dim: head_dim,
             };
             let work = |s: &AttentionShape| s.batch * s.query_len * s.key_len * s.query_heads * s.head_dim;
             while work(&shape) > WORK {

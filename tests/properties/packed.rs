@@ -38,6 +38,7 @@ impl Packed {
             query_heads: self.kv_heads * self.group,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            value_dim: self.head_dim,
         }
     }
 

@@ -11,9 +11,10 @@ mod load;
 use super::piece::{Operands, Piece, Source};
 use super::rows::pack_words;
 use super::workspace::Scratch;
+use crate::F8E4M3;
 use crate::cpu::simd::{Product, Simd, load, prefetch, store};
+use crate::element::sealed::AnySlice;
 use crate::schedule::Segment;
-use crate::tensor::sealed::AnySlice;
 pub(super) use block::BLOCK_ROWS;
 use block::{BLOCK, Block, Run};
 use half::{bf16, f16};
@@ -35,8 +36,8 @@ pub(super) fn suits(segment: &Segment, heads: usize) -> bool {
 }
 
 /// Elements of workspace for one thread.
-pub(super) fn scratch_len(head_dim: usize) -> usize {
-    ROWS * STRIDE + KV_HEADS * State::len(ROWS, block::widest(head_dim))
+pub(super) fn scratch_len(dims: [usize; 2]) -> usize {
+    ROWS * STRIDE + KV_HEADS * State::len(ROWS, dims.map(block::widest))
 }
 
 /// Computes one piece of at most [`ROWS`] rows and [`KV_HEADS`] KV heads, whose rows all see
@@ -55,6 +56,7 @@ pub(super) fn attend<S: Simd, P: Product<S>>(
         AnySlice::F32(_) => attend_as::<S, P, f32>(simd, product, inputs, piece, scratch, write),
         AnySlice::F16(_) => attend_as::<S, P, f16>(simd, product, inputs, piece, scratch, write),
         AnySlice::BF16(_) => attend_as::<S, P, bf16>(simd, product, inputs, piece, scratch, write),
+        AnySlice::F8E4M3(_) => attend_as::<S, P, F8E4M3>(simd, product, inputs, piece, scratch, write),
     }
 }
 
@@ -67,13 +69,14 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
     scratch: &mut Scratch<'_>,
     mut write: impl FnMut(usize, usize, &[f32], f32),
 ) {
-    let block = Block::<S, P, T>::new(simd, product, inputs.head_dim, STRIDE);
-    let (rows, heads, width) = (piece.rows(), piece.kv_heads.len(), block.width);
-    let state_len = State::len(rows, width);
+    let block = Block::<S, P, T>::new(simd, product, [inputs.head_dim, inputs.value_dim], STRIDE);
+    let (rows, heads, widths) = (piece.rows(), piece.kv_heads.len(), block.widths);
+    let [width, out_width] = widths;
+    let state_len = State::len(rows, widths);
     let (scores, states) = scratch.first(ROWS * STRIDE + heads * state_len).split_at_mut(ROWS * STRIDE);
 
     for (head, state) in states.chunks_exact_mut(state_len).enumerate() {
-        let State { query, out, max, sum } = State::new(state, rows, width);
+        let State { query, out, max, sum } = State::new(state, rows, widths);
         query.fill(0.0);
         out.fill(0.0);
         max.fill(f32::NEG_INFINITY);
@@ -86,17 +89,18 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
     }
     for start in piece.entries.clone().step_by(KEYS) {
         for (head, state) in states.chunks_exact_mut(state_len).enumerate() {
-            tile(&block, inputs, piece, head, start, scores, State::new(state, rows, width));
+            tile(&block, inputs, piece, head, start, scores, State::new(state, rows, widths));
         }
     }
     for (head, state) in states.chunks_exact_mut(state_len).enumerate() {
-        let State { out, max, sum, .. } = State::new(state, rows, width);
-        for (row, out) in out.chunks_exact_mut(width).take(rows).enumerate() {
-            let out = &mut out[..inputs.head_dim];
+        let State { out, max, sum, .. } = State::new(state, rows, widths);
+        let [_, value_scale] = inputs.scales_of(piece.kv_heads.start + head);
+        for (row, out) in out.chunks_exact_mut(out_width).take(rows).enumerate() {
+            let out = &mut out[..inputs.value_dim];
             if sum[row] == 0.0 {
                 out.fill(0.0);
             } else {
-                let scale = 1.0 / sum[row];
+                let scale = T::FACTOR * value_scale / sum[row];
                 out.iter_mut().for_each(|x| *x *= scale);
             }
             write(head, row, out, (max[row] + sum[row].log2()) * std::f32::consts::LN_2);
@@ -117,15 +121,15 @@ struct State<'a> {
 }
 
 impl<'a> State<'a> {
-    fn len(rows: usize, width: usize) -> usize {
-        rows.next_multiple_of(BLOCK_ROWS) * (2 * width + 2)
+    fn len(rows: usize, [width, out_width]: [usize; 2]) -> usize {
+        rows.next_multiple_of(BLOCK_ROWS) * (width + out_width + 2)
     }
 
     #[inline(always)]
-    fn new(memory: &'a mut [f32], rows: usize, width: usize) -> Self {
+    fn new(memory: &'a mut [f32], rows: usize, [width, out_width]: [usize; 2]) -> Self {
         let rows = rows.next_multiple_of(BLOCK_ROWS);
         let (query, memory) = memory.split_at_mut(rows * width);
-        let (out, memory) = memory.split_at_mut(rows * width);
+        let (out, memory) = memory.split_at_mut(rows * out_width);
         let (max, sum) = memory.split_at_mut(rows);
         Self { query, out, max, sum }
     }
@@ -155,7 +159,7 @@ fn tile<S: Simd, P: Product<S>, T: Load>(
             block.scores(rows, query, keys, first, &mut scores[at..]);
         }
     }
-    let (factor, softcap) = inputs.factors;
+    let (factor, softcap) = inputs.factors(own.kv_heads.start, T::FACTOR);
     let mut alpha = [0f32; ROWS];
     for row in 0..rows {
         let scores = &mut scores[row * STRIDE..][..KEYS];
@@ -165,6 +169,7 @@ fn tile<S: Simd, P: Product<S>, T: Load>(
     for run in runs(&own, start, end) {
         let values = run_of::<T>(&inputs.value, &own, &run);
         block.add_values(rows, &alpha, &scores[run.start - start..], values, out);
+        block.add_hidden_nan(rows, values, out);
         // The other runs of this tile add to what it has.
         alpha = [1.0; ROWS];
     }
@@ -189,12 +194,12 @@ fn prefetch_part<T: Load>(inputs: &Operands<'_>, piece: &Piece<'_>, end: usize, 
         };
         let (in_prefix, mut place) = piece.key_place(entry);
         place[2] += head;
-        for source in [&inputs.key, &inputs.value] {
+        for (source, dim) in [(&inputs.key, inputs.head_dim), (&inputs.value, inputs.value_dim)] {
             let rows = source.rows(in_prefix);
             let stride = if heads > 1 { rows.head_stride() } else { rows.seq_stride() };
             let data = T::rows(rows.rows_from(place));
             for i in 0..count {
-                prefetch(&data[i * stride..][..inputs.head_dim]);
+                prefetch(&data[i * stride..][..dim]);
             }
         }
         row += count;

@@ -132,12 +132,13 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Value`] for a scale, softcap or split length out of range, a split length that
-    /// leaves 2³¹ partial rows or more, or a head dim above 2²⁰.
+    /// leaves 2³¹ partial rows or more, or a head dim or value dim above 2²⁰.
     pub fn for_batch(config: &PlanConfig, batch: Batch) -> Result<Self> {
         config.validate()?;
-        let head_dim = batch.query_shape()[3];
-        if head_dim > MOST_HEAD_DIM {
-            return Err(Error::value("head_dim", format!("at most {MOST_HEAD_DIM}"), head_dim));
+        for (argument, dim) in [("head_dim", batch.query_shape()[3]), ("value_dim", batch.value_dim())] {
+            if dim > MOST_HEAD_DIM {
+                return Err(Error::value(argument, format!("at most {MOST_HEAD_DIM}"), dim));
+            }
         }
         let (instructions, threads) = (InstructionSet::best(), OnceLock::new());
         let work = Work::new(&batch, config, tile_rows(instructions))?;
@@ -187,7 +188,7 @@ impl Plan {
     pub(in crate::cpu) fn most_workspace_bytes(&self, capacity: &Capacity, threads: usize) -> usize {
         let rows =
             work::most_partial_rows(capacity, self.config.fixed_split_keys(), tile_rows(self.instructions));
-        let partials = rows.saturating_mul(capacity.query[3] + 1);
+        let partials = rows.saturating_mul(capacity.value_dim + 1);
         bytes_for(threads.saturating_mul(self.scratch_len()).saturating_add(partials))
     }
 
@@ -203,24 +204,24 @@ impl Plan {
         })
     }
 
-    /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for
-    /// every key a row sees.
+    /// Multiply-adds that the masks leave, each counted as two: `2 · (head_dim + value_dim)` per
+    /// query head for every key a row sees.
     pub fn flops(&self) -> u64 {
         let [_, _, heads, head_dim] = self.batch.query_shape();
-        self.work.pairs().saturating_mul(4 * (heads * head_dim) as u64)
+        self.work.pairs().saturating_mul(2 * (heads * (head_dim + self.batch.value_dim())) as u64)
     }
 
     fn scratch_len(&self) -> usize {
-        let head_dim = self.batch.query_shape()[3];
-        tile::scratch_len(head_dim)
-            .max(few::scratch_len(head_dim))
-            .max(if self.instructions.has_matrix_unit() { tile::matrix::scratch_len(head_dim) } else { 0 })
+        let dims = [self.batch.query_shape()[3], self.batch.value_dim()];
+        tile::scratch_len(dims)
+            .max(few::scratch_len(dims))
+            .max(if self.instructions.has_matrix_unit() { tile::matrix::scratch_len(dims) } else { 0 })
             .next_multiple_of(ALIGNMENT / size_of::<f32>())
     }
 
     /// A partial's row is its output and then its log-sum-exp.
     fn partials_shape(&self) -> [usize; 4] {
-        [1, 1, self.work.partial_rows(), self.batch.query_shape()[3] + 1]
+        [1, 1, self.work.partial_rows(), self.batch.value_dim() + 1]
     }
 
     fn partials_len(&self) -> usize {
@@ -228,7 +229,7 @@ impl Plan {
     }
 
     /// Attention of the queries over keys and values, of the shapes of the plan's
-    /// [`batch`](Self::batch), into `out`, which has the queries' shape, and the natural
+    /// [`batch`](Self::batch), into `out`, of its [`out_shape`](Batch::out_shape), and the natural
     /// log-sum-exp `[batch, query_heads, seq]` of the queries into `lse`.
     ///
     /// Any strides will do whose last axis is contiguous. Queries, keys and `out` may each be of
@@ -238,8 +239,9 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's, [`Error::Value`]
-    /// if a sequence has a prefix and the inputs have none, or for a sink that is NaN or `+inf`,
-    /// [`Error::Workspace`] for one smaller than [`workspace_bytes`](Self::workspace_bytes).
+    /// if a sequence has a prefix and the inputs have none, for a sink that is NaN or `+inf`, or for
+    /// a scale that is not finite or not above 0, [`Error::DType`] for scales of keys that are not
+    /// [`F8E4M3`](crate::F8E4M3), [`Error::Workspace`] for one smaller than [`workspace_bytes`](Self::workspace_bytes).
     /// Nothing was written then.
     pub fn run<'w, Q: Element, T: Element, O: Output>(
         &self,
@@ -248,11 +250,12 @@ impl Plan {
         lse: Option<&mut [f32]>,
         workspace: impl Into<Workspace<'w>>,
     ) -> Result<()> {
-        let queries @ [batch, query_len, query_heads, head_dim] = self.batch.query_shape();
+        let queries @ [batch, query_len, query_heads, _] = self.batch.query_shape();
+        let value_dim = self.batch.value_dim();
         let operands = self.operands(&inputs)?;
         let sinks = inputs.sinks;
         check_sinks(query_heads, sinks)?;
-        check_rows("out", queries, out.shape(), out.strides())?;
+        check_rows("out", self.batch.out_shape(), out.shape(), out.strides())?;
         check_lse(queries, lse.as_deref())?;
         let (scratch, partials) =
             workspace.into().take(self.workspace_len())?.split_at_mut(self.threads() * self.scratch_len());
@@ -297,10 +300,10 @@ impl Plan {
             }
             // SAFETY: each row of each split of a piece is worked on once.
             let to = unsafe { shared.row(0, 0, place.partials + row) };
-            to[..head_dim].iter_mut().zip(x).for_each(|(to, &x)| *to = MaybeUninit::new(x));
-            to[head_dim] = MaybeUninit::new(lse);
+            to[..value_dim].iter_mut().zip(x).for_each(|(to, &x)| *to = MaybeUninit::new(x));
+            to[value_dim] = MaybeUninit::new(lse);
         });
-        let width = head_dim + 1;
+        let width = value_dim + 1;
         let partials = &*partials;
         let merge = |merge: usize| {
             let (piece, rows, step) = self.work.merge(&self.batch, merge);
@@ -315,7 +318,7 @@ impl Plan {
                 // SAFETY: each row belongs to one piece, which is merged once.
                 let to = unsafe { out.row(batch, token, head) };
                 let lse = merge_row(
-                    parts.map(|part| (&part[..head_dim], part[head_dim])),
+                    parts.map(|part| (&part[..value_dim], part[value_dim])),
                     sink_of(sinks, head),
                     to,
                 );
@@ -334,16 +337,16 @@ impl Plan {
     /// The inputs with their types erased, if they fit the batch.
     fn operands<'a, Q: Element, T: Element>(
         &self,
-        inputs: &Inputs<TensorView<'a, Q>, TensorView<'a, T>, &[f32]>,
+        inputs: &Inputs<TensorView<'a, Q>, TensorView<'a, T>, &'a [f32]>,
     ) -> Result<Operands<'a>> {
         let queries @ [.., head_dim] = self.batch.query_shape();
-        let keys = self.batch.key_shape();
-        let Inputs { query, key, value, prefix, .. } = inputs;
+        let Inputs { query, key, value, prefix, scales, .. } = inputs;
         check_rows("query", queries, query.shape(), query.strides())?;
-        check_rows("key", keys, key.shape(), key.strides())?;
-        check_rows("value", keys, value.shape(), value.strides())?;
-        for prefix in prefix.iter().flatten() {
-            check_rows("prefix", self.batch.prefix_shape(), prefix.shape(), prefix.strides())?;
+        check_rows("key", self.batch.key_shape(), key.shape(), key.strides())?;
+        check_rows("value", self.batch.value_shape(), value.shape(), value.strides())?;
+        if let Some([key, value]) = prefix {
+            check_rows("prefix", self.batch.prefix_shape(), key.shape(), key.strides())?;
+            check_rows("prefix", self.batch.prefix_value_shape(), value.shape(), value.strides())?;
         }
         if prefix.is_none()
             && let Some(index) = self.batch.sequences().iter().position(|s| s.prefix_len() > 0)
@@ -351,14 +354,20 @@ impl Plan {
             let expected = format!("its keys and values, which sequence {index} has rows of");
             return Err(Error::value("prefix", expected, "none"));
         }
+        if let Some(scales) = scales {
+            scales.check(T::DTYPE, self.batch.key_shape()[2])?;
+        }
         let [prefix_key, prefix_value] = prefix.unwrap_or([*key, *value]);
+        let value_dim = self.batch.value_dim();
         Ok(Operands {
             query: Rows::new(*query),
             key: Source { prefix: Rows::new(prefix_key), others: Rows::new(*key) },
             value: Source { prefix: Rows::new(prefix_value), others: Rows::new(*value) },
             head_dim,
-            cold: self.work.key_rows().saturating_mul(head_dim) > CACHED,
-            factors: self.config.score.factors_for(head_dim),
+            value_dim,
+            cold: self.work.key_rows().saturating_mul(head_dim.midpoint(value_dim)) > CACHED,
+            score: self.config.score,
+            scales: *scales,
         })
     }
 

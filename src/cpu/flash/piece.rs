@@ -1,9 +1,9 @@
 //! What a kernel gets: the inputs of the call, and the piece of it to compute.
 
 use super::rows::Rows;
-use crate::Sequence;
+use crate::element::sealed::AnySlice;
 use crate::schedule::Segment;
-use crate::tensor::sealed::AnySlice;
+use crate::{Scales, ScoreConfig, Sequence};
 use std::ops::Range;
 
 /// Keys or values: those of prefixes, and all others.
@@ -27,11 +27,30 @@ pub(super) struct Operands<'a> {
     pub query: Rows<'a>,
     pub key: Source<'a>,
     pub value: Source<'a>,
+    /// Elements of a row of queries or keys, and of values.
     pub head_dim: usize,
+    pub value_dim: usize,
     /// Whether keys and values are too many to be in a cache from an earlier call.
     pub cold: bool,
-    /// The factor of `q·k`, and the log2-domain softcap that follows it.
-    pub factors: (f32, Option<f32>),
+    pub score: ScoreConfig,
+    /// What keys and values are multiplied by.
+    pub scales: Option<Scales<&'a [f32]>>,
+}
+
+impl Operands<'_> {
+    /// The factor of `q·k` for a KV head, whose keys are `times` larger than what they are loaded
+    /// as, and the log2-domain softcap that follows it.
+    #[inline(always)]
+    pub fn factors(&self, kv_head: usize, times: f32) -> (f32, Option<f32>) {
+        let [key_scale, _] = self.scales_of(kv_head);
+        self.score.factors_for(self.score.scale_for(self.head_dim) * (key_scale * times))
+    }
+
+    /// The scales of a KV head's keys and values.
+    #[inline(always)]
+    pub fn scales_of(&self, kv_head: usize) -> [f32; 2] {
+        self.scales.map_or([1.0; 2], |scales| scales.of_head(kv_head))
+    }
 }
 
 /// A piece of work: some rows of one segment against some entries of its list of keys, for one KV

@@ -1,7 +1,7 @@
 //! Inputs with their element type erased, so that the kernels are compiled once per instruction set
 //! and not once per type, and the forms in which tiles of them are packed.
 
-use crate::tensor::sealed::{AnySlice, Sealed};
+use crate::element::sealed::{AnySlice, Sealed};
 use crate::{Element, TensorView};
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
@@ -51,6 +51,7 @@ impl<'a> Rows<'a> {
             AnySlice::F32(data) => data.len(),
             AnySlice::F16(data) => data.len(),
             AnySlice::BF16(data) => data.len(),
+            AnySlice::F8E4M3(data) => data.len(),
         };
         self.slice(self.start(place)..len)
     }
@@ -66,6 +67,7 @@ impl<'a> Rows<'a> {
             AnySlice::F32(data) => AnySlice::F32(&data[range]),
             AnySlice::F16(data) => AnySlice::F16(&data[range]),
             AnySlice::BF16(data) => AnySlice::BF16(&data[range]),
+            AnySlice::F8E4M3(data) => AnySlice::F8E4M3(&data[range]),
         }
     }
 }
@@ -86,6 +88,10 @@ pub(super) fn pack_words<const ELEMENTS: usize>(row: AnySlice<'_>, words: &mut [
             for (word, x) in words.iter_mut().zip(row) {
                 *word = f32::from_bits(u32::from(x.to_bits()) << 16);
             }
+            row.len()
+        }
+        AnySlice::F8E4M3(row) => {
+            words.iter_mut().zip(row).for_each(|(word, x)| *word = x.to_f32());
             row.len()
         }
         AnySlice::BF16(row) => {
@@ -179,5 +185,6 @@ pub(super) fn for_each_special(row: AnySlice<'_>, mut found: impl FnMut(usize, f
         AnySlice::F32(row) => scan(row, &mut found),
         AnySlice::F16(row) => scan(row, &mut found),
         AnySlice::BF16(row) => scan(row, &mut found),
+        AnySlice::F8E4M3(row) => scan(row, &mut found),
     }
 }

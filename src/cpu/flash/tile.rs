@@ -24,7 +24,7 @@ use super::piece::{Operands, Piece, Source};
 use super::rows::{for_each_special, pack_words};
 use super::workspace::Scratch;
 use crate::cpu::simd::{Product, Simd, load, store};
-use crate::tensor::sealed::AnySlice;
+use crate::element::sealed::AnySlice;
 
 /// Query rows of a tile at most: a tile of keys is copied once for so many rows, and the tile's
 /// outputs stay in L2.
@@ -42,9 +42,9 @@ const STEP: usize = 8;
 pub(super) const WIDEST_PANEL: usize = 32;
 
 /// Elements of workspace for one thread at most.
-pub(super) fn scratch_len(head_dim: usize) -> usize {
+pub(super) fn scratch_len([head_dim, value_dim]: [usize; 2]) -> usize {
     let words = head_dim.next_multiple_of(2 * STEP);
-    let columns = head_dim.next_multiple_of(WIDEST_PANEL);
+    let columns = value_dim.next_multiple_of(WIDEST_PANEL);
     Buffers::len(ROWS, KEYS, words, columns, 1)
 }
 
@@ -146,7 +146,7 @@ impl<'a> Buffers<'a> {
     }
 }
 
-/// Computes one piece. `write(row, out, lse)` gets each row's result; `out` has `head_dim`
+/// Computes one piece. `write(row, out, lse)` gets each row's result; `out` has `value_dim`
 /// elements.
 #[inline(always)]
 pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
@@ -161,10 +161,11 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
     debug_assert_eq!(piece.kv_heads.len(), 1);
     let panel_rows = 2 * S::LANES;
     let words = inputs.head_dim.div_ceil(P::ELEMENTS).next_multiple_of(E::STEP);
-    let columns = inputs.head_dim.next_multiple_of(panel_rows);
+    let columns = inputs.value_dim.next_multiple_of(panel_rows);
     let rows = piece.rows();
     let panels = rows.div_ceil(panel_rows);
-    let (factor, softcap) = inputs.factors;
+    let (factor, softcap) = inputs.factors(piece.kv_heads.start, 1.0);
+    let [_, value_scale] = inputs.scales_of(piece.kv_heads.start);
     let tile = Tile { simd, product, words, columns, factor, softcap };
     let most_keys = piece.entries.len().min(E::KEYS).next_multiple_of(E::STEP);
     let padded_rows = panels * panel_rows;
@@ -254,13 +255,13 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
         let out = engine.by_rows(&tile, out, scratch.row);
         for (row, out) in (first..rows).zip(out.chunks_exact_mut(columns)) {
             let (max, sum) = (scratch.max[row], scratch.sum[row]);
-            let out = &mut out[..inputs.head_dim];
+            let out = &mut out[..inputs.value_dim];
             if sum == 0.0 {
                 out.fill(0.0);
             } else {
                 // A weight of 0 may turn -0 to 0, so that it depends on the keys that other rows
                 // see. The sum with 0 makes both 0.
-                let scale = 1.0 / sum;
+                let scale = value_scale / sum;
                 out.iter_mut().for_each(|x| *x = *x * scale + 0.0);
             }
             write(row, out, (max + sum.log2()) * std::f32::consts::LN_2);

@@ -1,6 +1,7 @@
 //! AVX2 and FMA: 8 lanes.
 
 use super::{F32Product, Simd, Task};
+use crate::F8E4M3;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -49,6 +50,17 @@ impl Simd for Avx2 {
         unsafe {
             let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f8e4m3(self, from: *const F8E4M3) -> __m256 {
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
+        unsafe {
+            // The sign comes to two places, of which the lower one is the exponent's highest bit.
+            let words = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(from.cast())));
+            _mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi16(!0x4000)))
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::amx::Amx;
 use super::{F32Product, Product, Simd, Task};
+use crate::F8E4M3;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -53,6 +54,17 @@ impl Simd for Avx512 {
         unsafe {
             let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f8e4m3(self, from: *const F8E4M3) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
+        unsafe {
+            // The sign comes to two places, of which the lower one is the exponent's highest bit.
+            let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())));
+            _mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16(!0x4000)))
         }
     }
 

@@ -19,7 +19,7 @@ mod portable;
 use matrix::NoUnit;
 pub(crate) use matrix::{Matrix, TILE};
 
-use crate::{Error, Result};
+use crate::{Error, F8E4M3, Result};
 use half::{bf16, f16};
 
 /// The instructions that the CPU backend can be compiled to.
@@ -128,6 +128,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `LANES` bf16 must be readable at `from`, of any alignment.
     unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
+    /// The elements times 2⁻⁸, and NaN as if it were 480: codes moved to the fields of f16.
+    ///
+    /// # Safety
+    /// `LANES` elements must be readable at `from`, of any alignment.
+    unsafe fn load_f8e4m3(self, from: *const F8E4M3) -> Self::V;
     /// # Safety
     /// `LANES` f32 must be writable at `to`, of any alignment.
     unsafe fn store(self, x: Self::V, to: *mut f32);

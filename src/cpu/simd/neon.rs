@@ -1,6 +1,8 @@
 //! NEON: 4 lanes.
 
+use super::portable::as_f16;
 use super::{F32Product, Simd, Task};
+use crate::F8E4M3;
 use half::{bf16, f16};
 use std::arch::aarch64::*;
 
@@ -46,6 +48,15 @@ impl Simd for Neon {
         // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
         // promise.
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f8e4m3(self, from: *const F8E4M3) -> float32x4_t {
+        // As f16: lane by lane.
+        // SAFETY: the caller's promise.
+        let x = unsafe { from.cast::<[F8E4M3; 4]>().read_unaligned() }.map(|x| as_f16(x).to_f32());
+        // SAFETY: `self` proves that the CPU has the instruction; `x` is 4 f32.
+        unsafe { vld1q_f32(x.as_ptr()) }
     }
 
     #[inline(always)]

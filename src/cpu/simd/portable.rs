@@ -2,7 +2,15 @@
 
 use super::matrix::{Model, TILE, add_pair};
 use super::{F32Product, Product, Simd, Task};
+use crate::F8E4M3;
 use half::{bf16, f16};
+
+/// An element times 2⁻⁸.
+#[inline(always)]
+pub(super) fn as_f16(x: F8E4M3) -> f16 {
+    let bits = u16::from(x.to_bits());
+    f16::from_bits((bits & 0x80) << 8 | (bits & 0x7f) << 7)
+}
 
 /// Any CPU.
 #[derive(Clone, Copy)]
@@ -39,6 +47,12 @@ impl<const LANES: usize> Simd for Portable<LANES> {
     unsafe fn load_bf16(self, from: *const bf16) -> Self::V {
         // SAFETY: the caller's promise.
         unsafe { from.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
+    }
+
+    #[inline(always)]
+    unsafe fn load_f8e4m3(self, from: *const F8E4M3) -> Self::V {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[F8E4M3; LANES]>().read_unaligned() }.map(|x| as_f16(x).to_f32())
     }
 
     #[inline(always)]

@@ -302,6 +302,7 @@ mod tests {
             query_heads: 4,
             kv_heads: 2,
             head_dim: 64,
+            value_dim: 64,
         };
         let plan = Plan::new(&PROPERTIES, &AttentionConfig::new(mask), &shape).unwrap();
         for batch in 0..2 {

@@ -45,7 +45,7 @@ fn run(group: &dyn Collective, layout: &StarLayout, seed: u64) {
         shared_value.set(index, bf16::NAN);
     }
     let shape = [1, layout.anchor_len().min(layout.context_len()), KV_HEADS, DIM];
-    let mut scratch = vec![bf16::NAN; anchor_scratch_len(shape)];
+    let mut scratch = vec![bf16::NAN; anchor_scratch_len(shape, shape[3])];
     // Ranks without blocks have no use for it, and take part.
     let mut unused = [(); 2].map(|()| Tensor::<bf16>::contiguous("unused", shape, |_| 0.0));
     let before = group.traffic();

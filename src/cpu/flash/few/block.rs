@@ -1,6 +1,6 @@
 //! The products of some rows with keys or values, in registers.
 
-use super::load::Load;
+use super::load::{Load, has_hidden_nan};
 use crate::cpu::simd::{Product, Simd, load, store};
 use std::marker::PhantomData;
 
@@ -41,9 +41,10 @@ impl<'a, T> Run<'a, T> {
 pub(super) struct Block<S, P, T> {
     pub simd: S,
     product: P,
-    head_dim: usize,
-    /// Elements from a row of queries or outputs to the next.
-    pub width: usize,
+    /// Elements of a row of keys, and of values.
+    dims: [usize; 2],
+    /// Elements from a row of queries to the next, and from a row of outputs.
+    pub widths: [usize; 2],
     /// Elements from a row of scores to the next.
     stride: usize,
     element: PhantomData<T>,
@@ -61,24 +62,25 @@ fn block_rows(left: usize) -> usize {
 impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
     /// `stride` is from a row of scores to the next.
     #[inline(always)]
-    pub fn new(simd: S, product: P, head_dim: usize, stride: usize) -> Self {
-        let width = head_dim.next_multiple_of(WIDTH * S::LANES);
-        Self { simd, product, head_dim, width, stride, element: PhantomData }
+    pub fn new(simd: S, product: P, dims: [usize; 2], stride: usize) -> Self {
+        let widths = dims.map(|dim| dim.next_multiple_of(WIDTH * S::LANES));
+        Self { simd, product, dims, widths, stride, element: PhantomData }
     }
 
     /// The scores of all rows with [`BLOCK`] keys from `first` on; the last key stands for those
     /// that are missing.
     #[inline(always)]
     pub fn scores(&self, rows: usize, query: &[f32], keys: Run<'_, T>, first: usize, scores: &mut [f32]) {
-        let mut block = [keys.row(first, self.head_dim); BLOCK];
+        let ([head_dim, _], [width, _]) = (self.dims, self.widths);
+        let mut block = [keys.row(first, head_dim); BLOCK];
         for (i, row) in block.iter_mut().enumerate() {
-            *row = keys.row((first + i).min(keys.len - 1), self.head_dim);
+            *row = keys.row((first + i).min(keys.len - 1), head_dim);
         }
         // Loops and no closures: those are compiled without the vector instructions unless they are
         // inlined.
         let mut row = 0;
         while row < rows {
-            let (query, scores) = (&query[row * self.width..], &mut scores[row * self.stride..]);
+            let (query, scores) = (&query[row * width..], &mut scores[row * self.stride..]);
             match block_rows(rows - row) {
                 1 => self.block_scores::<1>(query, block, scores),
                 2 => self.block_scores::<2>(query, block, scores),
@@ -101,11 +103,12 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         // Sixteen sums fill the registers. f32 values of longer heads go through two rows by eight
         // vectors, so that they too are read in order; halves through four by four, so that they
         // are converted once.
-        let wide = self.head_dim > BLOCK * S::LANES && size_of::<T>() == size_of::<f32>();
+        let ([_, value_dim], [_, width]) = (self.dims, self.widths);
+        let wide = value_dim > BLOCK * S::LANES && size_of::<T>() == size_of::<f32>();
         let mut row = 0;
         while row < rows {
             let alpha = &alpha[row..];
-            let (probabilities, out) = (&probabilities[row * self.stride..], &mut out[row * self.width..]);
+            let (probabilities, out) = (&probabilities[row * self.stride..], &mut out[row * width..]);
             row += match rows - row {
                 1 if wide => self.accumulate::<1, 8>(alpha, probabilities, values, out),
                 1 => self.accumulate::<1, 4>(alpha, probabilities, values, out),
@@ -116,7 +119,21 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         }
     }
 
-    /// The vector of elements from `at` on, zero past the head's end.
+    /// Makes NaN of the outputs that a NaN among the values would, where it loads as a number.
+    #[inline(always)]
+    pub fn add_hidden_nan(&self, rows: usize, values: Run<'_, T>, out: &mut [f32]) {
+        let ([_, value_dim], [_, width]) = (self.dims, self.widths);
+        for key in 0..values.len {
+            let value = values.row(key, value_dim);
+            if has_hidden_nan(value) {
+                for (column, _) in value.iter().enumerate().filter(|(_, x)| x.is_hidden_nan()) {
+                    out.chunks_exact_mut(width).take(rows).for_each(|out| out[column] = f32::NAN);
+                }
+            }
+        }
+    }
+
+    /// The vector of a value's elements from `at` on, zero past the head's end.
     #[inline(always)]
     fn load<const FULL: bool>(&self, row: &[T], at: usize) -> S::V {
         if FULL {
@@ -125,7 +142,7 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
             return unsafe { T::load(self.simd, row.as_ptr()) };
         }
         let mut tail = [T::default(); WIDEST];
-        let rest = &row[at.min(self.head_dim)..self.head_dim.min(at + S::LANES)];
+        let rest = &row[at.min(row.len())..row.len().min(at + S::LANES)];
         tail[..rest.len()].copy_from_slice(rest);
         // SAFETY: `tail` holds the widest vector.
         unsafe { T::load(self.simd, tail.as_ptr()) }
@@ -147,9 +164,10 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
     fn block_scores<const R: usize>(&self, query: &[f32], keys: [&[T]; BLOCK], scores: &mut [f32]) {
         let simd = self.simd;
         let elements = P::ELEMENTS * S::LANES;
-        let whole = self.head_dim - self.head_dim % elements;
+        let ([head_dim, _], [width, _]) = (self.dims, self.widths);
+        let whole = head_dim - head_dim % elements;
         let mut sums = [[simd.splat(0.0); BLOCK]; R];
-        assert!(query.len() >= R * self.width && keys.iter().all(|key| key.len() >= whole));
+        assert!(query.len() >= R * width && keys.iter().all(|key| key.len() >= whole));
         for (i, key) in keys.into_iter().enumerate() {
             let mut products = [simd.splat(0.0); R];
             for at in (0..whole).step_by(elements) {
@@ -158,23 +176,24 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
                 unsafe {
                     let key = self.load_words(key.as_ptr().add(at));
                     for r in 0..R {
-                        let query = simd.load(query.as_ptr().add(r * self.width + at / P::ELEMENTS));
+                        let query = simd.load(query.as_ptr().add(r * width + at / P::ELEMENTS));
                         products[r] = self.product.fma(query, key, products[r]);
                     }
                 }
             }
-            if whole < self.head_dim {
+            if whole < head_dim {
                 let mut tail = [T::default(); 2 * WIDEST];
-                tail[..self.head_dim - whole].copy_from_slice(&key[whole..self.head_dim]);
+                tail[..head_dim - whole].copy_from_slice(&key[whole..head_dim]);
                 // SAFETY: `tail` holds the longest vector of words.
                 let key = unsafe { self.load_words(tail.as_ptr()) };
                 for r in 0..R {
-                    let query = load(simd, &query[r * self.width + whole / P::ELEMENTS..]);
+                    let query = load(simd, &query[r * width + whole / P::ELEMENTS..]);
                     products[r] = self.product.fma(query, key, products[r]);
                 }
             }
+            let hidden = has_hidden_nan(key);
             for r in 0..R {
-                sums[r][i] = products[r];
+                sums[r][i] = if hidden { simd.splat(f32::NAN) } else { products[r] };
             }
         }
         for (r, sums) in sums.iter().enumerate() {
@@ -192,11 +211,12 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         out: &mut [f32],
     ) -> usize {
         let columns = C * S::LANES;
-        let whole = self.head_dim - self.head_dim % columns;
+        let [_, value_dim] = self.dims;
+        let whole = value_dim - value_dim % columns;
         for at in (0..whole).step_by(columns) {
             self.accumulate_columns::<R, C, true>(alpha, probabilities, values, at, out);
         }
-        if whole < self.head_dim {
+        if whole < value_dim {
             self.accumulate_columns::<R, C, false>(alpha, probabilities, values, whole, out);
         }
         R
@@ -212,15 +232,16 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         out: &mut [f32],
     ) {
         let simd = self.simd;
+        let ([_, value_dim], [_, width]) = (self.dims, self.widths);
         let mut sums = [[simd.splat(0.0); C]; R];
         for r in 0..R {
             for i in 0..C {
-                let out = &out[r * self.width + at + i * S::LANES..];
+                let out = &out[r * width + at + i * S::LANES..];
                 sums[r][i] = simd.mul(simd.splat(alpha[r]), load(simd, out));
             }
         }
         for key in 0..values.len {
-            let row = values.row(key, self.head_dim);
+            let row = values.row(key, value_dim);
             let mut p = [simd.splat(0.0); R];
             for r in 0..R {
                 p[r] = simd.splat(probabilities[r * self.stride + key]);
@@ -234,7 +255,7 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         }
         for r in 0..R {
             for i in 0..C {
-                store(simd, sums[r][i], &mut out[r * self.width + at + i * S::LANES..]);
+                store(simd, sums[r][i], &mut out[r * width + at + i * S::LANES..]);
             }
         }
     }

@@ -1,16 +1,31 @@
 //! Elements of keys and values as vectors of f32.
 
+use crate::F8E4M3;
 use crate::cpu::simd::Simd;
-use crate::tensor::sealed::AnySlice;
+use crate::element::sealed::AnySlice;
 use half::{bf16, f16};
 
 /// An element that loads as a vector of f32.
 pub(super) trait Load: Copy + Default {
+    /// What loaded elements are to be multiplied by.
+    const FACTOR: f32 = 1.0;
     /// The elements of rows that hold this type.
     fn rows<'a>(rows: AnySlice<'a>) -> &'a [Self];
     /// # Safety
     /// `S::LANES` elements must be readable at `from`.
     unsafe fn load<S: Simd>(simd: S, from: *const Self) -> S::V;
+    /// Whether an element is NaN that does not load as NaN.
+    #[inline(always)]
+    fn is_hidden_nan(self) -> bool {
+        false
+    }
+}
+
+/// Whether a row has a NaN that does not load as NaN.
+#[inline(always)]
+pub(super) fn has_hidden_nan<T: Load>(row: &[T]) -> bool {
+    // Without a way out, so that it is a loop of vectors.
+    row.iter().fold(false, |found, x| found | x.is_hidden_nan())
 }
 
 impl Load for f32 {
@@ -49,5 +64,23 @@ impl Load for bf16 {
     unsafe fn load<S: Simd>(simd: S, from: *const bf16) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { simd.load_bf16(from) }
+    }
+}
+
+impl Load for F8E4M3 {
+    const FACTOR: f32 = 256.0;
+    #[inline(always)]
+    fn rows(rows: AnySlice<'_>) -> &[F8E4M3] {
+        let AnySlice::F8E4M3(rows) = rows else { unreachable!("one type was chosen for all") };
+        rows
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const F8E4M3) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { simd.load_f8e4m3(from) }
+    }
+    #[inline(always)]
+    fn is_hidden_nan(self) -> bool {
+        self.to_bits() & 0x7f == F8E4M3::NAN.to_bits()
     }
 }

@@ -11,7 +11,7 @@
 use super::{Buffers, Engine, Tile, WIDEST_PANEL};
 use crate::cpu::flash::rows::{clear_special, pack_value_words};
 use crate::cpu::simd::{Matrix, Product, Simd, TILE, load, store};
-use crate::tensor::sealed::AnySlice;
+use crate::element::sealed::AnySlice;
 
 /// Keys of a tile: outputs are loaded and stored once for so many, and a panel of scores stays in
 /// L1.
@@ -22,9 +22,9 @@ pub(in crate::cpu::flash) const ROWS: usize = 512;
 const PAIR: usize = 2 * TILE;
 
 /// Elements of workspace for one thread at most.
-pub(in crate::cpu::flash) fn scratch_len(head_dim: usize) -> usize {
+pub(in crate::cpu::flash) fn scratch_len([head_dim, value_dim]: [usize; 2]) -> usize {
     let words = head_dim.div_ceil(2).next_multiple_of(PAIR);
-    Buffers::len(ROWS, KEYS, words, head_dim.next_multiple_of(PAIR), WIDEST_PANEL)
+    Buffers::len(ROWS, KEYS, words, value_dim.next_multiple_of(PAIR), WIDEST_PANEL)
 }
 
 /// A matrix unit. Values lie `[column][word of keys]`, outputs of a panel `[column][row]`.

@@ -3,7 +3,7 @@
 use super::{Engine, Tile};
 use crate::cpu::flash::rows::{clear_special, pack_value_words};
 use crate::cpu::simd::{Product, Simd, load, store};
-use crate::tensor::sealed::AnySlice;
+use crate::element::sealed::AnySlice;
 
 /// Multiply-adds of vectors. Outputs lie row by row, values `[panel of columns][word of
 /// keys][column]`.
