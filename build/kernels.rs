@@ -1,6 +1,6 @@
 //! What there is to compile: each source with the definitions that make a module of it.
 
-use crate::policy::{APPEND_THREADS, HEAD_DIMS, MERGE_THREADS, Policy};
+use crate::policy::{APPEND_THREADS, DIMS, MERGE_THREADS, Policy};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// One compilation of a source of `cuda/`.
@@ -47,22 +47,28 @@ pub fn modules(head_dims: &[usize]) -> Vec<Module> {
             name: "append".into(),
             source: "append.cu",
             defines: threads(APPEND_THREADS),
-            kernels: vec!["append_f16".into(), "append_bf16".into()],
+            kernels: ["f16", "bf16", "e4m3", "f16_e4m3", "bf16_e4m3"]
+                .map(|types| format!("append_{types}"))
+                .into(),
         },
     ];
-    for &head_dim in head_dims {
-        modules.extend([Policy::encode(head_dim), Policy::query(head_dim)].map(|p| flash(&p)));
-        modules.extend(Policy::encode_64(head_dim).iter().map(flash));
+    for dims in DIMS.into_iter().filter(|dims| head_dims.contains(&dims.key)) {
+        let both = [Policy::encode(dims), Policy::query(dims)];
+        modules.extend(both.iter().map(flash));
+        modules.extend(both.iter().filter_map(Policy::e4m3).map(|policy| flash(&policy)));
+        modules.extend(Policy::encode_64(dims).iter().map(flash));
         #[cfg(feature = "variants")]
-        modules.extend(Policy::variants(head_dim).iter().map(flash));
+        modules.extend(Policy::variants(dims).iter().map(flash));
     }
     modules
 }
 
 fn flash(policy: &Policy) -> Module {
-    let Policy { kernel, head_dim, row_tiles, row_warps, key_warps, keys, slots, .. } = *policy;
+    let Policy { kernel, dims, stored_bytes, row_tiles, row_warps, key_warps, keys, slots, .. } = *policy;
     let numbers = [
-        ("HEAD_DIM", head_dim),
+        ("HEAD_DIM", dims.key),
+        ("VALUE_DIM", dims.value),
+        ("STORED_BYTES", stored_bytes),
         ("ROW_TILES", row_tiles),
         ("ROW_WARPS", row_warps),
         ("KEY_WARPS", key_warps),
@@ -74,15 +80,16 @@ fn flash(policy: &Policy) -> Module {
     ];
     let mut defines = vec![
         ("KERNEL_NAME", kernel.to_string()),
+        ("DIMS", dims.to_string()),
         ("VALUES_FIRST", policy.values_first.to_string()),
         ("STAGED_F32", policy.staged_f32.to_string()),
     ];
     defines.extend(numbers.map(|(name, number)| (name, number.to_string())));
     Module {
-        name: format!("{kernel}_d{head_dim}"),
+        name: format!("{kernel}_{dims}"),
         source: "flash.cu",
         defines,
-        kernels: ["f16", "bf16"].map(|dtype| format!("{kernel}_{dtype}_d{head_dim}")).into(),
+        kernels: ["f16", "bf16"].map(|dtype| policy.entry(dtype)).into(),
     }
 }
 
@@ -91,17 +98,21 @@ fn flash(policy: &Policy) -> Module {
 pub fn head_dims() -> Result<Vec<usize>, String> {
     println!("cargo::rerun-if-env-changed=STAR_ATTENTION_HEAD_DIMS");
     let Ok(list) = std::env::var("STAR_ATTENTION_HEAD_DIMS") else {
-        return Ok(HEAD_DIMS.to_vec());
+        return Ok(all_head_dims());
     };
     list.split(',')
         .map(|dim| {
-            let known = dim.trim().parse().ok().filter(|dim| HEAD_DIMS.contains(dim));
-            known
-                .ok_or_else(|| format!("STAR_ATTENTION_HEAD_DIMS: expected some of {HEAD_DIMS:?}, got {dim}"))
+            let known = dim.trim().parse().ok().filter(|dim| all_head_dims().contains(dim));
+            known.ok_or_else(|| {
+                format!("STAR_ATTENTION_HEAD_DIMS: expected some of {:?}, got {dim}", all_head_dims())
+            })
         })
         .collect()
 }
 
-/// All of them: the emulator has every kernel.
-#[cfg(feature = "simt")]
-pub const ALL_HEAD_DIMS: [usize; 5] = HEAD_DIMS;
+/// The head dims of queries and keys that there are kernels for.
+pub fn all_head_dims() -> Vec<usize> {
+    let mut all: Vec<usize> = DIMS.iter().map(|dims| dims.key).collect();
+    all.dedup();
+    all
+}

@@ -1,13 +1,13 @@
 //! The kernels as C++ for the SIMT emulator, with `cuda/simt/device.h` in the place of a GPU.
 
-use crate::kernels::{ALL_HEAD_DIMS, Module, for_each, modules};
+use crate::kernels::{Module, all_head_dims, for_each, modules};
 use std::fmt::Write;
 use std::path::PathBuf;
 
 /// Compiles all kernels and writes `simt_kernels.rs`: a table of their names and addresses.
 pub fn build() {
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let modules = modules(&ALL_HEAD_DIMS);
+    let modules = modules(&all_head_dims());
     for_each(&modules, |module| compile(module, &out.join(&module.name)));
     let mut table = String::from("unsafe extern \"C\" {\n");
     for kernel in modules.iter().flat_map(|module| &module.kernels) {

@@ -76,6 +76,9 @@ typedef struct {
     uint64_t lse;
     /* f32 [query_heads], or 0: of rows that are not merged. */
     uint64_t sinks;
+    /* f32 [1] or [kv_heads], or 0: what keys and values of 8 bits are multiplied by. */
+    uint64_t key_scales;
+    uint64_t value_scales;
     /* StarTile[]. */
     uint64_t tiles;
     /* u32[]: the pages of each sequence in order, one sequence after another; a page is an index on
@@ -83,7 +86,7 @@ typedef struct {
     uint64_t page_table;
     /* StarRange[]. */
     uint64_t ranges;
-    /* f32 [partial row, head_dim] and [partial row]. */
+    /* f32 [partial row, value_dim] and [partial row]. */
     uint64_t partials;
     uint64_t partials_lse;
     /* Rows of a page, and what divides by them: n / page_len is the high word of 2 n · page_magic,
@@ -93,6 +96,13 @@ typedef struct {
     uint32_t page_shift;
     uint32_t query_len;
     uint32_t query_heads;
+    /* Elements of a row of queries and keys, and of values and outputs: multiples of 8, not above
+     * what the kernel is for. */
+    uint32_t head_dim;
+    uint32_t value_dim;
+    /* From the scale of one head to the next's: 0 or 1. */
+    uint32_t key_scale_step;
+    uint32_t value_scale_step;
     /* Query heads of a KV head. */
     uint32_t group;
     /* How many of them are rows of one tile: 1 or `group`. */
@@ -162,10 +172,10 @@ typedef struct {
 
 /* append.cu: new keys and values to their places. */
 typedef struct {
-    /* [batch, seq, kv_heads, dim]. */
+    /* [batch, seq, kv_heads, dim], and [.., value_dim]. */
     StarTensor key;
     StarTensor value;
-    /* [pages, page_len, kv_heads, dim]. */
+    /* [pages, page_len, kv_heads, dim], and [.., value_dim]. */
     StarTensor shard_key;
     StarTensor shard_value;
     /* u32 [batch, seq]: each new row's place, page · page_len + row; rows with a place from pages · page_len on are left out. */
@@ -174,10 +184,17 @@ typedef struct {
     uint64_t positions;
     uint64_t cos;
     uint64_t sin;
+    /* f32 [1] or [kv_heads], or 0: what keys and values are divided by, to a shard of 8 bits. */
+    uint64_t key_scales;
+    uint64_t value_scales;
     uint32_t batch;
     uint32_t seq;
     uint32_t kv_heads;
     uint32_t dim;
+    uint32_t value_dim;
+    /* From the scale of one head to the next's: 0 or 1. */
+    uint32_t key_scale_step;
+    uint32_t value_scale_step;
     uint32_t pages;
     uint32_t page_len;
     /* The first dims of each key that are rotated, a multiple of 16. */
@@ -186,5 +203,4 @@ typedef struct {
     uint32_t interleaved;
     /* Keys at positions from here on are left out, with their values. */
     uint32_t position_end;
-    uint32_t padding;
 } StarAppendParams;

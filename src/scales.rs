@@ -8,6 +8,7 @@ use crate::{DType, Error, Result};
 /// Attention folds them into the factor of the scores and into the outputs;
 /// [`Append`](crate::Append) divides by them. They are finite and above 0.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Scales<S> {
     /// Of keys.
     pub key: S,

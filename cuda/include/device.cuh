@@ -5,9 +5,9 @@
 
 #include "../params.h"
 
-// encode_f16_d128, say.
-#define NAME_OF(name, dtype, dim) name##_##dtype##_d##dim
-#define NAME_WITH(name, dtype, dim) NAME_OF(name, dtype, dim)
+// encode_f16_d128 or encode_f16_d192_v128, say.
+#define NAME_OF(name, dtype, dims) name##_##dtype##_##dims
+#define NAME_WITH(name, dtype, dims) NAME_OF(name, dtype, dims)
 
 #ifndef __CUDACC__
 #include "../simt/device.h"
@@ -59,6 +59,7 @@ DEVICE float exp_accurate(float x) { return expf(x); }
 DEVICE float log_accurate(float x) { return logf(x); }
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 DEVICE float absolute(float x) { return fabsf(x); }
+DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DEVICE float max_ignoring_nan(float a, float b) { return fmaxf(a, b); }
 
 template <class T>
@@ -86,6 +87,9 @@ DEVICE uint32_t opaque(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+
+// Bytes of x (0 to 3) and y (4 to 7), one for each nibble of the selector, the lowest first.
+DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) { return __byte_perm(x, y, selector); }
 
 DEVICE uint32_t shared_load4(Shared from) {
     uint32_t x;
@@ -165,6 +169,14 @@ DEVICE void load_matrices_transposed(uint32_t (&to)[4], Shared row) {
 // 16-bit elements: two to a word, the lower half first; c (16×8) += a (16×16) b (16×8).
 struct F16 {
     static constexpr uint32_t exponents = 0x7c007c00u;
+    // From the high byte of a half: how far the fields of an 8-bit float E4M3 move down.
+    static constexpr uint32_t e4m3_shift = 1;
+    // Then times 2^8, the difference of the biases; exact. -0 as the addend keeps the sign of 0.
+    static DEVICE uint32_t times_e4m3_bias(uint32_t x) {
+        uint32_t y;
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(0x5c005c00u), "r"(0x80008000u));
+        return y;
+    }
     static DEVICE uint32_t pack(float low, float high) {
         uint32_t x;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
@@ -188,6 +200,13 @@ struct F16 {
 
 struct BF16 {
     static constexpr uint32_t exponents = 0x7f807f80u;
+    static constexpr uint32_t e4m3_shift = 4;
+    // Times 2^120.
+    static DEVICE uint32_t times_e4m3_bias(uint32_t x) {
+        uint32_t y;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(0x7b807b80u), "r"(0x80008000u));
+        return y;
+    }
     static DEVICE uint32_t pack(float low, float high) {
         uint32_t x;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));

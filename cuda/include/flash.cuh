@@ -18,9 +18,16 @@
 #include "rows.cuh"
 #include "softmax.cuh"
 
-template <int HeadDim, int RowTiles, int RowWarps, int KeyWarps, int Keys, int Slots, bool ValuesFirst, bool StagedF32>
+template <int HeadDim, int ValueDim, int StoredBytes, int RowTiles, int RowWarps, int KeyWarps, int Keys, int Slots,
+          bool ValuesFirst, bool StagedF32>
 struct Policy {
+    // The most elements of a row of queries and keys, and of the values that a block multiplies.
     static constexpr int head_dim = HeadDim;
+    static constexpr int value_dim = ValueDim;
+    // Rows of values may be longer: each block then has some of their columns.
+    static constexpr bool in_parts = ValueDim < HeadDim && HeadDim > 256;
+    // Of an element of keys and values in memory: 2, or 1 for E4M3.
+    static constexpr int stored_bytes = StoredBytes;
     // Tiles of 16 rows of a warp: each loaded square of K or V serves all of them.
     static constexpr int row_tiles = RowTiles;
     static constexpr int row_warps = RowWarps;
@@ -37,21 +44,27 @@ struct Policy {
     static constexpr int team = 32 * RowWarps;
     static constexpr int threads = team * KeyWarps;
     static constexpr int query_bytes = rows * HeadDim * 2;
-    static constexpr int slot_bytes = Keys * HeadDim * 2;
+    // Two slots are one for keys and one for values; others serve both.
+    static_assert(ValueDim <= HeadDim, "a slot for keys holds values");
+    static constexpr int key_slot_bytes = Keys * HeadDim * StoredBytes;
+    // Where elements are widened: a tile of wide ones, the last of a ring.
+    static constexpr int wide_bytes = StoredBytes == 1 ? Keys * HeadDim * 2 : 0;
+    static constexpr int ring_bytes =
+        (Slots == 2 ? key_slot_bytes + Keys * ValueDim * StoredBytes : Slots * key_slot_bytes) + wide_bytes;
     // What is kept of the list of keys: its ends and border, each row's limit and token, and for each
     // thread two addresses and whether it zeroed a value.
     static constexpr int list_bytes = (48 + (4 + 1) * rows + (16 + 4) * threads + 127) / 128 * 128;
-    static constexpr int shared_bytes = list_bytes + query_bytes + KeyWarps * Slots * slot_bytes;
+    static constexpr int shared_bytes = list_bytes + query_bytes + KeyWarps * ring_bytes;
     static_assert(KeyWarps == 1 || RowWarps == 1, "warps divide the rows or the keys");
     // Of f32 outputs in shared memory: eight more than a row has, so that the rows of a store begin
     // at other banks.
-    static constexpr int merged_row_bytes = (HeadDim + 8) * 4;
+    static constexpr int merged_row_bytes = (ValueDim + 8) * 4;
     static_assert(KeyWarps * rows * (merged_row_bytes + 8) <= shared_bytes - list_bytes || KeyWarps == 1,
                   "the merge reuses the rings");
-    static_assert(!StagedF32 || rows * HeadDim * 4 <= shared_bytes - list_bytes, "staged outputs reuse the rings");
+    static_assert(!StagedF32 || rows * ValueDim * 4 <= shared_bytes - list_bytes, "staged outputs reuse the rings");
 };
 
-// Rows after the tile's last become zeros.
+// Rows after the tile's last, and what rows lack of the head dim, become zeros.
 template <class P>
 DEVICE void load_query(const QueryRows<P>& rows, Shared to) {
     using Tile = SharedTile<P::head_dim>;
@@ -61,7 +74,8 @@ DEVICE void load_query(const QueryRows<P>& rows, Shared to) {
         const uint16_t* from = reinterpret_cast<const uint16_t*>(rows.p.query.data) +
                                rows.offset(rows.p.query, beyond ? 0 : row) + lane * 8;
         for (int c = 0; c < Tile::chunks; c += Tile::orders) {
-            copy_async(Tile::at(to, row, lane + c), from + c * 8, beyond);
+            const bool zeros = beyond || (lane + c) * 8 >= rows.p.head_dim;
+            copy_async(Tile::at(to, row, lane + c), zeros ? from : from + c * 8, zeros);
         }
     }
 }
@@ -109,7 +123,7 @@ DEVICE void pack(uint32_t (&to)[RowTiles][Columns / 2][4], const float (&scores)
 // O += P V.
 template <class Element, class P, int Squares, int Outputs>
 DEVICE void multiply_values(float (&out)[P::row_tiles][Outputs][4],
-                            const uint32_t (&probabilities)[P::row_tiles][Squares][4], MatrixWalk<P::head_dim> values) {
+                            const uint32_t (&probabilities)[P::row_tiles][Squares][4], MatrixWalk<P::value_dim> values) {
     values.swizzled = opaque(values.swizzled);
 #pragma unroll
     for (int k = 0; k < Squares; k++) {
@@ -129,8 +143,10 @@ DEVICE void multiply_values(float (&out)[P::row_tiles][Outputs][4],
 template <class Element, class P>
 struct Flash {
     static constexpr int columns = P::keys / 8;
-    static constexpr int outputs = P::head_dim / 8;
+    static constexpr int outputs = P::value_dim / 8;
     using Walk = MatrixWalk<P::head_dim>;
+    using ValueWalk = MatrixWalk<P::value_dim>;
+    using Keys = KeyList<P::stored_bytes>;
 
     // The lane's first row of the block's, and its first column.
     static DEVICE uint32_t lane_row() {
@@ -141,14 +157,17 @@ struct Flash {
 
     static DEVICE void run(const StarFlashParams& p) {
         const uint32_t heads = p.query_heads / p.pack;
+        const uint32_t parts = P::in_parts ? (p.value_dim + P::value_dim - 1) / P::value_dim : 1;
+        const uint32_t first_column = P::in_parts ? block_index() % parts * P::value_dim : 0;
+        const uint32_t block = block_index() / parts;
         // Left in memory and its cache: registers are scarcer.
-        const StarTile& tile = refer(reinterpret_cast<const StarTile*>(p.tiles) + block_index() / heads);
+        const StarTile& tile = refer(reinterpret_cast<const StarTile*>(p.tiles) + block / heads);
         if (tile.rows == 0) {
             return;
         }
-        const uint32_t head = block_index() % heads;
-        const QueryRows<P> rows{p, tile, head};
-        const KeyList list{p, tile, head * p.pack / p.group};
+        const uint32_t head = block % heads;
+        const QueryRows<P> rows{p, tile, head, first_column};
+        const Keys list{p, tile, head * p.pack / p.group, first_column};
         // Kept, because on Hopper its address takes several instructions.
         const Shared memory = opaque(shared_memory());
         const Shared query = memory + P::list_bytes;
@@ -161,7 +180,7 @@ struct Flash {
             copy_commit();
             copy_wait<0>();
         }
-        Ring<P> ring(list, memory, query + P::query_bytes + key_warp * P::slots * P::slot_bytes);
+        Ring<P> ring(list, memory, query + P::query_bytes + key_warp * P::ring_bytes);
         ring.store_list();
         if (thread_index() == 0) {
             ring.store_border(rows.left_end(), rows.limit(0));
@@ -177,20 +196,26 @@ struct Flash {
         ring.start(entry);
 
         float out[P::row_tiles][outputs][4] = {};
+        // Of 8 bits: the head's keys are so much larger.
+        const float key_scale = scale_of(p.key_scales, p.key_scale_step, list.kv_head);
+        const bool capped = p.cap_scale != 0;
         Softmax<P::row_tiles> softmax(p.scale_log2, p.slack);
+        if (P::stored_bytes == 1 && !capped) {
+            softmax.scale_by(key_scale);
+        }
         const Walk queries(query, first_row, false);
         for (; entry < ring.limit(first_row + 16 * P::row_tiles - 1); entry += Ring<P>::entry_step) {
             float scores[P::row_tiles][columns][4] = {};
-            multiply_keys<Element, P>(scores, queries, Walk(ring.template next<false>(entry), 0, true));
+            multiply_keys<Element, P>(scores, queries, Walk(ring.template next<false, Element>(entry), 0, true));
             Shared values = 0;
             if (P::values_first) {
                 if (ring.is_border(entry)) {
                     ring.template clear_values<Element>();
                 }
-                values = ring.template next<true>(entry);
+                values = ring.template next<true, Element>(entry);
             }
             if (p.cap_scale != 0) {
-                cap(scores, p.cap_scale);
+                cap(scores, P::stored_bytes == 1 ? p.cap_scale * key_scale : p.cap_scale);
             }
             if (ring.is_border(entry)) {
                 mask(scores, entry, ring);
@@ -206,30 +231,42 @@ struct Flash {
             uint32_t probabilities[P::row_tiles][columns / 2][4];
             pack<Element>(probabilities, scores);
             if (!P::values_first) {
-                values = ring.template next<true>(entry);
+                values = ring.template next<true, Element>(entry);
             }
-            multiply_values<Element, P>(out, probabilities, Walk(values, 0, false));
+            multiply_values<Element, P>(out, probabilities, ValueWalk(values, 0, false, thread_of_values()));
         }
         // None of the warp's rows sees more: it only helps the others to copy.
         for (; P::row_warps > 1 && entry < ring.end(); entry += Ring<P>::entry_step) {
-            ring.template next<false>(entry);
+            ring.template next<false, Element>(entry);
             ring.template clear_values<Element>();
-            ring.template next<true>(entry);
+            ring.template next<true, Element>(entry);
         }
         softmax.finish();
         copy_wait<0>();
         // All are done with the rings, or, without any key, with the copy of the queries: their
         // memory is used again.
         const bool cleared = sync_block_any(ring.cleared());
+        const float value_scale = scale_of(p.value_scales, p.value_scale_step, list.kv_head);
         if (P::key_warps == 1) {
-            write(rows, query, out, softmax);
+            write(rows, query, out, softmax, value_scale);
         } else {
-            write_merged(rows, query, out, softmax);
+            write_merged(rows, query, out, softmax, value_scale);
         }
         if (cleared) {
             sync_block();
             add_cleared(rows, list);
         }
+    }
+
+    // Where rows of values are not as long as those of keys, a lane's place in them is computed in
+    // each step: kept, it would displace accumulators.
+    static DEVICE uint32_t thread_of_values() {
+        return P::value_dim == P::head_dim ? thread_index() : opaque(thread_index());
+    }
+
+    // What the keys or values of a head are multiplied by.
+    static DEVICE float scale_of(uint64_t scales, uint32_t step, uint32_t kv_head) {
+        return P::stored_bytes == 2 || scales == 0 ? 1 : load(reinterpret_cast<const float*>(scales) + step * kv_head);
     }
 
     static DEVICE void cap(float (&scores)[P::row_tiles][columns][4], float cap_scale) {
@@ -289,8 +326,8 @@ struct Flash {
     // Rows of 16 bits go through shared memory, where the warp's own queries were, so that whole
     // lines are written.
     static DEVICE void write(const QueryRows<P>& rows, Shared staging, float (&out)[P::row_tiles][outputs][4],
-                             const Softmax<P::row_tiles>& softmax) {
-        using Tile = SharedTile<P::head_dim>;
+                             const Softmax<P::row_tiles>& softmax, float value_scale) {
+        using Tile = SharedTile<P::value_dim>;
 #pragma unroll
         for (int i = 0; i < P::row_tiles; i++) {
 #pragma unroll
@@ -299,7 +336,7 @@ struct Flash {
                 const bool within = row < rows.tile.rows;
                 const float own = log_sum_exp(softmax.base[i][half], softmax.sum[i][half], softmax.scale_log2);
                 const WithSink whole(own, rows.sink(row));
-                const float scale = normaliser(softmax.sum[i][half]);
+                const float scale = normaliser(softmax.sum[i][half]) * value_scale;
                 const auto result = [&](int j, int c) {
                     return whole.output(normalised(out[i][j][2 * half + c], scale));
                 };
@@ -322,8 +359,9 @@ struct Flash {
                     float* to = rows.wide_row(row) + lane_column();
 #pragma unroll
                     for (int j = 0; j < outputs; j++) {
-                        store(reinterpret_cast<float2*>(to + 8 * j),
-                              float2{result(j, 0), result(j, 1)});
+                        if (8 * j < rows.columns()) {
+                            store(reinterpret_cast<float2*>(to + 8 * j), float2{result(j, 0), result(j, 1)});
+                        }
                     }
                 }
             }
@@ -335,9 +373,9 @@ struct Flash {
         const uint32_t first = lane_row() - thread_index() % 32 / 4;
         if (rows.wide()) {
             // A lane moves 16 bytes: the warp together whole rows, or parts of them.
-            for (uint32_t c = thread_index() % 32; c < 16 * P::row_tiles * (P::head_dim / 4); c += 32) {
-                const uint32_t row = first + c / (P::head_dim / 4), quad = c % (P::head_dim / 4);
-                if (row < rows.tile.rows) {
+            for (uint32_t c = thread_index() % 32; c < 16 * P::row_tiles * (P::value_dim / 4); c += 32) {
+                const uint32_t row = first + c / (P::value_dim / 4), quad = c % (P::value_dim / 4);
+                if (row < rows.tile.rows && 4 * quad < rows.columns()) {
                     float* to = rows.wide_row(row) + quad * 4;
                     store(reinterpret_cast<float4*>(to), shared_load_float4(f32_at(staging, row, quad / 2) + quad % 2 * 16));
                 }
@@ -349,7 +387,9 @@ struct Flash {
             if (first + r < rows.tile.rows) {
                 uint16_t* to = rows.narrow_row(first + r) + lane * 8;
                 for (int c = 0; c < Tile::chunks; c += Tile::orders) {
-                    store(reinterpret_cast<uint4*>(to + c * 8), shared_load16(Tile::at(staging, first + r, lane + c)));
+                    if ((lane + c) * 8 < rows.columns()) {
+                        store(reinterpret_cast<uint4*>(to + c * 8), shared_load16(Tile::at(staging, first + r, lane + c)));
+                    }
                 }
             }
         }
@@ -358,12 +398,12 @@ struct Flash {
     // Eight f32 of a staged row. Rows start at the same bank: each has its pieces of 32 bytes in
     // another order.
     static DEVICE Shared f32_at(Shared staging, uint32_t row, uint32_t eight) {
-        return staging + row * P::head_dim * 4 + ((eight ^ row % 4) << 5);
+        return staging + row * P::value_dim * 4 + ((eight ^ row % 4) << 5);
     }
 
     // Merges what the key warps have of the same rows.
     static DEVICE void write_merged(const QueryRows<P>& rows, Shared memory, float (&out)[P::row_tiles][outputs][4],
-                                    const Softmax<P::row_tiles>& softmax) {
+                                    const Softmax<P::row_tiles>& softmax, float value_scale) {
         const uint32_t warp = thread_index() / 32;
         const auto base_at = [&](uint32_t w, uint32_t row) { return memory + (w * P::rows + row) * 8; };
         const auto out_at = [&](uint32_t w, uint32_t row) {
@@ -391,6 +431,9 @@ struct Flash {
             if (row >= rows.tile.rows) {
                 return;
             }
+            if (column >= rows.columns()) {
+                continue;
+            }
             float base = -infinity();
 #pragma unroll
             for (int w = 0; w < P::key_warps; w++) {
@@ -411,7 +454,7 @@ struct Flash {
                 }
             }
             const WithSink whole(log_sum_exp(base, sum, softmax.scale_log2), rows.sink(row));
-            const float scale = normaliser(sum);
+            const float scale = normaliser(sum) * value_scale;
 #pragma unroll
             for (int c = 0; c < 8; c++) {
                 total[c] = whole.output(normalised(total[c], scale));
@@ -425,7 +468,7 @@ struct Flash {
 
     // Adds the values that were zeroed to the outputs of the rows that see them: the weight of such
     // a key is above 0, and the sum is what the value makes it, NaN or infinite.
-    static DEVICE void add_cleared(const QueryRows<P>& rows, const KeyList& list) {
+    static DEVICE void add_cleared(const QueryRows<P>& rows, const Keys& list) {
         const uint32_t begin = rows.tile.begin, open = rows.limit(0);
         const bool paged = rows.p.page_table != 0;
         // With a window the border is on both sides.
@@ -434,14 +477,16 @@ struct Flash {
 #pragma unroll 1
         for (uint32_t i = thread_index(); i < rows.tile.rows * outputs; i += P::threads) {
             const uint32_t row = i / outputs, column = i % outputs * 8;
+            if (column >= rows.columns()) {
+                continue;
+            }
             const uint32_t limit = rows.limit(row), hidden = rows.hidden(row);
 #pragma unroll 1
             for (uint32_t entry = border; entry < limit; entry++) {
                 if (entry >= rows.tile.anchor && entry < hidden) {
                     continue;
                 }
-                const uint16_t* from = list.template row<true>(entry, paged) + column;
-                const uint4 value = load(reinterpret_cast<const uint4*>(from));
+                const uint4 value = list.template values8<Element>(entry, paged, column);
                 const uint4 special = not_finite8<Element>(value);
                 if (any_bit(special)) {
                     rows.template add_out<Element>(

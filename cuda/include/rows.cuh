@@ -9,6 +9,8 @@ struct QueryRows {
     const StarFlashParams& p;
     const StarTile& tile;
     uint32_t head;
+    // The block's first column of outputs.
+    uint32_t first_column;
 
     DEVICE uint32_t token(uint32_t row) const { return (tile.row + row) / p.pack; }
     DEVICE uint32_t query_head(uint32_t row) const { return head * p.pack + (tile.row + row) % p.pack; }
@@ -23,12 +25,15 @@ struct QueryRows {
     DEVICE bool wide() const { return p.out_f32 || partial(); }
     // The address of a row of f32 results.
     DEVICE float* wide_row(uint32_t row) const {
-        return partial() ? reinterpret_cast<float*>(p.partials) + partial_row(row) * P::head_dim
-                         : reinterpret_cast<float*>(p.out.data) + offset(p.out, row);
+        float* const start = partial() ? reinterpret_cast<float*>(p.partials) + partial_row(row) * p.value_dim
+                                       : reinterpret_cast<float*>(p.out.data) + offset(p.out, row);
+        return start + first_column;
     }
     DEVICE uint16_t* narrow_row(uint32_t row) const {
-        return reinterpret_cast<uint16_t*>(p.out.data) + offset(p.out, row);
+        return reinterpret_cast<uint16_t*>(p.out.data) + offset(p.out, row) + first_column;
     }
+    // Columns of the block's that a row of results has.
+    DEVICE uint32_t columns() const { return p.value_dim - first_column; }
     // The row sees the entries before this one.
     DEVICE uint32_t limit(uint32_t row) const {
         const uint32_t visible = tile.visible + tile.causal * (token(row) - token(0));
@@ -53,7 +58,7 @@ struct QueryRows {
         const uint32_t hidden = this->hidden(tile.rows - 1);
         return hidden > tile.anchor ? hidden : 0;
     }
-    DEVICE bool has_lse() const { return p.lse != 0 || partial(); }
+    DEVICE bool has_lse() const { return (p.lse != 0 || partial()) && first_column == 0; }
     DEVICE void store_lse(uint32_t row, float lse) const {
         if (partial()) {
             store(reinterpret_cast<float*>(p.partials_lse) + partial_row(row), lse);

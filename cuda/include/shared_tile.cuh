@@ -21,6 +21,28 @@ struct SharedTile {
     }
 };
 
+// Rows of 8-bit elements in shared memory, as copies leave them. Only the threads that copied them read them.
+template <int Dim>
+struct ByteTile {
+    static constexpr int chunks = Dim / 16;
+    static constexpr int row_bytes = Dim;
+    static constexpr int orders = 1;
+    static_assert(chunks % 2 == 0, "a head dim is a multiple of 32");
+
+    static DEVICE Shared at(Shared tile, uint32_t row, uint32_t chunk) { return tile + row * row_bytes + (chunk << 4); }
+};
+
+// A tile of keys or values as it lies in global memory, of `Bytes` for each element, and how many lanes copy a row of it, each
+// its chunk of every `lanes`. In the last round some may have none.
+template <int Dim, int Bytes>
+struct StoredTile : SharedTile<Dim> {
+    static constexpr int lanes = SharedTile<Dim>::orders;
+};
+template <int Dim>
+struct StoredTile<Dim, 1> : ByteTile<Dim> {
+    static constexpr int lanes = ByteTile<Dim>::chunks % 8 == 0 ? 8 : 4;
+};
+
 // The rows that a lane gives to load_matrices in a walk over 16×16 squares: rows first + 16 i, columns 16 j on.
 template <int HeadDim>
 struct MatrixWalk {
@@ -29,8 +51,8 @@ struct MatrixWalk {
     uint32_t swizzled;
 
     // The square's quarters in order: (low rows, low columns), then the low rows' high columns or the high rows' low columns.
-    DEVICE MatrixWalk(Shared tile, uint32_t first, bool columns_first) {
-        const uint32_t lane = thread_index() % 32;
+    DEVICE MatrixWalk(Shared tile, uint32_t first, bool columns_first, uint32_t thread = thread_index()) {
+        const uint32_t lane = thread % 32;
         const uint32_t high_row = columns_first ? lane / 16 : lane / 8 % 2;
         const uint32_t high_column = columns_first ? lane / 8 % 2 : lane / 16;
         const uint32_t index = first + high_row * 8 + lane % 8;

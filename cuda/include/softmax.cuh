@@ -57,6 +57,13 @@ struct Softmax {
         }
     }
 
+    // For scores that are `factor` times larger.
+    DEVICE void scale_by(float factor) {
+        scale_log2 = max_ignoring_nan(scale_log2 * factor, 1.17549435e-38f);
+        const float most = slack / factor;
+        slack = most < 1e30f ? most : 1e30f;
+    }
+
     // Moves the base where the scores ask for it.
     template <int Columns, int Outputs>
     DEVICE void rebase(const float (&scores)[RowTiles][Columns][4], float (&out)[RowTiles][Outputs][4]) {

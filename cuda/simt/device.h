@@ -61,6 +61,11 @@ DEVICE float exp_accurate(float x) { return expf(x); }
 DEVICE float log_accurate(float x) { return logf(x); }
 DEVICE float infinity() { return INFINITY; }
 DEVICE float absolute(float x) { return fabsf(x); }
+DEVICE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
 DEVICE float max_ignoring_nan(float a, float b) { return fmaxf(a, b); }
 
 template <class T>
@@ -85,6 +90,15 @@ DEVICE const T& refer(const T* from) {
 }
 
 DEVICE uint32_t opaque(uint32_t x) { return x; }
+
+DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+    uint32_t result = 0;
+    for (uint32_t i = 0; i < 4; i++) {
+        result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    }
+    return result;
+}
 
 DEVICE uint32_t shared_load4(Shared from) {
     uint32_t x;
@@ -130,6 +144,12 @@ DEVICE void load_matrices_transposed(uint32_t (&to)[4], Shared row) { simt_load_
 template <bool Bf16>
 struct Element16 {
     static constexpr uint32_t exponents = Bf16 ? 0x7f807f80 : 0x7c007c00;
+    static constexpr uint32_t e4m3_shift = Bf16 ? 4 : 1;
+    static uint32_t times_e4m3_bias(uint32_t x) {
+        const float2 pair = unpack(x);
+        const float bias = Bf16 ? 0x1p120f : 0x1p8f;
+        return pack(pair.x * bias, pair.y * bias);
+    }
     static uint32_t pack(float low, float high) { return simt_pack(low, high, Bf16); }
     static float2 unpack(uint32_t x) {
         return {simt_unpack(static_cast<uint16_t>(x), Bf16), simt_unpack(static_cast<uint16_t>(x >> 16), Bf16)};

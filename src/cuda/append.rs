@@ -4,18 +4,22 @@
 use super::device::{Device, DeviceTensor, DeviceTensorMut, Span, bytes_of};
 use super::params::StarAppendParams;
 use super::{APPEND_THREADS, Launch};
-use crate::{Append, DType, Element, Error, Result};
+use crate::batch::with_dim;
+use crate::scales::check_extents;
+use crate::{Append, DType, Element, Error, Result, Scales};
 
 /// New rows in device memory.
 type NewRows<'v, 'f, 'u, D, T> = Append<DeviceTensor<'v, D, T>, Span<'f, D, f32>, Span<'u, D, u32>>;
 
-/// Stores new keys and values in a cache of two tensors `[pages, page_len, kv_heads, head_dim]` of
-/// f16 or bf16, as the new rows are. Head dims are multiples of 8; where keys are rotated,
-/// `rotated` is a multiple of 16.
+/// Stores new keys and values, f16 or bf16, in a cache of keys `[pages, page_len, kv_heads,
+/// head_dim]` and values `[pages, page_len, kv_heads, value_dim]` of the same type, or of
+/// [`F8E4M3`](crate::F8E4M3). Rows of that type go to a cache of it as they are. Both dims are
+/// multiples of 8, or of 16 in a cache of 8 bits; where keys are rotated, `rotated` is a multiple of
+/// 16.
 ///
 /// Places and positions are read by the kernel: a row whose place is outside of the cache, or whose
 /// position is outside of the rotation's table, is left out, which serves rows that another rank
-/// keeps. No two rows may have one place.
+/// keeps. No two rows may have one place. That scales are finite and above 0 is the caller's promise.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together,
@@ -27,17 +31,29 @@ pub fn append<D: Device, T: Element, C: Element>(
     cache_key: &mut DeviceTensorMut<'_, D, C>,
     cache_value: &mut DeviceTensorMut<'_, D, C>,
 ) -> Result<()> {
-    let Append { key, value, places, rotation, .. } = new;
-    if T::DTYPE == DType::F32 {
-        return Err(Error::DType { argument: "key", expected: DType::BF16, got: T::DTYPE });
-    }
-    if C::DTYPE != T::DTYPE {
-        return Err(Error::DType { argument: "cache_key", expected: T::DTYPE, got: C::DTYPE });
-    }
+    let Append { key, value, places, rotation, scales, .. } = new;
+    let kernel = kernel_of(T::DTYPE, C::DTYPE)?;
     let shape @ [batch, seq, kv_heads, dim] = key.shape();
     let stored @ [pages, page_len, ..] = cache_key.shape();
-    if dim == 0 || !dim.is_multiple_of(8) {
-        return Err(Error::shape("key", "head_dim a multiple of 8", format!("{shape:?}")));
+    let [.., value_dim] = cache_value.shape();
+    // Rows are moved 16 bytes at a time, eight elements by each thread.
+    let unit = if C::DTYPE == DType::F8E4M3 { 16 } else { 8 };
+    for (argument, shape, dim) in [("key", shape, dim), ("value", cache_value.shape(), value_dim)] {
+        if dim == 0 || !dim.is_multiple_of(unit) {
+            let expected = format!("head_dim a multiple of {unit}");
+            return Err(Error::shape(argument, expected, format!("{shape:?}")));
+        }
+    }
+    if let (DType::F8E4M3, Some(_)) = (T::DTYPE, rotation) {
+        return Err(Error::value("rotation", "none of rows of 8 bits", "one"));
+    }
+    if let Some(Scales { key, value, .. }) = scales {
+        if T::DTYPE == DType::F8E4M3 {
+            return Err(Error::value("scales", "none of rows of 8 bits", "some"));
+        }
+        check_extents(C::DTYPE, kv_heads, [key.len, value.len])?;
+        key.check_stream("key scales", stream)?;
+        value.check_stream("value scales", stream)?;
     }
     // What the kernel counts in 32 bits. Their products, two at a time, fit 64.
     let narrow = |argument, extents: [usize; 4]| -> Result<[u32; 4]> {
@@ -50,9 +66,10 @@ pub fn append<D: Device, T: Element, C: Element>(
     let extents = narrow("key", shape)?;
     let stored_extents = narrow("cache_key", stored)?;
     key.check_rows("key", shape)?;
-    value.check_rows("value", shape)?;
+    value.check_rows("value", with_dim(shape, value_dim))?;
     cache_key.check_rows("cache_key", [pages, page_len, kv_heads, dim])?;
-    cache_value.check_rows("cache_value", [pages, page_len, kv_heads, dim])?;
+    cache_value.check_rows("cache_value", [pages, page_len, kv_heads, value_dim])?;
+    let value_extent = narrow("value", with_dim(shape, value_dim))?[3];
     key.check_stream("key", stream)?;
     value.check_stream("value", stream)?;
     cache_key.check_stream("cache_key", stream)?;
@@ -66,7 +83,7 @@ pub fn append<D: Device, T: Element, C: Element>(
         Err(Error::shape(argument, format!("{expected} elements"), got.to_string()))
     };
     check_len("places", tokens, places.len)?;
-    let threads = tokens.saturating_mul(kv_heads * dim / 8);
+    let threads = tokens.saturating_mul(kv_heads * dim.max(value_dim) / 8);
     let blocks = threads.div_ceil(APPEND_THREADS);
     if i32::try_from(blocks).is_err() {
         return Err(Error::shape("key", "fewer than 2⁴² elements", format!("{shape:?}")));
@@ -85,6 +102,11 @@ pub fn append<D: Device, T: Element, C: Element>(
         seq: extents[1],
         kv_heads: extents[2],
         dim: extents[3],
+        value_dim: value_extent,
+        key_scales: scales.as_ref().map_or(0, |scales| scales.key.address),
+        value_scales: scales.as_ref().map_or(0, |scales| scales.value.address),
+        key_scale_step: scales.as_ref().map_or(0, |scales| u32::from(scales.key.len > 1)),
+        value_scale_step: scales.as_ref().map_or(0, |scales| u32::from(scales.value.len > 1)),
         pages: stored_extents[0],
         page_len: stored_extents[1],
         ..Default::default()
@@ -112,9 +134,8 @@ pub fn append<D: Device, T: Element, C: Element>(
     if threads == 0 || stored_rows == 0 {
         return Ok(());
     }
-    let kernel = format!("append_{}", T::DTYPE);
     let launch = Launch {
-        kernel: &kernel,
+        kernel,
         blocks: blocks as u32,
         threads: APPEND_THREADS as u32,
         shared_bytes: 0,
@@ -122,4 +143,17 @@ pub fn append<D: Device, T: Element, C: Element>(
     };
     // SAFETY: extents and lengths were checked; the kernel checks places and positions.
     unsafe { device.launch(stream, &launch) }
+}
+
+/// The kernel for new rows of one type and a cache of another.
+fn kernel_of(from: DType, to: DType) -> Result<&'static str> {
+    Ok(match (from, to) {
+        (DType::F16, DType::F16) => "append_f16",
+        (DType::BF16, DType::BF16) => "append_bf16",
+        (DType::F8E4M3, DType::F8E4M3) => "append_e4m3",
+        (DType::F16, DType::F8E4M3) => "append_f16_e4m3",
+        (DType::BF16, DType::F8E4M3) => "append_bf16_e4m3",
+        (DType::F32, _) => return Err(Error::DType { argument: "key", expected: DType::BF16, got: from }),
+        _ => return Err(Error::DType { argument: "cache_key", expected: from, got: to }),
+    })
 }

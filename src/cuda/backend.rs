@@ -6,7 +6,7 @@ use super::flash::DevicePlan;
 use super::merge::merge_separate;
 use crate::backend::{Backend, Capacity, Plain, clamp};
 use crate::merge::PartialOf;
-use crate::{Append, Batch, Element, Error, Inputs, PlanConfig, Result};
+use crate::{Append, Batch, Element, Error, Inputs, PlanConfig, Result, Scales};
 use std::marker::PhantomData;
 use std::ops::RangeBounds;
 use std::sync::Arc;
@@ -193,9 +193,10 @@ impl<D: Device> Backend for Cuda<D> {
         mut lse: Option<SpanMut<'_, D, f32>>,
         mut workspace: SpanMut<'_, D, u8>,
     ) -> Result<()> {
-        let Inputs { query, key, value, prefix, sinks } = &inputs;
+        let Inputs { query, key, value, prefix, sinks, scales } = &inputs;
         let prefix = prefix.as_ref().map(|[key, value]| [key, value]);
-        let inputs = Inputs { query, key, value, prefix, sinks: sinks.as_ref() };
+        let scales = scales.as_ref().map(|scales| Scales::new(&scales.key, &scales.value));
+        let inputs = Inputs { query, key, value, prefix, sinks: sinks.as_ref(), scales };
         plan.run(&self.device, &self.stream, inputs, &mut out, lse.as_mut(), &mut workspace)
     }
 

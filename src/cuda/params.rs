@@ -137,6 +137,8 @@ pub struct StarFlashParams {
     pub out: StarTensor,
     pub lse: u64,
     pub sinks: u64,
+    pub key_scales: u64,
+    pub value_scales: u64,
     pub tiles: u64,
     pub page_table: u64,
     pub ranges: u64,
@@ -147,6 +149,10 @@ pub struct StarFlashParams {
     pub page_shift: u32,
     pub query_len: u32,
     pub query_heads: u32,
+    pub head_dim: u32,
+    pub value_dim: u32,
+    pub key_scale_step: u32,
+    pub value_scale_step: u32,
     pub group: u32,
     pub pack: u32,
     pub out_f32: u32,
@@ -155,86 +161,6 @@ pub struct StarFlashParams {
     pub slack: f32,
     pub padding: u32,
 }
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 296usize];
-    ["Alignment of StarFlashParams"][::std::mem::align_of::<StarFlashParams>() - 8usize];
-    [
-        "Offset of field: StarFlashParams::query",
-    ][::std::mem::offset_of!(StarFlashParams, query) - 0usize];
-    [
-        "Offset of field: StarFlashParams::key",
-    ][::std::mem::offset_of!(StarFlashParams, key) - 32usize];
-    [
-        "Offset of field: StarFlashParams::value",
-    ][::std::mem::offset_of!(StarFlashParams, value) - 64usize];
-    [
-        "Offset of field: StarFlashParams::prefix_key",
-    ][::std::mem::offset_of!(StarFlashParams, prefix_key) - 96usize];
-    [
-        "Offset of field: StarFlashParams::prefix_value",
-    ][::std::mem::offset_of!(StarFlashParams, prefix_value) - 128usize];
-    [
-        "Offset of field: StarFlashParams::out",
-    ][::std::mem::offset_of!(StarFlashParams, out) - 160usize];
-    [
-        "Offset of field: StarFlashParams::lse",
-    ][::std::mem::offset_of!(StarFlashParams, lse) - 192usize];
-    [
-        "Offset of field: StarFlashParams::sinks",
-    ][::std::mem::offset_of!(StarFlashParams, sinks) - 200usize];
-    [
-        "Offset of field: StarFlashParams::tiles",
-    ][::std::mem::offset_of!(StarFlashParams, tiles) - 208usize];
-    [
-        "Offset of field: StarFlashParams::page_table",
-    ][::std::mem::offset_of!(StarFlashParams, page_table) - 216usize];
-    [
-        "Offset of field: StarFlashParams::ranges",
-    ][::std::mem::offset_of!(StarFlashParams, ranges) - 224usize];
-    [
-        "Offset of field: StarFlashParams::partials",
-    ][::std::mem::offset_of!(StarFlashParams, partials) - 232usize];
-    [
-        "Offset of field: StarFlashParams::partials_lse",
-    ][::std::mem::offset_of!(StarFlashParams, partials_lse) - 240usize];
-    [
-        "Offset of field: StarFlashParams::page_len",
-    ][::std::mem::offset_of!(StarFlashParams, page_len) - 248usize];
-    [
-        "Offset of field: StarFlashParams::page_magic",
-    ][::std::mem::offset_of!(StarFlashParams, page_magic) - 252usize];
-    [
-        "Offset of field: StarFlashParams::page_shift",
-    ][::std::mem::offset_of!(StarFlashParams, page_shift) - 256usize];
-    [
-        "Offset of field: StarFlashParams::query_len",
-    ][::std::mem::offset_of!(StarFlashParams, query_len) - 260usize];
-    [
-        "Offset of field: StarFlashParams::query_heads",
-    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 264usize];
-    [
-        "Offset of field: StarFlashParams::group",
-    ][::std::mem::offset_of!(StarFlashParams, group) - 268usize];
-    [
-        "Offset of field: StarFlashParams::pack",
-    ][::std::mem::offset_of!(StarFlashParams, pack) - 272usize];
-    [
-        "Offset of field: StarFlashParams::out_f32",
-    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 276usize];
-    [
-        "Offset of field: StarFlashParams::scale_log2",
-    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 280usize];
-    [
-        "Offset of field: StarFlashParams::cap_scale",
-    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 284usize];
-    [
-        "Offset of field: StarFlashParams::slack",
-    ][::std::mem::offset_of!(StarFlashParams, slack) - 288usize];
-    [
-        "Offset of field: StarFlashParams::padding",
-    ][::std::mem::offset_of!(StarFlashParams, padding) - 292usize];
-};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct StarMergedRow {
@@ -377,75 +303,18 @@ pub struct StarAppendParams {
     pub positions: u64,
     pub cos: u64,
     pub sin: u64,
+    pub key_scales: u64,
+    pub value_scales: u64,
     pub batch: u32,
     pub seq: u32,
     pub kv_heads: u32,
     pub dim: u32,
+    pub value_dim: u32,
+    pub key_scale_step: u32,
+    pub value_scale_step: u32,
     pub pages: u32,
     pub page_len: u32,
     pub rotated: u32,
     pub interleaved: u32,
     pub position_end: u32,
-    pub padding: u32,
 }
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of StarAppendParams"][::std::mem::size_of::<StarAppendParams>() - 200usize];
-    [
-        "Alignment of StarAppendParams",
-    ][::std::mem::align_of::<StarAppendParams>() - 8usize];
-    [
-        "Offset of field: StarAppendParams::key",
-    ][::std::mem::offset_of!(StarAppendParams, key) - 0usize];
-    [
-        "Offset of field: StarAppendParams::value",
-    ][::std::mem::offset_of!(StarAppendParams, value) - 32usize];
-    [
-        "Offset of field: StarAppendParams::shard_key",
-    ][::std::mem::offset_of!(StarAppendParams, shard_key) - 64usize];
-    [
-        "Offset of field: StarAppendParams::shard_value",
-    ][::std::mem::offset_of!(StarAppendParams, shard_value) - 96usize];
-    [
-        "Offset of field: StarAppendParams::places",
-    ][::std::mem::offset_of!(StarAppendParams, places) - 128usize];
-    [
-        "Offset of field: StarAppendParams::positions",
-    ][::std::mem::offset_of!(StarAppendParams, positions) - 136usize];
-    [
-        "Offset of field: StarAppendParams::cos",
-    ][::std::mem::offset_of!(StarAppendParams, cos) - 144usize];
-    [
-        "Offset of field: StarAppendParams::sin",
-    ][::std::mem::offset_of!(StarAppendParams, sin) - 152usize];
-    [
-        "Offset of field: StarAppendParams::batch",
-    ][::std::mem::offset_of!(StarAppendParams, batch) - 160usize];
-    [
-        "Offset of field: StarAppendParams::seq",
-    ][::std::mem::offset_of!(StarAppendParams, seq) - 164usize];
-    [
-        "Offset of field: StarAppendParams::kv_heads",
-    ][::std::mem::offset_of!(StarAppendParams, kv_heads) - 168usize];
-    [
-        "Offset of field: StarAppendParams::dim",
-    ][::std::mem::offset_of!(StarAppendParams, dim) - 172usize];
-    [
-        "Offset of field: StarAppendParams::pages",
-    ][::std::mem::offset_of!(StarAppendParams, pages) - 176usize];
-    [
-        "Offset of field: StarAppendParams::page_len",
-    ][::std::mem::offset_of!(StarAppendParams, page_len) - 180usize];
-    [
-        "Offset of field: StarAppendParams::rotated",
-    ][::std::mem::offset_of!(StarAppendParams, rotated) - 184usize];
-    [
-        "Offset of field: StarAppendParams::interleaved",
-    ][::std::mem::offset_of!(StarAppendParams, interleaved) - 188usize];
-    [
-        "Offset of field: StarAppendParams::position_end",
-    ][::std::mem::offset_of!(StarAppendParams, position_end) - 192usize];
-    [
-        "Offset of field: StarAppendParams::padding",
-    ][::std::mem::offset_of!(StarAppendParams, padding) - 196usize];
-};

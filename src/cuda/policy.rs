@@ -1,14 +1,69 @@
 //! How the attention kernels divide their work, for each head dim. build.rs compiles what stands
 //! here, and the plans launch it.
 
-/// The head dims that kernels can be built for.
+/// The head dims that have kernels of their own, with values of the same dim.
 pub const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
+
+/// Elements of a head of queries and keys, and of values and outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    pub key: usize,
+    pub value: usize,
+}
+
+/// All that kernels are built for. Those for the longest keys work off longer values in parts of so
+/// many columns, each by a block that computes the scores anew: 512, or DeepSeek's 576 and 512.
+pub const DIMS: [Dims; 7] = [
+    Dims::same(64),
+    Dims::same(96),
+    Dims::same(128),
+    Dims { key: 192, value: 128 },
+    Dims::same(192),
+    Dims::same(256),
+    Dims { key: 576, value: 256 },
+];
+
+impl Dims {
+    pub const fn same(dim: usize) -> Self {
+        Self { key: dim, value: dim }
+    }
+
+    /// Whether the kernels for these work off values in parts.
+    pub const fn in_parts(self) -> bool {
+        self.key > 256 && self.value < self.key
+    }
+
+    /// The dims of the kernels that do the least for heads of these: shorter rows are padded with
+    /// zeros in shared memory. Rows are moved 16 bytes at a time.
+    pub fn of_kernel(self) -> Option<Self> {
+        let fits =
+            |kernel: &Self| self.key <= kernel.key && (self.value <= kernel.value || kernel.in_parts());
+        let work = |kernel: &Self| (kernel.key + kernel.value) * self.parts(*kernel);
+        let multiples = self.key.is_multiple_of(8) && self.value.is_multiple_of(8);
+        DIMS.into_iter().filter(|kernel| multiples && fits(kernel)).min_by_key(work)
+    }
+
+    /// In how many parts a kernel works off values.
+    pub const fn parts(self, kernel: Self) -> usize {
+        self.value.div_ceil(kernel.value)
+    }
+}
+
+impl std::fmt::Display for Dims {
+    /// As in the names of kernels: `d128`, or `d192_v128`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "d{}", self.key)?;
+        if self.value != self.key { write!(f, "_v{}", self.value) } else { Ok(()) }
+    }
+}
 
 /// The division of an attention kernel: `cuda/include/flash.cuh` says what its parts mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
     pub kernel: &'static str,
-    pub head_dim: usize,
+    pub dims: Dims,
+    /// Bytes of an element of keys and values: 2, or 1 for E4M3.
+    pub stored_bytes: usize,
     /// Tiles of 16 rows of a warp.
     pub row_tiles: usize,
     /// Warps that divide the rows.
@@ -30,7 +85,8 @@ pub struct Policy {
 /// The defaults of what the variants change.
 const PLAIN: Policy = Policy {
     kernel: "",
-    head_dim: 0,
+    dims: Dims::same(0),
+    stored_bytes: 2,
     row_tiles: 1,
     row_warps: 1,
     key_warps: 1,
@@ -44,31 +100,33 @@ const PLAIN: Policy = Policy {
 impl Policy {
     /// For tiles of many rows, bound by products.
     ///
-    /// Up to a head dim of 128 a warp has 32 rows, so that each square read from shared memory
+    /// Up to a value dim of 128 a warp has 32 rows, so that each square read from shared memory
     /// serves two products (with 16 rows the reads take as long as the products), and so many keys
     /// that the accumulators of both products just fit 255 registers: what a step costs beyond
     /// products is then shared by most of them. Larger heads leave registers for 16 rows. Two
-    /// blocks fit a multiprocessor, one where it has 100 KB of shared memory.
-    pub const fn encode(head_dim: usize) -> Self {
-        let row_tiles = if head_dim <= 128 { 2 } else { 1 };
-        let keys = match head_dim {
-            64 => 128,
-            96 => 96,
-            _ => 64,
+    /// blocks fit a multiprocessor, one where it has 100 KB of shared memory. The longest heads
+    /// leave room there for 32 rows.
+    pub const fn encode(dims: Dims) -> Self {
+        let row_tiles = if dims.value <= 128 { 2 } else { 1 };
+        let (row_warps, keys) = match dims.key {
+            64 => (4, 128),
+            96 => (4, 96),
+            576 => (2, 32),
+            _ => (4, 64),
         };
-        Self { kernel: "encode", head_dim, row_tiles, row_warps: 4, keys, ..PLAIN }
+        Self { kernel: "encode", dims, row_tiles, row_warps, keys, ..PLAIN }
     }
 
     /// For 33 to 64 rows, where tiles of `encode` have 128: as that with half the rows and the same
     /// tiles of keys. The products of a row accumulate in the same order, so both give it the same
     /// bits. Hopper's shared memory has room for four blocks; d64 comes by as few registers unasked,
     /// and spills some if asked.
-    pub const fn encode_64(head_dim: usize) -> Option<Self> {
-        let encode = Self::encode(head_dim);
+    pub const fn encode_64(dims: Dims) -> Option<Self> {
+        let encode = Self::encode(dims);
         if encode.rows() != 128 {
             return None;
         }
-        let blocks_sm_90 = if head_dim > 64 { 4 } else { 0 };
+        let blocks_sm_90 = if dims.key > 64 && dims.key <= 128 { 4 } else { 0 };
         Some(Self { kernel: "encode_64", row_tiles: 1, blocks_sm_90, ..encode })
     }
 
@@ -81,9 +139,10 @@ impl Policy {
     ///   half as often;
     /// - `encode_staged_f32`: outputs of f32 are written in whole lines.
     #[cfg(feature = "variants")]
-    pub fn variants(head_dim: usize) -> Vec<Self> {
-        let plain = Self::encode(head_dim);
-        match head_dim {
+    pub fn variants(dims: Dims) -> Vec<Self> {
+        let plain = Self::encode(dims);
+        match dims.key {
+            _ if dims != Dims::same(dims.key) => Vec::new(),
             64 => vec![Self { kernel: "encode_values_first", values_first: true, ..plain }],
             128 => vec![
                 Self { kernel: "encode_values_first", values_first: true, ..plain },
@@ -97,13 +156,42 @@ impl Policy {
     /// For up to 16 rows, bound by reading keys and values: four warps walk keys of their own,
     /// without a barrier, and as many slots as fit a multiprocessor of 100 KB keep copies on their
     /// way.
-    pub const fn query(head_dim: usize) -> Self {
-        let keys = if head_dim <= 64 { 32 } else { 16 };
-        let mut policy = Self { kernel: "query", head_dim, key_warps: 4, keys, slots: 6, ..PLAIN };
-        while policy.shared_bytes() > 92 * 1024 {
-            policy.slots -= 1;
+    ///
+    /// The longest heads leave room for two warps and two slots.
+    pub const fn query(dims: Dims) -> Self {
+        let keys = if dims.key <= 64 { 32 } else { 16 };
+        let key_warps = if dims.key <= 256 { 4 } else { 2 };
+        Self { kernel: "query", dims, key_warps, keys, slots: 6, ..PLAIN }.with_slots_that_fit()
+    }
+
+    const fn with_slots_that_fit(mut self) -> Self {
+        while self.shared_bytes() > 92 * 1024 && self.slots > 2 {
+            self.slots -= 1;
         }
-        policy
+        self
+    }
+
+    /// The kernel that does the same with keys and values of 8 bits, so that a plan serves both:
+    /// its tiles have at least as many rows, and the same keys. For `encode_64` that is the one for
+    /// `encode`. None for the longest heads.
+    pub fn e4m3(&self) -> Option<Self> {
+        if self.dims.in_parts() {
+            return None;
+        }
+        Some(match self.kernel {
+            "query" => {
+                // In bytes about as many are on their way.
+                let plain =
+                    Self { kernel: "query_e4m3", stored_bytes: 1, slots: 10, ..Self::query(self.dims) };
+                plain.with_slots_that_fit()
+            }
+            _ => Self { kernel: "encode_e4m3", stored_bytes: 1, ..Self::encode(self.dims) },
+        })
+    }
+
+    /// Name of the entry point for queries of a type, which is `f16` or `bf16`.
+    pub fn entry(&self, dtype: impl std::fmt::Display) -> String {
+        format!("{}_{dtype}_{}", self.kernel, self.dims)
     }
 
     /// Query rows of a block.
@@ -121,10 +209,16 @@ impl Policy {
     }
 
     /// What is kept of the list of keys (its ends and border, each row's limit and token, for each
-    /// thread two addresses and a flag), then the queries and each ring's slots in 16 bits.
+    /// thread two addresses and a flag), then the queries in 16 bits and each ring's slots. Two
+    /// slots are one for keys and one for values, others serve both. Elements of 8 bits are widened
+    /// to one more tile.
     pub const fn shared_bytes(&self) -> usize {
+        let Dims { key, value } = self.dims;
         let list_bytes = (48 + (4 + 1) * self.rows() + (16 + 4) * self.threads()).next_multiple_of(128);
-        list_bytes + 2 * self.head_dim * (self.rows() + self.key_warps * self.slots * self.keys)
+        let elements = if self.slots == 2 { key + value } else { self.slots * key };
+        let wide = if self.stored_bytes == 1 { 2 * key } else { 0 };
+        let ring = self.keys * (elements * self.stored_bytes + wide);
+        list_bytes + 2 * key * self.rows() + self.key_warps * ring
     }
 }
 

@@ -4,11 +4,13 @@ use super::division::divide_by;
 use super::room::Room;
 use super::tiles::KernelTiles;
 use super::{DeviceInputs, Plan};
+use crate::batch::with_dim;
 use crate::cuda::Launch;
 use crate::cuda::device::{Device, DeviceTensor, DeviceTensorMut, SpanMut, bytes_of};
 use crate::cuda::merge::{MergeLaunch, MergedFrom, RowSinks, launch_merge};
 use crate::cuda::params::{StarFlashParams, StarTensor, StarTile};
-use crate::{DType, Element, Error, Inputs, Result};
+use crate::scales::check_extents;
+use crate::{DType, Element, Error, Inputs, Result, Scales};
 
 /// Probabilities stay below 2 to this power, far inside the range of 16-bit floats. As a score it
 /// is kept finite, so that it does not cancel a base of -inf.
@@ -40,6 +42,33 @@ impl Tables {
     }
 }
 
+/// Refuses types that no kernel takes together.
+fn check_types(query: DType, key: DType, out: DType) -> Result<()> {
+    let half = |dtype| matches!(dtype, DType::F16 | DType::BF16);
+    if !half(key) && key != DType::F8E4M3 {
+        return Err(Error::DType { argument: "key", expected: DType::BF16, got: key });
+    }
+    let expected = if half(key) { key } else { DType::BF16 };
+    if query != expected && (half(key) || !half(query)) {
+        return Err(Error::DType { argument: "query", expected, got: query });
+    }
+    if out != query && out != DType::F32 {
+        return Err(Error::DType { argument: "out", expected: query, got: out });
+    }
+    Ok(())
+}
+
+/// Refuses heads for which there are no kernels that read elements of 8 bits.
+fn check_narrow_dims(head_dim: usize, value_dim: usize) -> Result<()> {
+    for (argument, dim) in [("head_dim", head_dim), ("value_dim", value_dim)] {
+        if !dim.is_multiple_of(16) || dim > 256 {
+            let expected = "a multiple of 16, at most 256, with keys of f8e4m3";
+            return Err(Error::value(argument, expected, dim));
+        }
+    }
+    Ok(())
+}
+
 /// A call of a plan that is in device memory.
 pub(super) struct Call<'a, D: Device> {
     pub plan: &'a Plan,
@@ -61,29 +90,31 @@ impl<D: Device> Call<'_, D> {
         lse: Option<&mut SpanMut<'_, D, f32>>,
     ) -> Result<()> {
         let plan = self.plan;
-        if T::DTYPE == DType::F32 {
-            return Err(Error::DType { argument: "key", expected: DType::BF16, got: T::DTYPE });
+        check_types(Q::DTYPE, T::DTYPE, O::DTYPE)?;
+        let narrow = T::DTYPE == DType::F8E4M3;
+        if narrow {
+            check_narrow_dims(plan.query[3], plan.value_dim)?;
         }
-        if Q::DTYPE != T::DTYPE {
-            return Err(Error::DType { argument: "query", expected: T::DTYPE, got: Q::DTYPE });
-        }
-        if O::DTYPE != T::DTYPE && O::DTYPE != DType::F32 {
-            return Err(Error::DType { argument: "out", expected: T::DTYPE, got: O::DTYPE });
-        }
-        let Inputs { query, key, value, prefix, sinks } = inputs;
+        let Inputs { query, key, value, prefix, sinks, scales } = inputs;
         if self.needs_prefix && prefix.is_none() {
             return Err(Error::value("prefix", "keys and values of the prefixes", "none"));
         }
         let tensors = [
             self.check("query", plan.query, query)?,
             self.check("key", plan.key, key)?,
-            self.check("value", plan.key, value)?,
+            self.check("value", with_dim(plan.key, plan.value_dim), value)?,
             prefix.map_or(Ok(StarTensor::default()), |[key, _]| self.check("prefix", plan.prefix, key))?,
-            prefix
-                .map_or(Ok(StarTensor::default()), |[_, value]| self.check("prefix", plan.prefix, value))?,
+            prefix.map_or(Ok(StarTensor::default()), |[_, value]| {
+                self.check("prefix", with_dim(plan.prefix, plan.value_dim), value)
+            })?,
         ];
+        if let Some(Scales { key, value, .. }) = scales {
+            check_extents(T::DTYPE, plan.key[2], [key.len, value.len])?;
+            key.check_stream("key scales", self.stream)?;
+            value.check_stream("value scales", self.stream)?;
+        }
         let sinks = RowSinks::new(self.stream, plan.query, sinks)?;
-        out.check_rows("out", plan.query)?;
+        out.check_rows("out", plan.out())?;
         out.check_stream("out", self.stream)?;
         lse.as_ref().map_or(Ok(()), |lse| lse.check_stream("lse", self.stream))?;
         if let Some(lse) = &lse
@@ -99,10 +130,14 @@ impl<D: Device> Call<'_, D> {
             out_f32: u32::from(O::DTYPE == DType::F32),
             lse,
             sinks: sinks.address,
+            key_scales: scales.map_or(0, |scales| scales.key.address),
+            value_scales: scales.map_or(0, |scales| scales.value.address),
+            key_scale_step: scales.map_or(0, |scales| u32::from(scales.key.len > 1)),
+            value_scale_step: scales.map_or(0, |scales| u32::from(scales.value.len > 1)),
             ..self.params(tensors)
         };
         for launch in self.launches.iter().filter(|launch| !launch.tiles.is_empty()) {
-            self.launch(launch, params, T::DTYPE)?;
+            self.launch(launch, params, Q::DTYPE, narrow)?;
         }
         self.merge(sinks, out.params(), O::DTYPE, lse)
     }
@@ -120,17 +155,24 @@ impl<D: Device> Call<'_, D> {
 
     /// Starts the kernel for some tiles of the table. `params` has all that does not depend on
     /// them.
-    fn launch(&self, launch: &KernelTiles, params: StarFlashParams, dtype: DType) -> Result<()> {
+    fn launch(
+        &self,
+        launch: &KernelTiles,
+        params: StarFlashParams,
+        dtype: DType,
+        narrow: bool,
+    ) -> Result<()> {
         let KernelTiles { policy, pack, tiles } = launch;
         let params = StarFlashParams {
             tiles: self.tables.tiles + (tiles.start * size_of::<StarTile>()) as u64,
             pack: *pack as u32,
             ..params
         };
-        let kernel = policy.kernel_of(dtype);
+        let policy = policy.e4m3().filter(|_| narrow).unwrap_or(*policy);
+        let kernel = policy.entry(dtype);
         let launch = Launch {
             kernel: &kernel,
-            blocks: (tiles.len() * self.plan.heads(launch)) as u32,
+            blocks: (tiles.len() * self.plan.heads(launch) * self.plan.parts()) as u32,
             threads: policy.threads() as u32,
             shared_bytes: policy.shared_bytes() as u32,
             params: bytes_of(std::slice::from_ref(&params)),
@@ -153,7 +195,7 @@ impl<D: Device> Call<'_, D> {
                 count: self.merged,
             },
             sinks,
-            shape: self.plan.query,
+            shape: self.plan.out(),
             dtypes: [DType::F32, dtype],
             out,
             lse,
@@ -168,7 +210,7 @@ impl<D: Device> Call<'_, D> {
     fn params(&self, tensors: [StarTensor; 5]) -> StarFlashParams {
         let Plan { query: [_, seq, heads, dim], key: [_, page_len, kv_heads, _], score, .. } = *self.plan;
         let [query, key, value, prefix_key, prefix_value] = tensors;
-        let (cap_scale, scale_log2) = match score.factors_for(dim) {
+        let (cap_scale, scale_log2) = match score.factors_for(score.scale_for(dim)) {
             // The kernels compute tanh(ln 2 / 2 · x).
             (factor, Some(cap)) => (factor * (2.0 * std::f32::consts::LOG2_E), cap),
             (factor, None) => (0.0, factor),
@@ -186,6 +228,8 @@ impl<D: Device> Call<'_, D> {
             partials_lse: self.tables.partials_lse,
             query_len: seq as u32,
             query_heads: heads as u32,
+            head_dim: dim as u32,
+            value_dim: self.plan.value_dim as u32,
             group: (heads / kv_heads) as u32,
             scale_log2,
             cap_scale,

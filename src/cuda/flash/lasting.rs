@@ -186,11 +186,12 @@ impl<D: Device> DevicePlan<D> {
 
     /// Attention of the inputs, of the batch's shapes, into `out` as the query, of its type or f32,
     /// and, if given, `lse` `[batch, query_heads, seq]`: natural logarithm, -inf where a row sees
-    /// no key. Rows of no sequence are neither read nor written. Queries, keys and values are f16
-    /// or bf16, all of one type. A prefix may be left out where no sequence has one and the stream
+    /// no key. Rows of no sequence are neither read nor written. Queries are f16 or bf16; keys and
+    /// values are of the same type, or [`F8E4M3`](crate::F8E4M3) with head dims that are multiples
+    /// of 16, at most 256. A prefix may be left out where no sequence has one and the stream
     /// is not being captured. Sinks count in every row
     /// ([`Inputs::with_sinks`](crate::Inputs::with_sinks)); that none is NaN or `+inf` is the
-    /// caller's promise.
+    /// caller's promise, as it is that scales are finite and above 0.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's (last axes
@@ -256,7 +257,8 @@ impl<D: Device> DevicePlan<D> {
 fn load_kernels<D: Device>(device: &D, room: &Room) -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
         for LaunchRoom { launch, .. } in &room.launches {
-            device.load(&launch.policy.kernel_of(dtype))?;
+            let policies = [Some(launch.policy), launch.policy.e4m3()];
+            policies.into_iter().flatten().try_for_each(|policy| device.load(&policy.entry(dtype)))?;
         }
     }
     [DType::F32, DType::F16, DType::BF16]

@@ -25,9 +25,10 @@ mod tiles;
 use super::Properties;
 use super::device::{Device, DeviceTensor, Span, SpanMut, bytes_of, check_not_capturing};
 use super::params::{StarMergedRow, StarRange, StarTile};
-use super::policy::HEAD_DIMS;
 #[cfg(feature = "variants")]
 use super::policy::Policy;
+use super::policy::{DIMS, Dims};
+use crate::batch::with_dim;
 use crate::{AttentionConfig, AttentionShape, Batch, Error, Inputs, PlanConfig, Result, ScoreConfig};
 pub use lasting::DevicePlan;
 pub use pages::PageTable;
@@ -42,7 +43,7 @@ pub const FEW_ROWS: usize = 32;
 /// Names of the variants of the kernel for many rows, for one head dim.
 #[cfg(feature = "variants")]
 pub fn variants(head_dim: usize) -> impl Iterator<Item = &'static str> {
-    Policy::variants(head_dim).into_iter().map(|policy| policy.kernel)
+    Policy::variants(Dims::same(head_dim)).into_iter().map(|policy| policy.kernel)
 }
 
 /// The inputs of a call in device memory: queries of `Q`, keys and values of `T`.
@@ -58,7 +59,10 @@ pub struct Plan {
     query: [usize; 4],
     /// `[batch, seq, kv_heads, head_dim]`, or `[pages, page_len, kv_heads, head_dim]`.
     key: [usize; 4],
-    /// The same of the prefixes' keys, and whether a sequence has one.
+    value_dim: usize,
+    /// Those of the kernels.
+    dims: Dims,
+    /// As `key`, of the prefixes' keys, and whether a sequence has one.
     prefix: [usize; 4],
     has_prefix: bool,
     /// One for each kernel in use.
@@ -101,7 +105,7 @@ impl Plan {
         shape: &AttentionShape,
         name: &str,
     ) -> Result<Self> {
-        let variants = Policy::variants(shape.head_dim);
+        let variants = Policy::variants(Dims { key: shape.head_dim, value: shape.value_dim });
         let fits = |policy: &&Policy| policy.shared_bytes() < properties.shared_bytes;
         let Some(&policy) = variants.iter().filter(fits).find(|policy| policy.kernel == name) else {
             let names: Vec<_> = variants.iter().filter(fits).map(|policy| policy.kernel).collect();
@@ -111,7 +115,7 @@ impl Plan {
             properties,
             &config.score().into(),
             &uniform(config, shape)?,
-            |config, head_dim| Kernels::new(config, head_dim).with_encode(policy),
+            |config, dims| Kernels::new(config, dims).with_encode(policy),
             None,
         )
     }
@@ -152,25 +156,25 @@ impl Plan {
         Self::with_kernels(properties, config, batch, Kernels::new, Some(room))
     }
 
-    /// `kernels` gives the kernels to choose from for a head dim.
+    /// `kernels` gives the kernels to choose from for their dims.
     fn with_kernels(
         properties: &Properties,
         config: &PlanConfig,
         batch: &Batch,
-        kernels: impl FnOnce(&PlanConfig, usize) -> Kernels,
+        kernels: impl FnOnce(&PlanConfig, Dims) -> Kernels,
         room: Option<&Room>,
     ) -> Result<Self> {
         let (query, key, prefix) = (batch.query_shape(), batch.key_shape(), batch.prefix_shape());
-        let head_dim = query[3];
+        let value_dim = batch.value_dim();
         config.validate()?;
-        if !HEAD_DIMS.contains(&head_dim) {
-            return Err(Error::value("head_dim", format!("one of {HEAD_DIMS:?}"), head_dim));
-        }
+        let dims = kernel_dims(query[3], value_dim)?;
         check_countable(query, key, prefix)?;
         let mut plan = Self {
             score: config.score,
             query,
             key,
+            value_dim,
+            dims,
             prefix,
             has_prefix: batch.sequences().iter().any(|sequence| sequence.prefix_len() > 0),
             launches: Vec::new(),
@@ -181,7 +185,7 @@ impl Plan {
             partial_rows: 0,
             pairs: 0,
         };
-        plan.push_launches(properties, config, batch, &kernels(config, head_dim), room)?;
+        plan.push_launches(properties, config, batch, &kernels(config, dims), room)?;
         Ok(plan)
     }
 
@@ -190,10 +194,10 @@ impl Plan {
         self.tiles.iter().map(|tile| tile.splits as usize).max().unwrap_or(1)
     }
 
-    /// Multiply-adds that the masks leave, each counted as two: `4 · head_dim` per query head for
-    /// every key a row sees.
+    /// Multiply-adds that the masks leave, each counted as two: `2 · (head_dim + value_dim)` per
+    /// query head for every key a row sees.
     pub fn flops(&self) -> u64 {
-        self.pairs.saturating_mul(4 * (self.query[2] * self.query[3]) as u64)
+        self.pairs.saturating_mul(2 * (self.query[2] * (self.query[3] + self.value_dim)) as u64)
     }
 
     /// Bytes of the workspace of [`prepare`](Self::prepare): the tiles, the page table, and, where
@@ -210,6 +214,16 @@ impl Plan {
             (places.ranges, bytes_of(&self.ranges)),
             (places.merged, bytes_of(&self.merged)),
         ]
+    }
+
+    /// The shape of outputs.
+    fn out(&self) -> [usize; 4] {
+        with_dim(self.query, self.value_dim)
+    }
+
+    /// In how many parts a block's values are worked off.
+    fn parts(&self) -> usize {
+        Dims { key: self.query[3], value: self.value_dim }.parts(self.dims)
     }
 
     fn lse_len(&self) -> usize {
@@ -246,6 +260,19 @@ impl Plan {
         }
         Ok(Prepared { plan: self, device, stream, room, workspace })
     }
+}
+
+/// The dims of the kernels for heads of these.
+///
+/// # Errors
+/// [`Error::Value`] if there are none.
+fn kernel_dims(head_dim: usize, value_dim: usize) -> Result<Dims> {
+    if !value_dim.is_multiple_of(8) {
+        return Err(Error::value("value_dim", "a multiple of 8", value_dim));
+    }
+    let dims = Dims { key: head_dim, value: value_dim }.of_kernel();
+    let most = DIMS.map(|dims| dims.key).into_iter().max().unwrap_or(0);
+    dims.ok_or_else(|| Error::value("head_dim", format!("a multiple of 8, at most {most}"), head_dim))
 }
 
 fn uniform(config: &AttentionConfig, shape: &AttentionShape) -> Result<Batch> {

@@ -39,7 +39,7 @@ impl Plan {
         let key_offsets: Vec<usize> = std::iter::once(0).chain(ends).collect();
         let packed = Batch::packed(shape, query_offsets, &key_offsets, &config.mask)?;
         let key = [table.pages, table.page_len, shape.kv_heads, shape.head_dim];
-        let mut batch = Batch::new(shape.query_shape(), key)?;
+        let mut batch = Batch::new(shape.query_shape(), key)?.with_value_dim(shape.value_dim)?;
         for (sequence, (len, pages)) in packed.sequences().iter().zip(&table.sequences) {
             let keys = Keys::pages(*len, &pages[..]);
             batch.push(Sequence::new(0, sequence.rows.clone(), keys, config.mask.clone()))?;

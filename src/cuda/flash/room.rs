@@ -1,11 +1,12 @@
 //! How much room the tables and partial results of a plan have in device memory, and where.
 
-use super::Plan;
 use super::splits::places;
 use super::tiles::{KernelTiles, Kernels};
+use super::{Plan, kernel_dims};
+use crate::cuda::Properties;
 use crate::cuda::device::ALIGNMENT;
 use crate::cuda::params::{StarMergedRow, StarRange, StarTile};
-use crate::cuda::{HEAD_DIMS, Properties};
+use crate::cuda::policy::Dims;
 use crate::{Capacity, Error, PlanConfig, Result};
 
 /// Splits beyond the first of all tiles of a launch, over the blocks that run at the same time. The
@@ -45,7 +46,7 @@ pub(super) struct Room {
     pub ranges: usize,
     pub merged: usize,
     pub partial_rows: usize,
-    head_dim: usize,
+    value_dim: usize,
 }
 
 /// Where the parts of a plan's tables begin, in bytes; the tiles come first.
@@ -66,7 +67,7 @@ impl Room {
             ranges: plan.ranges.len(),
             merged: plan.merged.len(),
             partial_rows: plan.partial_rows,
-            head_dim: plan.query[3],
+            value_dim: plan.value_dim,
         }
     }
 
@@ -75,11 +76,10 @@ impl Room {
     /// # Errors
     /// [`Error::Value`] for a head dim without kernels, or more room than kernels can count.
     pub fn for_capacity(properties: &Properties, config: &PlanConfig, capacity: &Capacity) -> Result<Self> {
-        let [_, _, query_heads, head_dim] = capacity.query;
-        if !HEAD_DIMS.contains(&head_dim) {
-            return Err(Error::value("head_dim", format!("one of {HEAD_DIMS:?}"), head_dim));
-        }
-        let kernels = Kernels::new(config, head_dim);
+        let ([_, _, query_heads, head_dim], value_dim) = (capacity.query, capacity.value_dim);
+        let dims = kernel_dims(head_dim, value_dim)?;
+        let parts = Dims { key: head_dim, value: value_dim }.parts(dims);
+        let kernels = Kernels::new(config, dims);
         let group = query_heads / capacity.key[2];
         let mut room = Self {
             launches: Vec::new(),
@@ -87,7 +87,7 @@ impl Room {
             ranges: capacity.ranges,
             merged: 0,
             partial_rows: 0,
-            head_dim,
+            value_dim,
         };
         let mut tiles = 0usize;
         for policy in kernels.all() {
@@ -100,7 +100,7 @@ impl Room {
             let launch = KernelTiles { policy, pack, tiles: 0..0 };
             let counts = most_counts(properties, capacity, &launch, rows, split_keys);
             let end = tiles.saturating_add(counts.tiles);
-            let blocks = counts.tiles.saturating_mul(query_heads / pack);
+            let blocks = counts.tiles.saturating_mul(query_heads / pack).saturating_mul(parts);
             room.merged = room.merged.saturating_add(counts.merged);
             room.partial_rows = room.partial_rows.saturating_add(counts.partial_rows);
             if [blocks, end, room.merged, room.partial_rows, room.pages, room.ranges]
@@ -129,7 +129,7 @@ impl Room {
 
     /// Bytes of the partial outputs, which their log-sum-exps follow.
     pub fn partial_out_bytes(&self) -> usize {
-        4 * self.partial_rows * self.head_dim
+        4 * self.partial_rows * self.value_dim
     }
 
     /// Bytes of the partial results.
@@ -194,6 +194,7 @@ fn most_counts(
 mod tests {
     use super::*;
     use crate::backend::cases::{configs, within_capacities};
+    use crate::cuda::HEAD_DIMS;
     use crate::cuda::flash::splits::smallest_split;
     use crate::{Keys, Mask, Sequence};
     use proptest::prelude::*;

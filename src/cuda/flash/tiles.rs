@@ -5,9 +5,9 @@ use super::splits::split_len;
 use super::{FEW_ROWS, Plan};
 use crate::cuda::Properties;
 use crate::cuda::params::{StarRange, StarTile};
-use crate::cuda::policy::Policy;
+use crate::cuda::policy::{Dims, Policy};
 use crate::schedule::{self, Grid, Segment, Skipped};
-use crate::{Batch, DType, Error, Keys, Mask, PlanConfig, Result, Sequence};
+use crate::{Batch, Error, Keys, Mask, PlanConfig, Result, Sequence};
 use std::ops::Range;
 
 /// The kernels of a head dim that sequences choose from.
@@ -22,11 +22,12 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    pub fn new(config: &PlanConfig, head_dim: usize) -> Self {
+    /// Those for heads of a kernel's dims.
+    pub fn new(config: &PlanConfig, dims: Dims) -> Self {
         Self {
-            encode: Policy::encode(head_dim),
-            encode_64: Policy::encode_64(head_dim),
-            query: (!config.row_invariant).then_some(Policy::query(head_dim)),
+            encode: Policy::encode(dims),
+            encode_64: Policy::encode_64(dims),
+            query: (!config.row_invariant).then_some(Policy::query(dims)),
         }
     }
 
@@ -70,7 +71,7 @@ impl Kernels {
 
     /// Keys that are whole steps of every kernel of the head dim.
     fn common_step(&self) -> usize {
-        [Policy::query(self.encode.head_dim), self.encode]
+        [Policy::query(self.encode.dims), self.encode]
             .map(|policy| policy.step_keys())
             .into_iter()
             .fold(1, lcm)
@@ -79,13 +80,6 @@ impl Kernels {
 
 fn lcm(a: usize, b: usize) -> usize {
     (1..=b).map(|i| a * i).find(|multiple| multiple.is_multiple_of(b)).unwrap_or(a * b)
-}
-
-impl Policy {
-    /// Name of the entry point for an element type.
-    pub(super) fn kernel_of(&self, dtype: DType) -> String {
-        format!("{}_{dtype}_d{}", self.kernel, self.head_dim)
-    }
 }
 
 /// The tiles of one kernel: one launch.
@@ -159,11 +153,11 @@ impl Plan {
             };
             self.push_split(len, &launch, tiles)?;
             launch.tiles.end = self.tiles.len();
-            let heads = self.heads(&launch);
+            let blocks = launch.tiles.len().saturating_mul(self.heads(&launch)).saturating_mul(self.parts());
             let tiles = &mut self.tiles[launch.tiles.clone()];
-            let blocks = tiles.len().saturating_mul(heads);
             if i32::try_from(blocks).is_err() {
-                return Err(Error::shape("query", "at most 2³¹ - 1 tiles times heads", blocks.to_string()));
+                let expected = "at most 2³¹ - 1 tiles times heads (and parts of values)";
+                return Err(Error::shape("query", expected, blocks.to_string()));
             }
             // The sort is stable: among equals, neighbours stay together.
             tiles.sort_by_key(|tile| std::cmp::Reverse(tile.end - tile.begin));
