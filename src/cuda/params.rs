@@ -161,6 +161,104 @@ pub struct StarFlashParams {
     pub slack: f32,
     pub padding: u32,
 }
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarFlashParams"][::std::mem::size_of::<StarFlashParams>() - 328usize];
+    ["Alignment of StarFlashParams"][::std::mem::align_of::<StarFlashParams>() - 8usize];
+    [
+        "Offset of field: StarFlashParams::query",
+    ][::std::mem::offset_of!(StarFlashParams, query) - 0usize];
+    [
+        "Offset of field: StarFlashParams::key",
+    ][::std::mem::offset_of!(StarFlashParams, key) - 32usize];
+    [
+        "Offset of field: StarFlashParams::value",
+    ][::std::mem::offset_of!(StarFlashParams, value) - 64usize];
+    [
+        "Offset of field: StarFlashParams::prefix_key",
+    ][::std::mem::offset_of!(StarFlashParams, prefix_key) - 96usize];
+    [
+        "Offset of field: StarFlashParams::prefix_value",
+    ][::std::mem::offset_of!(StarFlashParams, prefix_value) - 128usize];
+    [
+        "Offset of field: StarFlashParams::out",
+    ][::std::mem::offset_of!(StarFlashParams, out) - 160usize];
+    [
+        "Offset of field: StarFlashParams::lse",
+    ][::std::mem::offset_of!(StarFlashParams, lse) - 192usize];
+    [
+        "Offset of field: StarFlashParams::sinks",
+    ][::std::mem::offset_of!(StarFlashParams, sinks) - 200usize];
+    [
+        "Offset of field: StarFlashParams::key_scales",
+    ][::std::mem::offset_of!(StarFlashParams, key_scales) - 208usize];
+    [
+        "Offset of field: StarFlashParams::value_scales",
+    ][::std::mem::offset_of!(StarFlashParams, value_scales) - 216usize];
+    [
+        "Offset of field: StarFlashParams::tiles",
+    ][::std::mem::offset_of!(StarFlashParams, tiles) - 224usize];
+    [
+        "Offset of field: StarFlashParams::page_table",
+    ][::std::mem::offset_of!(StarFlashParams, page_table) - 232usize];
+    [
+        "Offset of field: StarFlashParams::ranges",
+    ][::std::mem::offset_of!(StarFlashParams, ranges) - 240usize];
+    [
+        "Offset of field: StarFlashParams::partials",
+    ][::std::mem::offset_of!(StarFlashParams, partials) - 248usize];
+    [
+        "Offset of field: StarFlashParams::partials_lse",
+    ][::std::mem::offset_of!(StarFlashParams, partials_lse) - 256usize];
+    [
+        "Offset of field: StarFlashParams::page_len",
+    ][::std::mem::offset_of!(StarFlashParams, page_len) - 264usize];
+    [
+        "Offset of field: StarFlashParams::page_magic",
+    ][::std::mem::offset_of!(StarFlashParams, page_magic) - 268usize];
+    [
+        "Offset of field: StarFlashParams::page_shift",
+    ][::std::mem::offset_of!(StarFlashParams, page_shift) - 272usize];
+    [
+        "Offset of field: StarFlashParams::query_len",
+    ][::std::mem::offset_of!(StarFlashParams, query_len) - 276usize];
+    [
+        "Offset of field: StarFlashParams::query_heads",
+    ][::std::mem::offset_of!(StarFlashParams, query_heads) - 280usize];
+    [
+        "Offset of field: StarFlashParams::head_dim",
+    ][::std::mem::offset_of!(StarFlashParams, head_dim) - 284usize];
+    [
+        "Offset of field: StarFlashParams::value_dim",
+    ][::std::mem::offset_of!(StarFlashParams, value_dim) - 288usize];
+    [
+        "Offset of field: StarFlashParams::key_scale_step",
+    ][::std::mem::offset_of!(StarFlashParams, key_scale_step) - 292usize];
+    [
+        "Offset of field: StarFlashParams::value_scale_step",
+    ][::std::mem::offset_of!(StarFlashParams, value_scale_step) - 296usize];
+    [
+        "Offset of field: StarFlashParams::group",
+    ][::std::mem::offset_of!(StarFlashParams, group) - 300usize];
+    [
+        "Offset of field: StarFlashParams::pack",
+    ][::std::mem::offset_of!(StarFlashParams, pack) - 304usize];
+    [
+        "Offset of field: StarFlashParams::out_f32",
+    ][::std::mem::offset_of!(StarFlashParams, out_f32) - 308usize];
+    [
+        "Offset of field: StarFlashParams::scale_log2",
+    ][::std::mem::offset_of!(StarFlashParams, scale_log2) - 312usize];
+    [
+        "Offset of field: StarFlashParams::cap_scale",
+    ][::std::mem::offset_of!(StarFlashParams, cap_scale) - 316usize];
+    [
+        "Offset of field: StarFlashParams::slack",
+    ][::std::mem::offset_of!(StarFlashParams, slack) - 320usize];
+    [
+        "Offset of field: StarFlashParams::padding",
+    ][::std::mem::offset_of!(StarFlashParams, padding) - 324usize];
+};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct StarMergedRow {
@@ -318,3 +416,76 @@ pub struct StarAppendParams {
     pub interleaved: u32,
     pub position_end: u32,
 }
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StarAppendParams"][::std::mem::size_of::<StarAppendParams>() - 224usize];
+    [
+        "Alignment of StarAppendParams",
+    ][::std::mem::align_of::<StarAppendParams>() - 8usize];
+    [
+        "Offset of field: StarAppendParams::key",
+    ][::std::mem::offset_of!(StarAppendParams, key) - 0usize];
+    [
+        "Offset of field: StarAppendParams::value",
+    ][::std::mem::offset_of!(StarAppendParams, value) - 32usize];
+    [
+        "Offset of field: StarAppendParams::shard_key",
+    ][::std::mem::offset_of!(StarAppendParams, shard_key) - 64usize];
+    [
+        "Offset of field: StarAppendParams::shard_value",
+    ][::std::mem::offset_of!(StarAppendParams, shard_value) - 96usize];
+    [
+        "Offset of field: StarAppendParams::places",
+    ][::std::mem::offset_of!(StarAppendParams, places) - 128usize];
+    [
+        "Offset of field: StarAppendParams::positions",
+    ][::std::mem::offset_of!(StarAppendParams, positions) - 136usize];
+    [
+        "Offset of field: StarAppendParams::cos",
+    ][::std::mem::offset_of!(StarAppendParams, cos) - 144usize];
+    [
+        "Offset of field: StarAppendParams::sin",
+    ][::std::mem::offset_of!(StarAppendParams, sin) - 152usize];
+    [
+        "Offset of field: StarAppendParams::key_scales",
+    ][::std::mem::offset_of!(StarAppendParams, key_scales) - 160usize];
+    [
+        "Offset of field: StarAppendParams::value_scales",
+    ][::std::mem::offset_of!(StarAppendParams, value_scales) - 168usize];
+    [
+        "Offset of field: StarAppendParams::batch",
+    ][::std::mem::offset_of!(StarAppendParams, batch) - 176usize];
+    [
+        "Offset of field: StarAppendParams::seq",
+    ][::std::mem::offset_of!(StarAppendParams, seq) - 180usize];
+    [
+        "Offset of field: StarAppendParams::kv_heads",
+    ][::std::mem::offset_of!(StarAppendParams, kv_heads) - 184usize];
+    [
+        "Offset of field: StarAppendParams::dim",
+    ][::std::mem::offset_of!(StarAppendParams, dim) - 188usize];
+    [
+        "Offset of field: StarAppendParams::value_dim",
+    ][::std::mem::offset_of!(StarAppendParams, value_dim) - 192usize];
+    [
+        "Offset of field: StarAppendParams::key_scale_step",
+    ][::std::mem::offset_of!(StarAppendParams, key_scale_step) - 196usize];
+    [
+        "Offset of field: StarAppendParams::value_scale_step",
+    ][::std::mem::offset_of!(StarAppendParams, value_scale_step) - 200usize];
+    [
+        "Offset of field: StarAppendParams::pages",
+    ][::std::mem::offset_of!(StarAppendParams, pages) - 204usize];
+    [
+        "Offset of field: StarAppendParams::page_len",
+    ][::std::mem::offset_of!(StarAppendParams, page_len) - 208usize];
+    [
+        "Offset of field: StarAppendParams::rotated",
+    ][::std::mem::offset_of!(StarAppendParams, rotated) - 212usize];
+    [
+        "Offset of field: StarAppendParams::interleaved",
+    ][::std::mem::offset_of!(StarAppendParams, interleaved) - 216usize];
+    [
+        "Offset of field: StarAppendParams::position_end",
+    ][::std::mem::offset_of!(StarAppendParams, position_end) - 220usize];
+};
