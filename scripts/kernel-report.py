@@ -18,6 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIMITS = {"sm_80": (65536, 2048, 164 * 1024), "sm_90": (65536, 2048, 228 * 1024)}
 BLOCK_SHARED = 1024
 
+MUST_NOT_SPILL = ("encode", "encode_64", "query", "encode_e4m3", "query_e4m3", "merge")
+
 CLASSES = [
     ("products", r"HMMA"),
     ("matrix loads", r"LDSM"),
@@ -146,10 +148,11 @@ def main():
             number = {name: int(value) for name, value in defines.items() if value.isdigit()}
             rows = 16 * number["ROW_TILES"] * number["ROW_WARPS"]
             keys = number["KEYS"] * number["KEY_WARPS"]
-            row += f" {4 * rows * keys * number['HEAD_DIM'] / 1e3:7.0f} {4 * keys * number['HEAD_DIM'] / 1024:8.0f}"
-            modules[f"{defines['KERNEL_NAME']}_d{defines['HEAD_DIM']}"] = None
+            dims = number["HEAD_DIM"] + number["VALUE_DIM"]
+            row += f" {2 * rows * keys * dims / 1e3:7.0f} {number['STORED_BYTES'] * keys * dims / 1024:8.0f}"
+            modules[f"{defines['KERNEL_NAME']}_{defines['DIMS']}"] = None
         print(row)
-        if (spills or figures["stack"]) and defines.get("KERNEL_NAME", "merge") in ("encode", "encode_64", "query", "merge"):
+        if (spills or figures["stack"]) and defines.get("KERNEL_NAME", "merge") in MUST_NOT_SPILL:
             spilled.append(f"{kernel} ({arch})")
     if arguments.mix:
         names = [name for name, _ in CLASSES] + ["integer and other"]

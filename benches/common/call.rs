@@ -4,39 +4,46 @@ use super::random::random;
 use star_attention::cpu::flash::Plan;
 use star_attention::{Element, Inputs, TensorView, TensorViewMut};
 
-/// A plan, and all memory that it needs.
-pub struct Call<T> {
+/// A plan, and all memory that it needs: for queries and outputs of `Q`, keys and values of `K`.
+pub struct Call<Q, K = Q> {
     pub plan: Plan,
-    query: Vec<T>,
-    key: Vec<T>,
-    value: Vec<T>,
-    out: Vec<T>,
+    query: Vec<Q>,
+    key: Vec<K>,
+    value: Vec<K>,
+    out: Vec<Q>,
     workspace: Vec<u8>,
 }
 
-impl<T: Element> Call<T> {
+impl<Q: Element, K: Element> Call<Q, K> {
     /// The plan on random tensors.
     pub fn of(plan: Plan) -> Self {
         let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
-        let (query_len, key_len) = (elements(plan.batch().query_shape()), elements(plan.batch().key_shape()));
+        let batch = plan.batch();
         Self {
-            query: random(query_len, 1),
-            key: random(key_len, 2),
-            value: random(key_len, 3),
-            out: vec![T::default(); query_len],
+            query: random(elements(batch.query_shape()), 1),
+            key: random(elements(batch.key_shape()), 2),
+            value: random(elements(batch.value_shape()), 3),
+            out: vec![Q::default(); elements(batch.out_shape())],
             workspace: Vec::with_capacity(plan.workspace_bytes()),
             plan,
         }
     }
 
     pub fn run(&mut self) {
-        let (queries, keys) = (self.plan.batch().query_shape(), self.plan.batch().key_shape());
-        let inputs = Inputs::new(
-            TensorView::contiguous("query", &self.query, queries).unwrap(),
-            TensorView::contiguous("key", &self.key, keys).unwrap(),
-            TensorView::contiguous("value", &self.value, keys).unwrap(),
-        );
-        let out = TensorViewMut::contiguous("out", &mut self.out, queries).unwrap();
-        self.plan.run(inputs, out, None, &mut self.workspace).unwrap();
+        let batch = self.plan.batch();
+        let query = TensorView::contiguous("query", &self.query, batch.query_shape()).unwrap();
+        let key = head_major("key", &self.key, batch.key_shape());
+        let value = head_major("value", &self.value, batch.value_shape());
+        let out = TensorViewMut::contiguous("out", &mut self.out, batch.out_shape()).unwrap();
+        self.plan.run(Inputs::new(query, key, value), out, None, &mut self.workspace).unwrap();
     }
+}
+
+/// Rows of a head lie one after another, as in a cache.
+fn head_major<'a, T: Element>(
+    name: &'static str,
+    data: &'a [T],
+    [batch, seq, heads, dim]: [usize; 4],
+) -> TensorView<'a, T> {
+    TensorView::contiguous(name, data, [batch, heads, seq, dim]).unwrap().swap_seq_heads()
 }

@@ -226,3 +226,56 @@ impl Policy {
 pub const MERGE_THREADS: usize = 256;
 /// Threads of a block of the append kernel, likewise.
 pub const APPEND_THREADS: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_take_the_kernels_that_do_the_least_for_them() {
+        let of = |key: usize, value: usize| {
+            let dims = Dims { key, value };
+            dims.of_kernel().map(|kernel| (kernel.key, kernel.value, dims.parts(kernel)))
+        };
+        for dims in DIMS {
+            assert_eq!(of(dims.key, dims.value), Some((dims.key, dims.value, 1)));
+        }
+        assert_eq!(of(8, 8), Some((64, 64, 1)));
+        assert_eq!(of(72, 72), Some((96, 96, 1)));
+        assert_eq!(of(80, 80), Some((96, 96, 1)));
+        assert_eq!(of(112, 112), Some((128, 128, 1)));
+        assert_eq!(of(40, 96), Some((96, 96, 1)));
+        assert_eq!(of(160, 128), Some((192, 128, 1)));
+        assert_eq!(of(160, 160), Some((192, 192, 1)));
+        assert_eq!(of(512, 512), Some((576, 256, 2)));
+        assert_eq!(of(576, 512), Some((576, 256, 2)));
+        assert_eq!(of(128, 600), Some((576, 256, 3)));
+        for (key, value) in [(584, 64), (130, 128), (128, 130)] {
+            assert_eq!(of(key, value), None);
+        }
+    }
+
+    /// A plan is made before it is known of which type keys are.
+    #[test]
+    fn kernels_for_8_bits_take_the_tiles_of_the_others() {
+        for dims in DIMS.into_iter().filter(|dims| !dims.in_parts()) {
+            let policies = [Some(Policy::encode(dims)), Policy::encode_64(dims), Some(Policy::query(dims))];
+            for policy in policies.into_iter().flatten() {
+                let narrow = policy.e4m3().unwrap();
+                assert_eq!(narrow.step_keys(), policy.step_keys(), "{dims}");
+                assert!(narrow.rows() >= policy.rows(), "{dims}");
+            }
+        }
+    }
+
+    /// The least that a block has on chips of compute capability 8.0 and up.
+    #[test]
+    fn every_kernel_fits_99_kb_of_shared_memory() {
+        for dims in DIMS {
+            let plain = [Policy::encode(dims), Policy::query(dims)];
+            for policy in plain.into_iter().chain(plain.iter().filter_map(Policy::e4m3)) {
+                assert!(policy.shared_bytes() <= 99 * 1024, "{} {dims}", policy.kernel);
+            }
+        }
+    }
+}

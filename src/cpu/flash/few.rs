@@ -158,6 +158,7 @@ fn tile<S: Simd, P: Product<S>, T: Load>(
             }
             block.scores(rows, query, keys, first, &mut scores[at..]);
         }
+        block.mark_nan_scores(rows, keys, &mut scores[run.start - start..]);
     }
     let (factor, softcap) = inputs.factors(own.kv_heads.start, T::FACTOR);
     let mut alpha = [0f32; ROWS];
@@ -169,7 +170,7 @@ fn tile<S: Simd, P: Product<S>, T: Load>(
     for run in runs(&own, start, end) {
         let values = run_of::<T>(&inputs.value, &own, &run);
         block.add_values(rows, &alpha, &scores[run.start - start..], values, out);
-        block.add_hidden_nan(rows, values, out);
+        block.mark_nan_outputs(rows, values, out);
         // The other runs of this tile add to what it has.
         alpha = [1.0; ROWS];
     }

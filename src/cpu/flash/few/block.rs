@@ -6,6 +6,8 @@ use std::marker::PhantomData;
 
 /// Keys of a register block.
 pub(super) const BLOCK: usize = 4;
+/// Sums of products that are under way at a time.
+const CHAINS: usize = 4;
 /// Rows of the largest register block.
 pub(in crate::cpu::flash) const BLOCK_ROWS: usize = 4;
 /// Heads are padded to whole blocks of so many vectors.
@@ -29,10 +31,19 @@ pub(super) struct Run<'a, T> {
     pub len: usize,
 }
 
-impl<'a, T> Run<'a, T> {
+impl<'a, T: Load> Run<'a, T> {
     #[inline(always)]
-    fn row(&self, index: usize, head_dim: usize) -> &'a [T] {
-        &self.data[index * self.stride..][..head_dim]
+    fn row(&self, index: usize, dim: usize) -> &'a [T] {
+        &self.data[index * self.stride..][..dim]
+    }
+
+    /// Whether a row has a NaN that does not load as NaN.
+    #[inline(always)]
+    fn has_hidden_nan(&self, dim: usize) -> bool {
+        if self.stride == dim {
+            return has_hidden_nan(&self.data[..self.len * dim]);
+        }
+        (0..self.len).any(|index| has_hidden_nan(self.row(index, dim)))
     }
 }
 
@@ -101,7 +112,7 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         out: &mut [f32],
     ) {
         // Sixteen sums fill the registers. f32 values of longer heads go through two rows by eight
-        // vectors, so that they too are read in order; halves through four by four, so that they
+        // vectors, so that they too are read in order; others through four by four, so that they
         // are converted once.
         let ([_, value_dim], [_, width]) = (self.dims, self.widths);
         let wide = value_dim > BLOCK * S::LANES && size_of::<T>() == size_of::<f32>();
@@ -119,13 +130,22 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         }
     }
 
-    /// Makes NaN of the outputs that a NaN among the values would, where it loads as a number.
+    /// Makes NaN of the scores of keys that have a NaN, where it loads as a number.
     #[inline(always)]
-    pub fn add_hidden_nan(&self, rows: usize, values: Run<'_, T>, out: &mut [f32]) {
+    pub fn mark_nan_scores(&self, rows: usize, keys: Run<'_, T>, scores: &mut [f32]) {
+        if keys.has_hidden_nan(self.dims[0]) {
+            for key in (0..keys.len).filter(|&key| has_hidden_nan(keys.row(key, self.dims[0]))) {
+                (0..rows).for_each(|row| scores[row * self.stride + key] = f32::NAN);
+            }
+        }
+    }
+
+    /// Makes NaN of the outputs that a NaN among the values makes NaN, where it loads as a number.
+    #[inline(always)]
+    pub fn mark_nan_outputs(&self, rows: usize, values: Run<'_, T>, out: &mut [f32]) {
         let ([_, value_dim], [_, width]) = (self.dims, self.widths);
-        for key in 0..values.len {
-            let value = values.row(key, value_dim);
-            if has_hidden_nan(value) {
+        if values.has_hidden_nan(value_dim) {
+            for value in (0..values.len).map(|key| values.row(key, value_dim)) {
                 for (column, _) in value.iter().enumerate().filter(|(_, x)| x.is_hidden_nan()) {
                     out.chunks_exact_mut(width).take(rows).for_each(|out| out[column] = f32::NAN);
                 }
@@ -168,17 +188,27 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         let whole = head_dim - head_dim % elements;
         let mut sums = [[simd.splat(0.0); BLOCK]; R];
         assert!(query.len() >= R * width && keys.iter().all(|key| key.len() >= whole));
+        // Sums of one row's product, so that there are enough to hide the latency of a multiply-add.
+        let turns = if R < CHAINS { CHAINS / R } else { 1 };
+        let in_turns = whole - whole % (turns * elements);
         for (i, key) in keys.into_iter().enumerate() {
-            let mut products = [simd.splat(0.0); R];
-            for at in (0..whole).step_by(elements) {
-                // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted
-                // above.
-                unsafe {
-                    let key = self.load_words(key.as_ptr().add(at));
-                    for r in 0..R {
-                        let query = simd.load(query.as_ptr().add(r * width + at / P::ELEMENTS));
-                        products[r] = self.product.fma(query, key, products[r]);
+            let mut parts = [[simd.splat(0.0); CHAINS]; R];
+            // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted above.
+            unsafe {
+                for start in (0..in_turns).step_by(turns * elements) {
+                    for turn in 0..turns {
+                        self.add_words(query, key, start + turn * elements, turn, &mut parts);
                     }
+                }
+                for at in (in_turns..whole).step_by(elements) {
+                    self.add_words(query, key, at, 0, &mut parts);
+                }
+            }
+            let mut products = [simd.splat(0.0); R];
+            for r in 0..R {
+                products[r] = parts[r][0];
+                for turn in 1..turns {
+                    products[r] = simd.add(products[r], parts[r][turn]);
                 }
             }
             if whole < head_dim {
@@ -191,13 +221,35 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
                     products[r] = self.product.fma(query, key, products[r]);
                 }
             }
-            let hidden = has_hidden_nan(key);
             for r in 0..R {
-                sums[r][i] = if hidden { simd.splat(f32::NAN) } else { products[r] };
+                sums[r][i] = products[r];
             }
         }
         for (r, sums) in sums.iter().enumerate() {
             scores[r * self.stride..][..BLOCK].copy_from_slice(&self.simd.sum_lanes_of(*sums));
+        }
+    }
+
+    /// Adds the products of a key's words from the element `at` on to one of each row's sums.
+    ///
+    /// # Safety
+    /// So many elements must be in `key`, and in each of `R` rows of `query`.
+    #[inline(always)]
+    unsafe fn add_words<const R: usize>(
+        &self,
+        query: &[f32],
+        key: &[T],
+        at: usize,
+        turn: usize,
+        parts: &mut [[S::V; CHAINS]; R],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let key = self.load_words(key.as_ptr().add(at));
+            for r in 0..R {
+                let query = self.simd.load(query.as_ptr().add(r * self.widths[0] + at / P::ELEMENTS));
+                parts[r][turn] = self.product.fma(query, key, parts[r][turn]);
+            }
         }
     }
 
