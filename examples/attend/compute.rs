@@ -182,13 +182,13 @@ impl<Q: Element, T: Element> Call<Q, T> {
             let (key, value) = (gather(&self.key), gather(&self.value));
             let key_shape = [1, keys.len(), kv_heads, dim];
             let config = AttentionConfig { mask: mask.clone(), scale, softcap };
-            let exact = reference::attention_with_sinks(
-                &config,
+            let mut inputs = Inputs::new(
                 TensorView::contiguous("q", &own, [1, rows.len(), heads, dim])?,
                 TensorView::contiguous("k", &key, key_shape)?,
                 TensorView::contiguous("v", &value, key_shape)?,
-                self.sinks.as_deref(),
-            )?;
+            );
+            inputs.sinks = self.sinks.as_deref();
+            let exact = reference::attention_of(&config, inputs)?;
             for (index, row) in rows_of.enumerate() {
                 let from = exact.out[index * width..][..width].iter();
                 let to = &mut out[row * width..][..width];

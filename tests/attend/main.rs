@@ -8,7 +8,7 @@ mod sequences;
 use common::{Folder, Rng, Tensor, assert_refused, example};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use star_attention::cpu::reference;
-use star_attention::{AttentionConfig, BlockList, Element, Mask, bf16, f16};
+use star_attention::{AttentionConfig, BlockList, Element, Inputs, Mask, bf16, f16};
 use std::fs;
 use std::path::Path;
 use std::process::Output;
@@ -87,7 +87,9 @@ fn agrees_with_sinks<T: Bytes>(
     let mut tensors = vec![entry("q", &q), entry("k", &k), entry("v", &v)];
     tensors.extend(sinks.map(sinks_entry));
     save(&input, &tensors);
-    let exact = reference::attention_with_sinks(config, q.view(), k.view(), v.view(), sinks).unwrap();
+    let mut views = Inputs::new(q.view(), k.view(), v.view());
+    views.sinks = sinks;
+    let exact = reference::attention_of(config, views).unwrap();
     for backend in [&[][..], &["--backend", "flash"], &["--backend", "cpu"], &["--backend", "reference"]] {
         let result = attend(&input, &output, &[options, backend].concat());
         assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));

@@ -93,8 +93,8 @@ fn ragged<Q: Bytes, T: Bytes>(backends: &[&[&str]], unit: f64) {
                 });
                 let [key, value] = [&key, &value].map(|t| exact_f32(t, first_key..first_key + keys));
                 let config = AttentionConfig::new(mask);
-                let (own, key, value) = (own.view(), key.view(), value.view());
-                let exact = reference::attention_with_sinks(&config, own, key, value, Some(&SINKS)).unwrap();
+                let inputs = Inputs::new(own.view(), key.view(), value.view()).with_sinks(&SINKS[..]);
+                let exact = reference::attention_of(&config, inputs).unwrap();
                 for (got, exact) in out[row * 256..].iter().zip(&exact.out) {
                     assert!((f64::from(*got) - exact).abs() <= 8.0 * unit, "{options:?}: {got} {exact}");
                 }
