@@ -1,6 +1,7 @@
 """Random calls of examples/attend against PyTorch.
 
-Each case draws a mask, and what goes with it. PyTorch has the mask as an explicit matrix, made here from its definition: it computes the
+Each case draws a mask, and what goes with it; some have values of another dim than keys, and some keys and values of 8 bits, with scales
+or without. PyTorch has the mask as an explicit matrix, made here from its definition, and codes times their scales in f64: it computes the
 softmax in f64 step by step, and, where there is neither a softcap nor a sink and every row sees a key, by scaled_dot_product_attention
 too. Outputs may differ by twice what rounding the exact result's weights and output to the type does, and a little for f32.
 """
@@ -74,6 +75,17 @@ def draw_mask(rng, kind, rows, keys):
     return options, tensors, seen
 
 
+def draw_scales(rng, generator, heads):
+    """Tensors of scales, [], [1] or [heads], or none."""
+    draw = lambda: 10 ** (4 * torch.rand(rng.choice([(), (1,), (heads,)]), generator=generator) - 2)
+    return rng.choice([{}, {"k_scale": draw(), "v_scale": draw()}])
+
+
+def divided(x, scale):
+    """Codes of x [batch, seq, heads, dim]; what is beyond the largest becomes that."""
+    return (x / scale.reshape(-1, 1)).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
 def exact(query, key, value, seen, softcap, sinks):
     """Output, log-sum-exp and weights in f64; [batch, heads, seq, dim] in and out."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
@@ -95,10 +107,19 @@ def run_case(rng, index, backends, folder):
     batch, kv_heads, group = rng.randint(1, 2), rng.randint(1, 2), rng.randint(1, 4)
     keys = rng.choice([1, 17, 96, 130, 300])
     rows = rng.choice([1, min(3, keys), min(keys, 70), keys])
+    value_dim = rng.choice([8, 32, 64, 96, 128]) if rng.random() < 0.3 else dim
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-    normal = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
-    q, k, v = normal(batch, rows, kv_heads * group, dim), normal(batch, keys, kv_heads, dim), normal(batch, keys, kv_heads, dim)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    q, k, v = normal(batch, rows, kv_heads * group, dim), normal(batch, keys, kv_heads, dim), normal(batch, keys, kv_heads, value_dim)
     options, tensors, seen = draw_mask(rng, kind, rows, keys)
+    q, one = q.to(dtype), torch.ones(1)
+    codes = rng.random() < 0.3
+    if codes:
+        scales = draw_scales(rng, generator, kv_heads)
+        k, v = divided(k, scales.get("k_scale", one)), divided(v, scales.get("v_scale", one))
+        tensors |= scales
+    else:
+        k, v = k.to(dtype), v.to(dtype)
     softcap = rng.choice([None, None, 3.0])
     if softcap:
         options += ["--softcap", f"{softcap}"]
@@ -113,7 +134,8 @@ def run_case(rng, index, backends, folder):
     subprocess.run(command, check=True)
     got = load_file(result)
 
-    wide = [x.double().transpose(1, 2) for x in (q, k, v)]
+    scales = [one, tensors.get("k_scale", one), tensors.get("v_scale", one)]
+    wide = [(x.float().double() * scale.double().reshape(-1, 1)).transpose(1, 2) for x, scale in zip((q, k, v), scales)]
     wide[1:] = [x.repeat_interleave(group, dim=1) for x in wide[1:]]
     out, lse, weights = exact(*wide, seen, softcap, None if sinks is None else sinks.double())
     if softcap is None and sinks is None and seen.any(-1).all():
@@ -125,21 +147,23 @@ def run_case(rng, index, backends, folder):
     blind = lse.isneginf()
     assert (got["lse"].isneginf() == blind).all(), "rows without keys"
     lse_off = (got["lse"].double() - lse)[~blind].abs().max().item() if (~blind).any() else 0.0
-    description = f"{kind}, {backend}, {dtype}, {list(q.shape)} over {keys} keys: {' '.join(options)}"
+    description = f"{kind}, {backend}, {dtype}, {list(q.shape)} over {list(k.shape)} and {list(v.shape)} of {v.dtype}: {' '.join(options)}"
     assert off <= tolerance and lse_off <= 1e-4, f"{description}: off by {off:.2e} of {tolerance:.2e}, lse by {lse_off:.2e}"
-    return (kind, backend), off / tolerance
+    return (kind, backend), off / tolerance, (value_dim != dim, codes)
 
 
 rng = random.Random(args.seed)
-table = {}
+table, of_dims, of_codes = {}, 0, 0
 with tempfile.TemporaryDirectory() as folder:
     for index in range(args.cases):
-        name, share = run_case(rng, index, args.backends.split(","), folder)
+        name, share, (other_dim, codes) = run_case(rng, index, args.backends.split(","), folder)
         table.setdefault(name, []).append(share)
+        of_dims, of_codes = of_dims + other_dim, of_codes + codes
         if sys.stderr.isatty():
             print(f"\r{index + 1}/{args.cases}", end="", file=sys.stderr)
 print("| mask | backend | cases | largest error, of what is allowed |")
 print("|---|---|---:|---:|")
 for (kind, backend), shares in sorted(table.items()):
     print(f"| {kind} | {backend} | {len(shares)} | {max(shares):.2f} |")
-print(f"\nPyTorch {torch.__version__}, {args.cases} cases, all within tolerance.")
+print(f"\n{of_dims} cases with values of another dim than keys, {of_codes} over keys and values of 8 bits.")
+print(f"PyTorch {torch.__version__}, {args.cases} cases, all within tolerance.")

@@ -30,6 +30,29 @@ fn extents_that_do_not_fit() {
 }
 
 #[test]
+fn value_dims() {
+    let batch = batch().with_prefix(1, 5);
+    assert_eq!(named(batch.unwrap_err()), ("value", "prefix"));
+    let batch = Batch::new(QUERY, KEY).unwrap().with_prefix(1, 5).unwrap();
+    assert_eq!((batch.value_dim(), batch.out_shape(), batch.value_shape()), (64, QUERY, KEY));
+    let refused = |value_dim| named(batch.clone().with_value_dim(value_dim).unwrap_err());
+    assert_eq!(refused(0), ("shape", "value"));
+    assert_eq!(refused(usize::MAX), ("shape", "value"));
+    // What could be held of values could not be of outputs, which have more rows.
+    let many = Batch::new([1 << 20, 1 << 20, 1, 1], [1, 1, 1, 1]).unwrap();
+    assert_eq!(named(many.with_value_dim(1 << 40).unwrap_err()), ("shape", "out"));
+    let prefix = Batch::new([1, 1, 1, 1], [1, 1, 1, 1]).unwrap().with_prefix(1 << 20, 1 << 20).unwrap();
+    assert_eq!(named(prefix.with_value_dim(1 << 40).unwrap_err()), ("shape", "prefix"));
+    let long = Batch::new([1, 1, 1, 1], [1, 1, 1, 1]).unwrap().with_value_dim(1 << 40).unwrap();
+    assert_eq!(named(long.with_prefix(1 << 20, 1 << 20).unwrap_err()), ("shape", "prefix"));
+
+    let batch = batch.with_value_dim(24).unwrap();
+    assert_eq!((batch.query_shape(), batch.key_shape(), batch.prefix_shape()), (QUERY, KEY, [1, 5, 2, 64]));
+    assert_eq!((batch.out_shape(), batch.value_shape()), ([2, 10, 4, 24], [3, 16, 2, 24]));
+    assert_eq!((batch.value_dim(), batch.prefix_value_shape()), (24, [1, 5, 2, 24]));
+}
+
+#[test]
 fn sequences_that_are_refused() {
     let mut batch = batch();
     let none = || Keys::rows(0, 0..0);
@@ -121,15 +144,17 @@ fn uniform_and_packed_batches() {
         query_heads: 4,
         kv_heads: 2,
         head_dim: 8,
-        value_dim: 8,
+        value_dim: 6,
     };
     let uniform = Batch::uniform(&shape, &Mask::Causal).unwrap();
+    assert_eq!((uniform.out_shape(), uniform.value_shape()), (shape.out_shape(), shape.value_shape()));
     let expected: Vec<_> =
         (0..2).map(|b| Sequence::new(b, 0..3, Keys::rows(b, 0..5), Mask::Causal)).collect();
     assert_eq!(uniform.sequences(), expected);
 
     let one = AttentionShape { batch: 1, ..shape };
     let packed = Batch::packed(&one, &[0, 1, 3], &[0, 5, 5], &Mask::Full).unwrap();
+    assert_eq!((packed.out_shape(), packed.value_shape()), ([1, 3, 4, 6], [1, 5, 2, 6]));
     let expected = [(0..1, 0..5), (1..3, 5..5)]
         .map(|(rows, keys)| Sequence::new(0, rows, Keys::rows(0, keys), Mask::Full));
     assert_eq!(packed.sequences(), expected);

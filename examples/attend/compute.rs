@@ -7,8 +7,8 @@ use star_attention::cpu::{Cpu, InstructionSet, reference};
 use star_attention::cuda::Cuda;
 use star_attention::cuda::simt::Simt;
 use star_attention::{
-    AttentionConfig, Backend, Batch, Element, Inputs, Keys, PlanConfig, ScoreConfig, Sequence, TensorView,
-    bf16, f16,
+    AttentionConfig, Backend, Batch, Element, F8E4M3, Inputs, Keys, PlanConfig, Scales, ScoreConfig,
+    Sequence, TensorView, bf16, f16,
 };
 
 /// What computes, and how.
@@ -55,7 +55,8 @@ impl Settings {
             Dtype::F32 => self.run_keys::<Q, f32>(file, batch),
             Dtype::F16 => self.run_keys::<Q, f16>(file, batch),
             Dtype::BF16 => self.run_keys::<Q, bf16>(file, batch),
-            other => Err(format!("k: expected dtype F32, F16 or BF16, got {other:?}")),
+            Dtype::F8_E4M3 => self.run_keys::<Q, F8E4M3>(file, batch),
+            other => Err(format!("k: expected dtype F32, F16, BF16 or F8_E4M3, got {other:?}")),
         }
     }
 
@@ -68,6 +69,7 @@ impl Settings {
             key: T::read(key),
             value: T::read(value),
             sinks: file.sinks()?,
+            scales: file.scales()?,
         };
         let results = match self.backend {
             Kind::Cpu => call.on(&self.cpu),
@@ -76,7 +78,7 @@ impl Settings {
             Kind::Reference => call.on_reference(),
         };
         let (out, lse) = results.map_err(|e| e.to_string())?;
-        outputs(call.batch.query_shape(), &out, &lse)
+        outputs(call.batch.out_shape(), &out, &lse)
     }
 }
 
@@ -113,6 +115,7 @@ struct Call<Q, T> {
     key: Vec<T>,
     value: Vec<T>,
     sinks: Option<Vec<f32>>,
+    scales: Option<Scales<Vec<f32>>>,
 }
 
 /// Outputs and log-sum-exps; (0, -inf) for rows of no sequence.
@@ -120,24 +123,30 @@ type Results<Q> = star_attention::Result<(Vec<Q>, Vec<f32>)>;
 
 impl<Q: Element, T: Element> Call<Q, T> {
     fn on<B: Backend>(&self, backend: &B) -> Results<Q> {
-        let (query_shape, key_shape) = (self.batch.query_shape(), self.batch.key_shape());
+        let out_shape = self.batch.out_shape();
         let mut plan = backend.plan_for(&self.config, &self.batch)?;
         let (query, key, value) =
             (backend.buffer_of(&self.query)?, backend.buffer_of(&self.key)?, backend.buffer_of(&self.value)?);
-        let mut out = backend.buffer::<Q>(self.query.len())?;
+        let mut out = backend.buffer::<Q>(out_shape.iter().product())?;
         let mut lse = backend.buffer_of(&vec![f32::NEG_INFINITY; self.batch.lse_len()])?;
         let mut workspace = backend.buffer::<u8>(backend.workspace_bytes(&plan))?;
         let sinks = self.sinks.as_ref().map(|sinks| backend.buffer_of(sinks)).transpose()?;
+        let mut scales = None;
+        if let Some(Scales { key, value }) = &self.scales {
+            scales = Some([backend.buffer_of(key)?, backend.buffer_of(value)?]);
+        }
         let mut inputs = Inputs::new(
-            backend.whole("q", &query, query_shape)?,
-            backend.whole("k", &key, key_shape)?,
-            backend.whole("v", &value, key_shape)?,
+            backend.whole("q", &query, self.batch.query_shape())?,
+            backend.whole("k", &key, self.batch.key_shape())?,
+            backend.whole("v", &value, self.batch.value_shape())?,
         );
         inputs.sinks = sinks.as_ref().map(|sinks| backend.slice(sinks, ..));
+        inputs.scales =
+            scales.as_ref().map(|[key, value]| Scales::new(backend.slice(key, ..), backend.slice(value, ..)));
         backend.attend(
             &mut plan,
             inputs,
-            backend.whole_mut("out", &mut out, query_shape)?,
+            backend.whole_mut("out", &mut out, out_shape)?,
             Some(backend.slice_mut(&mut lse, ..)),
             backend.slice_mut(&mut workspace, ..),
         )?;
@@ -160,35 +169,36 @@ impl<Q: Element, T: Element> Call<Q, T> {
     fn on_reference(&self) -> Results<Q> {
         let [_, seq, heads, dim] = self.batch.query_shape();
         let [_, page_len, kv_heads, _] = self.batch.key_shape();
-        let mut out = vec![Q::default(); self.query.len()];
+        let value_dim = self.batch.value_dim();
+        let mut out = vec![Q::default(); self.batch.out_shape().iter().product()];
         let mut lse = vec![f32::NEG_INFINITY; self.batch.lse_len()];
         let ScoreConfig { scale, softcap, .. } = self.config.score;
         for Sequence { batch, rows, keys, mask, .. } in self.batch.sequences() {
             let rows_of = rows.clone().map(|row| batch * seq + row);
-            // In f32, which holds every element exactly.
-            let gather = |from: &[T]| -> Vec<f32> {
+            let gather = |from: &[T], dim: usize| -> Vec<T> {
                 let place = |key| match keys {
                     Keys::Rows { batch, rows } => batch * page_len + rows.start + key,
                     Keys::Pages { pages, .. } => pages[key / page_len] as usize * page_len + key % page_len,
                     _ => unreachable!("keys of a file lie in rows or pages"),
                 };
                 let width = kv_heads * dim;
-                let elements = (0..keys.len()).flat_map(|key| &from[place(key) * width..][..width]);
-                elements.map(|x| x.to_f32()).collect()
+                (0..keys.len()).flat_map(|key| &from[place(key) * width..][..width]).copied().collect()
             };
             let width = heads * dim;
             let own = rows_of.clone().flat_map(|row| &self.query[row * width..][..width]);
-            let own: Vec<f32> = own.map(|x| x.to_f32()).collect();
-            let (key, value) = (gather(&self.key), gather(&self.value));
-            let key_shape = [1, keys.len(), kv_heads, dim];
+            let own: Vec<Q> = own.copied().collect();
+            let (key, value) = (gather(&self.key, dim), gather(&self.value, value_dim));
             let config = AttentionConfig { mask: mask.clone(), scale, softcap };
-            let exact = reference::attention_with_sinks(
-                &config,
+            let mut inputs = Inputs::new(
                 TensorView::contiguous("q", &own, [1, rows.len(), heads, dim])?,
-                TensorView::contiguous("k", &key, key_shape)?,
-                TensorView::contiguous("v", &value, key_shape)?,
-                self.sinks.as_deref(),
-            )?;
+                TensorView::contiguous("k", &key, [1, keys.len(), kv_heads, dim])?,
+                TensorView::contiguous("v", &value, [1, keys.len(), kv_heads, value_dim])?,
+            );
+            inputs.sinks = self.sinks.as_deref();
+            inputs.scales =
+                self.scales.as_ref().map(|scales| Scales::new(&scales.key[..], &scales.value[..]));
+            let exact = reference::attention_of(&config, inputs)?;
+            let width = heads * value_dim;
             for (index, row) in rows_of.enumerate() {
                 let from = exact.out[index * width..][..width].iter();
                 let to = &mut out[row * width..][..width];

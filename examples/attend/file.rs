@@ -2,7 +2,7 @@
 
 use crate::Result;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView as Stored};
-use star_attention::{Element, bf16, f16};
+use star_attention::{Element, F8E4M3, Scales, bf16, f16};
 
 /// A tensor `[batch, seq, heads, dim]` of a file.
 pub struct Input<'a> {
@@ -32,21 +32,52 @@ impl<'a> File<'a> {
 
     /// The attention sinks, if the file has them.
     pub fn sinks(&self) -> Result<Option<Vec<f32>>> {
-        let Ok(data) = self.tensors.tensor("sinks") else { return Ok(None) };
-        if data.dtype() != Dtype::F32 {
-            return Err(format!("sinks: expected dtype F32, got {:?}", data.dtype()));
-        }
+        let Some((shape, sinks)) = self.floats("sinks")? else { return Ok(None) };
         let heads = self.inputs[0].shape[2];
-        if data.shape() != [heads] {
-            return Err(format!("sinks: expected shape [{heads}], got {:?}", data.shape()));
+        if shape != [heads] {
+            return Err(format!("sinks: expected shape [{heads}], got {shape:?}"));
         }
-        let sinks = f32::read(data.data());
         match sinks.iter().position(|sink| sink.is_nan() || *sink == f32::INFINITY) {
             Some(head) => {
                 Err(format!("sinks: expected a number below +inf for head {head}, got {}", sinks[head]))
             }
             None => Ok(Some(sinks)),
         }
+    }
+
+    /// The scales of k and v, if the file has either; one that is missing is 1.
+    pub fn scales(&self) -> Result<Option<Scales<Vec<f32>>>> {
+        Ok(match (self.scales_of("k_scale")?, self.scales_of("v_scale")?) {
+            (None, None) => None,
+            (key, value) => Some(Scales::new(key.unwrap_or(vec![1.0]), value.unwrap_or(vec![1.0]))),
+        })
+    }
+
+    fn scales_of(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some((shape, scales)) = self.floats(name)? else { return Ok(None) };
+        let key = &self.inputs[1];
+        if key.data.dtype() != Dtype::F8_E4M3 {
+            return Err(format!("{name}: expected k and v of dtype F8_E4M3, got {:?}", key.data.dtype()));
+        }
+        let heads = key.shape[2];
+        if !shape.is_empty() && shape != [1] && shape != [heads] {
+            return Err(format!("{name}: expected shape [1] or [{heads}], got {shape:?}"));
+        }
+        match scales.iter().position(|scale| !(scale.is_finite() && *scale > 0.0)) {
+            Some(head) => {
+                Err(format!("{name}: expected a finite number above 0 for head {head}, got {}", scales[head]))
+            }
+            None => Ok(Some(scales)),
+        }
+    }
+
+    /// Shape and elements of an f32 tensor, if the file has one of this name.
+    fn floats(&self, name: &str) -> Result<Option<(Vec<usize>, Vec<f32>)>> {
+        let Ok(data) = self.tensors.tensor(name) else { return Ok(None) };
+        if data.dtype() != Dtype::F32 {
+            return Err(format!("{name}: expected dtype F32, got {:?}", data.dtype()));
+        }
+        Ok(Some((data.shape().to_vec(), f32::read(data.data()))))
     }
 
     /// An i32 tensor, if the file has one of this name.
@@ -118,7 +149,17 @@ file_element!(f32, Dtype::F32);
 file_element!(f16, Dtype::F16);
 file_element!(bf16, Dtype::BF16);
 
-/// A file with `out`, of the queries' shape, and `lse`.
+impl FileElement for F8E4M3 {
+    const STORED: Dtype = Dtype::F8_E4M3;
+    fn read(bytes: &[u8]) -> Vec<Self> {
+        bytes.iter().copied().map(Self::from_bits).collect()
+    }
+    fn write(values: &[Self]) -> Vec<u8> {
+        values.iter().copied().map(Self::to_bits).collect()
+    }
+}
+
+/// A file with `out`, of the given shape, and `lse`.
 pub fn outputs<T: FileElement>(shape: [usize; 4], out: &[T], lse: &[f32]) -> Result<Vec<u8>> {
     let [batch, seq, heads, _] = shape;
     let (out, lse) = (T::write(out), f32::write(lse));

@@ -7,9 +7,11 @@ use std::ops::Range;
 
 /// The sequences of a file, without their masks.
 pub struct Sequences {
-    /// The shapes of q and of k and v.
+    /// The shapes of q and k.
     query: [usize; 4],
     key: [usize; 4],
+    /// The last axis of v.
+    value_dim: usize,
     /// Index on the batch axis and query rows of each.
     rows: Vec<(usize, Range<usize>)>,
     keys: Vec<Keys>,
@@ -18,8 +20,15 @@ pub struct Sequences {
 impl Sequences {
     pub fn of(file: &File<'_>) -> Result<Self> {
         let [query, key, value] = file.inputs.each_ref().map(|input| input.shape);
-        if key != value {
-            return Err(format!("v: expected shape {key:?} as k has, got {value:?}"));
+        let value_dim = value[3];
+        if key[..3] != value[..3] {
+            return Err(format!(
+                "v: expected shape {:?} as k has, got {value:?}",
+                [key[0], key[1], key[2], value_dim]
+            ));
+        }
+        if value_dim == 0 {
+            return Err(format!("v: expected a last axis of at least 1, got {value:?}"));
         }
         let rows = match &file.numbers("query_offsets")? {
             Some(offsets) => packed(offsets, "q", query)?,
@@ -28,7 +37,7 @@ impl Sequences {
         let [offsets, lens, page_table] =
             ["key_offsets", "key_lens", "page_table"].map(|name| file.numbers(name));
         let keys = keys(rows.len(), key, offsets?, lens?, page_table?)?;
-        Ok(Self { query, key, rows, keys })
+        Ok(Self { query, key, value_dim, rows, keys })
     }
 
     pub fn len(&self) -> usize {
@@ -37,7 +46,8 @@ impl Sequences {
 
     /// The batch of these sequences, each with its mask.
     pub fn batch(&self, masks: Vec<Mask>) -> Result<Batch> {
-        let mut batch = Batch::new(self.query, self.key).map_err(|e| e.to_string())?;
+        let batch = Batch::new(self.query, self.key).and_then(|batch| batch.with_value_dim(self.value_dim));
+        let mut batch = batch.map_err(|e| e.to_string())?;
         for (((index, rows), keys), mask) in self.rows.iter().zip(&self.keys).zip(masks) {
             let sequence = Sequence::new(*index, rows.clone(), keys.clone(), mask);
             batch.push(sequence).map_err(|e| e.to_string())?;

@@ -8,7 +8,7 @@ mod sequences;
 use common::{Folder, Rng, Tensor, assert_refused, example};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use star_attention::cpu::reference;
-use star_attention::{AttentionConfig, BlockList, Element, Mask, bf16, f16};
+use star_attention::{AttentionConfig, BlockList, Element, F8E4M3, Inputs, Mask, Scales, bf16, f16};
 use std::fs;
 use std::path::Path;
 use std::process::Output;
@@ -49,19 +49,41 @@ macro_rules! bytes {
 }
 bytes!(f32: Dtype::F32, f16: Dtype::F16, bf16: Dtype::BF16);
 
+impl Bytes for F8E4M3 {
+    const STORED: Dtype = Dtype::F8_E4M3;
+    fn bytes(self) -> Vec<u8> {
+        vec![self.to_bits()]
+    }
+    fn load(bytes: &[u8]) -> f32 {
+        Self::from_bits(bytes[0]).to_f32()
+    }
+}
+
 fn entry<T: Bytes>(name: &'static str, tensor: &Tensor<T>) -> Entry {
     let bytes = tensor.values().flat_map(|x| T::from_f32(x).bytes()).collect();
     (name, T::STORED, tensor.shape().to_vec(), bytes)
 }
 
+fn floats(name: &'static str, shape: &[usize], data: &[f32]) -> Entry {
+    (name, Dtype::F32, shape.to_vec(), data.iter().flat_map(|x| x.bytes()).collect())
+}
+
 fn sinks_entry(sinks: &[f32]) -> Entry {
-    ("sinks", Dtype::F32, vec![sinks.len()], sinks.iter().flat_map(|x| x.bytes()).collect())
+    floats("sinks", &[sinks.len()], sinks)
 }
 
 fn inputs<T: Bytes>() -> [Tensor<T>; 3] {
     let mut rng = Rng::new(3);
     [("q", [2, 7, 4, 16]), ("k", [2, 9, 2, 16]), ("v", [2, 9, 2, 16])]
         .map(|(name, shape)| Tensor::normal(name, shape, &mut rng))
+}
+
+/// What a file has beside normal q, k and v, and the last axis of v.
+#[derive(Default)]
+struct Given<'a> {
+    sinks: Option<&'a [f32]>,
+    scales: Option<Scales<&'a [f32]>>,
+    value_dim: Option<usize>,
 }
 
 fn entries() -> [Entry; 3] {
@@ -71,23 +93,30 @@ fn entries() -> [Entry; 3] {
 
 /// Both backends give the oracle's answer for the mask; `unit` is the type's unit roundoff.
 fn agrees<T: Bytes>(folder: &Folder, config: &AttentionConfig, options: &[&str], unit: f64) {
-    agrees_with_sinks::<T>(folder, config, None, options, unit);
+    agrees_with::<T, T>(folder, config, &Given::default(), options, unit);
 }
 
-/// The same with a sink for each head, if given.
-fn agrees_with_sinks<T: Bytes>(
+/// The same with k and v of another type, and with what else is given.
+fn agrees_with<Q: Bytes, K: Bytes>(
     folder: &Folder,
     config: &AttentionConfig,
-    sinks: Option<&[f32]>,
+    given: &Given<'_>,
     options: &[&str],
     unit: f64,
 ) {
-    let [q, k, v] = inputs::<T>();
+    let value_dim = given.value_dim.unwrap_or(16);
+    let ([q, _, _], [_, k, _]) = (inputs::<Q>(), inputs::<K>());
+    let v = Tensor::<K>::normal("v", [2, 9, 2, value_dim], &mut Rng::new(4));
     let (input, output) = (folder.file("in.safetensors"), folder.file("out.safetensors"));
     let mut tensors = vec![entry("q", &q), entry("k", &k), entry("v", &v)];
-    tensors.extend(sinks.map(sinks_entry));
+    tensors.extend(given.sinks.map(sinks_entry));
+    if let Some(Scales { key, value }) = given.scales {
+        tensors.extend([floats("k_scale", &[key.len()], key), floats("v_scale", &[value.len()], value)]);
+    }
     save(&input, &tensors);
-    let exact = reference::attention_with_sinks(config, q.view(), k.view(), v.view(), sinks).unwrap();
+    let mut views = Inputs::new(q.view(), k.view(), v.view());
+    (views.sinks, views.scales) = (given.sinks, given.scales);
+    let exact = reference::attention_of(config, views).unwrap();
     for backend in [&[][..], &["--backend", "flash"], &["--backend", "cpu"], &["--backend", "reference"]] {
         let result = attend(&input, &output, &[options, backend].concat());
         assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
@@ -95,11 +124,11 @@ fn agrees_with_sinks<T: Bytes>(
         let file = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.len(), 2);
         let out = file.tensor("out").unwrap();
-        assert_eq!((out.dtype(), out.shape()), (T::STORED, &q.shape()[..]));
-        for (bytes, exact) in out.data().chunks(T::DTYPE.size()).zip(&exact.out) {
+        assert_eq!((out.dtype(), out.shape()), (Q::STORED, &[2, 7, 4, value_dim][..]));
+        for (bytes, exact) in out.data().chunks(Q::DTYPE.size()).zip(&exact.out) {
             // Few keys of normal values: rounding the weights and the output, each by half a unit
             // of at most 4.
-            assert!((f64::from(T::load(bytes)) - exact).abs() <= 8.0 * unit);
+            assert!((f64::from(Q::load(bytes)) - exact).abs() <= 8.0 * unit);
         }
         let lse = file.tensor("lse").unwrap();
         assert_eq!((lse.dtype(), lse.shape()), (Dtype::F32, &[2, 4, 7][..]));
@@ -140,9 +169,44 @@ fn good_files() {
     agrees::<f32>(&folder, &config(star), &[&lens[..], &["--window", "1,"]].concat(), 1e-6);
     let scaled = AttentionConfig { scale: Some(0.5), softcap: Some(3.0), ..config(Mask::Full) };
     agrees::<f32>(&folder, &scaled, &["--scale", "0.5", "--softcap", "3"], 1e-6);
-    let sinks = Some(&[0.5, f32::NEG_INFINITY, 9.0, -1.5][..]);
-    agrees_with_sinks::<f32>(&folder, &config(Mask::Causal), sinks, &["--mask", "causal"], 1e-6);
-    agrees_with_sinks::<bf16>(&folder, &config(Mask::Full), sinks, &["--split-keys", "4"], 3.9e-3);
+    let given = Given { sinks: Some(&[0.5, f32::NEG_INFINITY, 9.0, -1.5]), ..Given::default() };
+    agrees_with::<f32, f32>(&folder, &config(Mask::Causal), &given, &["--mask", "causal"], 1e-6);
+    agrees_with::<bf16, bf16>(&folder, &config(Mask::Full), &given, &["--split-keys", "4"], 3.9e-3);
+}
+
+#[test]
+fn values_of_another_dim_and_codes_with_scales() {
+    let folder = Folder::new("attend-values");
+    let (config, causal) = (AttentionConfig::new(Mask::Causal), ["--mask", "causal"]);
+    for value_dim in [1, 7, 40] {
+        let given = Given { value_dim: Some(value_dim), ..Given::default() };
+        agrees_with::<f32, f32>(&folder, &config, &given, &causal, 1e-6);
+        agrees_with::<f16, bf16>(&folder, &config, &given, &causal, 4.9e-4);
+    }
+    agrees_with::<f32, F8E4M3>(&folder, &config, &Given::default(), &causal, 1e-6);
+    let given = Given {
+        scales: Some(Scales::new(&[0.25, 1.7], &[0.4])),
+        sinks: Some(&[0.5, f32::NEG_INFINITY, 9.0, -1.5]),
+        value_dim: Some(24),
+    };
+    agrees_with::<f32, F8E4M3>(&folder, &config, &given, &causal, 1e-6);
+    agrees_with::<bf16, F8E4M3>(&folder, &config, &given, &causal, 3.9e-3);
+    let given = Given { scales: Some(Scales::new(&[1.7], &[0.1, 1.3])), ..Given::default() };
+    agrees_with::<f16, F8E4M3>(&folder, &config, &given, &causal, 4.9e-4);
+
+    // A scalar counts as one element, and a scale that is missing as 1.
+    let (input, output) = (folder.file("in.safetensors"), folder.file("out.safetensors"));
+    let ([q, _, _], [_, k, v]) = (inputs::<f32>(), inputs::<F8E4M3>());
+    let [q, k, v] = [entry("q", &q), entry("k", &k), entry("v", &v)];
+    let result = |scales: &[Entry]| {
+        save(&input, &[&[q.clone(), k.clone(), v.clone()], scales].concat());
+        assert!(attend(&input, &output, &[]).status.success());
+        fs::read(&output).unwrap()
+    };
+    let expected = result(&[floats("k_scale", &[2], &[0.3; 2]), floats("v_scale", &[2], &[1.0; 2])]);
+    assert!(result(&[floats("k_scale", &[], &[0.3])]) == expected);
+    assert!(result(&[floats("k_scale", &[1], &[0.3]), floats("v_scale", &[], &[1.0])]) == expected);
+    assert!(result(&[]) != expected);
 }
 
 /// Seven rows in tiles of 4 over nine keys; a second sequence has the same list.
@@ -243,6 +307,35 @@ fn bad_files() {
         (sinks_entry(&[0.0, 0.0, f32::NAN, 0.0]), "sinks: expected a number below +inf for head 2"),
     ] {
         save(&input, &[q.clone(), k.clone(), v.clone(), sinks]);
+        refused(message);
+    }
+    let [query, key, value] = inputs::<F8E4M3>();
+    let codes = [entry("k", &key), entry("v", &value)];
+    let of_codes = |scale: Entry| [&[q.clone()], &codes[..], &[scale]].concat();
+    for (scale, message) in [
+        (floats("k_scale", &[3], &[1.0; 3]), "k_scale: expected shape [1] or [2], got [3]"),
+        (floats("v_scale", &[1, 2], &[1.0; 2]), "v_scale: expected shape [1] or [2], got [1, 2]"),
+        (floats("k_scale", &[0], &[]), "k_scale: expected shape [1] or [2], got [0]"),
+        (("v_scale", Dtype::F16, vec![1], vec![0; 2]), "v_scale: expected dtype F32, got F16"),
+        (floats("k_scale", &[2], &[1.0, 0.0]), "k_scale: expected a finite number above 0 for head 1, got 0"),
+        (floats("k_scale", &[], &[f32::NAN]), "k_scale: expected a finite number above 0 for head 0"),
+        (floats("v_scale", &[1], &[f32::INFINITY]), "v_scale: expected a finite number above 0"),
+        (floats("v_scale", &[1], &[-1.0]), "v_scale: expected a finite number above 0"),
+    ] {
+        save(&input, &of_codes(scale));
+        refused(message);
+    }
+    save(&input, &[q.clone(), k.clone(), v.clone(), floats("v_scale", &[1], &[1.0])]);
+    refused("v_scale: expected k and v of dtype F8_E4M3, got F32");
+    save(&input, &[&[entry("q", &query)], &codes[..]].concat());
+    refused("q: expected dtype F32, F16 or BF16, got F8_E4M3");
+    save(&input, &[q.clone(), codes[0].clone(), v.clone()]);
+    refused("k: expected dtype F32 as v has, got F8_E4M3");
+    for (shape, message) in
+        [([2, 9, 1, 16], "v: expected shape [2, 9, 2, 16]"), ([2, 9, 2, 0], "v: expected a last axis")]
+    {
+        let len = 4 * shape.iter().product::<usize>();
+        save(&input, &[q.clone(), k.clone(), ("v", Dtype::F32, shape.to_vec(), vec![0; len])]);
         refused(message);
     }
     let integers = entries().map(|(name, _, shape, data)| (name, Dtype::I32, shape, data));

@@ -22,12 +22,13 @@ const MASKS: &str = r#"[
 /// The ways in which a file may say where the keys of the sequences lie: k, v, and what describes
 /// them. The keys themselves are the rows of `key` and `value`, one sequence after another.
 fn ways<T: Bytes>(key: &Tensor<T>, value: &Tensor<T>) -> Vec<Vec<Entry>> {
-    let [_, _, heads, dim] = key.shape();
+    let [_, _, heads, _] = key.shape();
     let starts = [0, 9, 15];
     // `at(b, s)` is the row of `key` that stands there, NaN if none.
     let placed = |shape: [usize; 2], at: &dyn Fn(usize, usize) -> Option<usize>| {
         [("k", key), ("v", value)].map(|(name, from)| {
-            let tensor = Tensor::<T>::contiguous(name, [shape[0], shape[1], heads, dim], |[b, s, h, d]| {
+            let shape = [shape[0], shape[1], heads, from.shape()[3]];
+            let tensor = Tensor::<T>::contiguous(name, shape, |[b, s, h, d]| {
                 at(b, s).map_or(f32::NAN, |row| from.get([0, row, h, d]).to_f32())
             });
             entry(name, &tensor)
@@ -63,16 +64,16 @@ fn ways<T: Bytes>(key: &Tensor<T>, value: &Tensor<T>) -> Vec<Vec<Entry>> {
 }
 
 /// Every backend and every way to say where keys lie gives each sequence what it gets alone.
-fn ragged<Q: Bytes, T: Bytes>(backends: &[&[&str]], unit: f64) {
+fn ragged<Q: Bytes, T: Bytes>(backends: &[&[&str]], value_dim: usize, unit: f64) {
     let folder = Folder::new(&format!("attend-ragged-{}-{}", Q::DTYPE, T::DTYPE));
     let (input, output, masks_file) =
         (folder.file("in.safetensors"), folder.file("out.safetensors"), folder.file("masks.json"));
     fs::write(&masks_file, MASKS).unwrap();
     let mut rng = Rng::new(8);
     let query = Tensor::<Q>::normal("q", [1, ROWS, 4, 64], &mut rng);
-    let [key, value] = ["k", "v"].map(|name| Tensor::<T>::normal(name, [1, 19, 2, 64], &mut rng));
+    let [key, value] = [64, value_dim].map(|dim| Tensor::<T>::normal("rows", [1, 19, 2, dim], &mut rng));
     let exact_f32 = |tensor: &Tensor<T>, rows: std::ops::Range<usize>| {
-        Tensor::<f32>::contiguous("exact", [1, rows.len(), 2, 64], |[_, s, h, d]| {
+        Tensor::<f32>::contiguous("exact", [1, rows.len(), 2, tensor.shape()[3]], |[_, s, h, d]| {
             tensor.get([0, rows.start + s, h, d]).to_f32()
         })
     };
@@ -93,9 +94,9 @@ fn ragged<Q: Bytes, T: Bytes>(backends: &[&[&str]], unit: f64) {
                 });
                 let [key, value] = [&key, &value].map(|t| exact_f32(t, first_key..first_key + keys));
                 let config = AttentionConfig::new(mask);
-                let (own, key, value) = (own.view(), key.view(), value.view());
-                let exact = reference::attention_with_sinks(&config, own, key, value, Some(&SINKS)).unwrap();
-                for (got, exact) in out[row * 256..].iter().zip(&exact.out) {
+                let inputs = Inputs::new(own.view(), key.view(), value.view()).with_sinks(&SINKS[..]);
+                let exact = reference::attention_of(&config, inputs).unwrap();
+                for (got, exact) in out[row * 4 * value_dim..].iter().zip(&exact.out) {
                     assert!((f64::from(*got) - exact).abs() <= 8.0 * unit, "{options:?}: {got} {exact}");
                 }
                 for (index, exact) in exact.lse.iter().enumerate() {
@@ -104,7 +105,7 @@ fn ragged<Q: Bytes, T: Bytes>(backends: &[&[&str]], unit: f64) {
                 }
                 (row, first_key) = (row + rows, first_key + keys);
             }
-            assert!(out[row * 256..].iter().all(|&x| x == 0.0));
+            assert!(out[row * 4 * value_dim..].iter().all(|&x| x == 0.0));
             assert!((0..4).all(|head| lse[head * ROWS + row..][..2] == [f32::NEG_INFINITY; 2]));
         }
     }
@@ -118,14 +119,16 @@ fn sequences_of_any_lengths() {
         &["--split-keys", "3", "--threads", "1"],
         &["--row-invariant", "--instructions", "portable"],
     ];
-    ragged::<f32, f32>(cpu, 1e-6);
-    ragged::<f32, bf16>(cpu, 1e-6);
-    ragged::<bf16, f32>(cpu, 3.9e-3);
+    ragged::<f32, f32>(cpu, 24, 1e-6);
+    ragged::<f32, bf16>(cpu, 64, 1e-6);
+    ragged::<f32, F8E4M3>(cpu, 80, 1e-6);
+    ragged::<bf16, f32>(cpu, 64, 3.9e-3);
     ragged::<bf16, bf16>(
         &[cpu, &[&["--backend", "simt"], &["--backend", "simt", "--row-invariant"]]].concat(),
+        64,
         3.9e-3,
     );
-    ragged::<f16, f16>(&[&["--backend", "simt", "--split-keys", "64"]], 4.9e-4);
+    ragged::<f16, f16>(&[&["--backend", "simt", "--split-keys", "64"]], 64, 4.9e-4);
 }
 
 #[test]

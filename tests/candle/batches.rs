@@ -64,6 +64,30 @@ fn queries_may_be_of_another_type_than_keys() {
     }
 }
 
+/// By a plan for the batch, and by one that was made before it.
+#[test]
+fn values_may_have_another_dim_than_keys() {
+    for paged in [true, false] {
+        let keys = if paged { PAGES } else { ROWS };
+        let of_dim = |[batch, seq, heads, _]: [usize; 4]| random([batch, seq, heads, 20]);
+        let (query, key, prefix_key) = (random(QUERY), random(keys), random(PREFIX));
+        let (value, prefix_value) = (of_dim(keys), of_dim(PREFIX));
+        let batch = batch(paged).with_value_dim(20).unwrap();
+        let inputs = Inputs::new(&query, &key, &value).with_prefix(&prefix_key, &prefix_value);
+        let capacity = Capacity::new(QUERY, keys, 4, 7).with_value_dim(20).with_prefix(PREFIX[0], PREFIX[1]);
+        let capacity = if paged { capacity.with_pages(8) } else { capacity };
+        let config = PlanConfig::new();
+        let mut made_before = candle::Plan::new(&Device::Cpu, &config, &capacity).unwrap();
+        made_before.update(&batch).unwrap();
+        for plan in [&mut made_before, &mut candle::Plan::for_batch(&Device::Cpu, &config, &batch).unwrap()] {
+            assert_batch(&batch, inputs, &plan.attend(inputs).unwrap(), 1e-5);
+            let refused =
+                plan.attend(Inputs::new(&query, &key, &key).with_prefix(&prefix_key, &prefix_value));
+            assert!(matches!(refused, Err(Error::Shape { argument: "value", .. })), "{refused:?}");
+        }
+    }
+}
+
 /// A batch without padding leaves nothing of what memory held before.
 #[test]
 fn rows_of_a_full_batch_are_all_written() {

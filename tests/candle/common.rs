@@ -34,8 +34,9 @@ pub fn oracle_with_sinks(
     let [q, k, v] = [q, k, v].map(|x| (flat(x), shape(x)));
     let view =
         |x: &'static str, y| TensorView::contiguous(x, Vec::leak(<(Vec<f32>, _)>::clone(y).0), y.1).unwrap();
-    let (q, k, v) = (view("q", &q), view("k", &k), view("v", &v));
-    let r = reference::attention_with_sinks(config, q, k, v, sinks.as_deref()).unwrap();
+    let mut inputs = Inputs::new(view("q", &q), view("k", &k), view("v", &v));
+    inputs.sinks = sinks.as_deref();
+    let r = reference::attention_of(config, inputs).unwrap();
     (r.out.iter().map(|&x| x as f32).collect(), r.lse.iter().map(|&x| x as f32).collect())
 }
 
@@ -124,7 +125,7 @@ pub fn assert_batch(
     unit: f32,
 ) {
     let [batches, seq, heads, _] = batch.query_shape();
-    assert_eq!((shape(out), lse.dims()), (batch.query_shape(), [batches, heads, seq].as_slice()));
+    assert_eq!((shape(out), lse.dims()), (batch.out_shape(), [batches, heads, seq].as_slice()));
     let mut padding = vec![vec![true; seq]; batches];
     for sequence in batch.sequences() {
         let (at, start, len) = (sequence.batch, sequence.rows.start, sequence.rows.len());

@@ -33,6 +33,21 @@ fn every_dtype_equals_the_oracle() {
 }
 
 #[test]
+fn outputs_have_the_values_dim() {
+    for (dtype, unit) in DTYPES {
+        let [q, k, v] =
+            [[2, 5, 4, 32], [2, 9, 2, 32], [2, 9, 2, 20]].map(|x| random(x).to_dtype(dtype).unwrap());
+        let (out, lse) = candle::attention(&CONFIG, &q, &k, &v).unwrap();
+        assert_eq!((out.dtype(), out.dims()), (dtype, [2, 5, 4, 20].as_slice()));
+        let (expected, expected_lse) = oracle(&CONFIG, &q, &k, &v);
+        assert_close(&flat(&out), &expected, unit);
+        assert_close(&flat(&lse), &expected_lse, unit);
+        let merged = candle::merge(&[candle::partial(&CONFIG, &q, &k, &v).unwrap()]).unwrap();
+        assert_close(&flat(&merged.0), &expected, unit);
+    }
+}
+
+#[test]
 fn strides_do_not_matter() {
     let (q, k, v) = (random([2, 6, 4, 16]), random([2, 6, 2, 16]), random([2, 6, 2, 16]));
     let (expected, expected_lse) = candle::attention(&CONFIG, &q, &k, &v).unwrap();

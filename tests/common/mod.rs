@@ -4,7 +4,7 @@
 #![allow(dead_code)] // every test binary takes what it needs
 
 use proptest::prelude::*;
-use star_attention::{Element, Error, TensorView, TensorViewMut};
+use star_attention::{DType, Element, Error, Inputs, Scales, TensorView, TensorViewMut};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -52,6 +52,31 @@ pub fn sinks(heads: usize, seed: u64) -> Vec<f32> {
         _ => 3.0 * rng.normal(),
     };
     (0..heads).map(sink).collect()
+}
+
+/// Scales of keys and values, where these have 8 bits: one for all heads or one for each, from 1e-3
+/// to 1e3; none now and then.
+pub fn scales<K: Element>(kv_heads: usize, seed: u64) -> Option<Scales<Vec<f32>>> {
+    if K::DTYPE != DType::F8E4M3 {
+        return None;
+    }
+    let mut rng = Rng::new(seed.rotate_left(32));
+    let mut draw = || {
+        let count = if rng.below(2) == 0 { 1 } else { kv_heads };
+        (0..count).map(|_| 10f32.powf(6.0 * rng.uniform() - 3.0)).collect()
+    };
+    let scales = Scales::new(draw(), draw());
+    (rng.below(4) > 0).then_some(scales)
+}
+
+/// The scale of a head, of one for all or one for each.
+pub fn scale_of(scales: &[f32], kv_head: usize) -> f32 {
+    scales[if scales.len() == 1 { 0 } else { kv_head }]
+}
+
+/// Scales as a call takes them.
+pub fn as_slices(scales: &Option<Scales<Vec<f32>>>) -> Option<Scales<&[f32]>> {
+    scales.as_ref().map(|scales| Scales::new(&scales.key[..], &scales.value[..]))
 }
 
 /// How a tensor lies in its buffer; the last axis is contiguous.
@@ -211,6 +236,19 @@ impl<T: Element> Tensor<T> {
         let padding = T::from_f32(padding).to_f32().to_bits();
         rest.iter().zip(&self.buffer).all(|(&rest, x)| !rest || x.to_f32().to_bits() == padding)
     }
+}
+
+/// What a call takes, on tensors in CPU memory.
+pub type Call<'a, Q, K> = Inputs<&'a Tensor<Q>, &'a Tensor<K>, &'a [f32]>;
+
+/// The same as a plan of the CPU takes it.
+pub fn views<'a, Q: Element, K: Element>(
+    call: Call<'a, Q, K>,
+) -> Inputs<TensorView<'a, Q>, TensorView<'a, K>, &'a [f32]> {
+    let mut views = Inputs::new(call.query.view(), call.key.view(), call.value.view());
+    views.prefix = call.prefix.map(|prefix| prefix.map(Tensor::view));
+    (views.sinks, views.scales) = (call.sinks, call.scales);
+    views
 }
 
 /// The indices of a shape in row-major order.

@@ -8,9 +8,13 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use star_attention::cpu::{Cpu, InstructionSet, flash};
 use star_attention::{
-    Append, AttentionShape, Backend, Batch, Capacity, Error, Inputs, Keys, LEFT_OUT, Mask, PlanConfig,
-    Rotation, Sequence, bf16, f16,
+    Append, AttentionShape, Backend, Batch, Capacity, Error, F8E4M3, Inputs, Keys, LEFT_OUT, Mask,
+    PlanConfig, Rotation, Sequence, bf16, f16,
 };
+
+fn small_dims() -> impl Strategy<Value = (usize, usize)> {
+    prop_oneof![2 => (1..70usize).prop_map(|dim| (dim, dim)), 1 => (1..70usize, 1..70usize)]
+}
 
 proptest! {
     #[test]
@@ -27,12 +31,14 @@ proptest! {
     }
 
     #[test]
-    fn an_engine_on_the_cpu(history in histories(12, 1..70usize), dtype in 0..3usize) {
+    fn an_engine_on_the_cpu(history in histories(12, small_dims()), dtype in 0..5usize) {
         let cpu = Cpu::new();
         match dtype {
-            0 => an_engine_serves_requests::<_, f32>(&cpu, &history)?,
-            1 => an_engine_serves_requests::<_, f16>(&cpu, &history)?,
-            _ => an_engine_serves_requests::<_, bf16>(&cpu, &history)?,
+            0 => an_engine_serves_requests::<_, f32, f32>(&cpu, &history)?,
+            1 => an_engine_serves_requests::<_, f16, f16>(&cpu, &history)?,
+            2 => an_engine_serves_requests::<_, bf16, F8E4M3>(&cpu, &history)?,
+            3 => an_engine_serves_requests::<_, f32, F8E4M3>(&cpu, &history)?,
+            _ => an_engine_serves_requests::<_, bf16, bf16>(&cpu, &history)?,
         }
     }
 }
@@ -48,8 +54,9 @@ fn an_engine_on_each_instruction_set_and_one_thread() {
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     for instructions in InstructionSet::available() {
         let cpu = Cpu::new().with_instructions(instructions).unwrap().with_threads(1).unwrap();
-        let history = histories(12, 1..70usize).new_tree(&mut runner).unwrap().current();
-        an_engine_serves_requests::<_, bf16>(&cpu, &history).unwrap();
+        let history = histories(12, small_dims()).new_tree(&mut runner).unwrap().current();
+        an_engine_serves_requests::<_, bf16, bf16>(&cpu, &history).unwrap();
+        an_engine_serves_requests::<_, f16, F8E4M3>(&cpu, &history).unwrap();
     }
 }
 
@@ -229,6 +236,13 @@ fn batches_beyond_a_capacity() {
     let other = Batch::new([1, 9, 2, 8], key).unwrap();
     let error = cpu.update(&mut plan, &other).unwrap_err();
     assert!(matches!(error, Error::Shape { argument: "query", .. }), "{error}");
+    let other = Batch::new(query, key).unwrap().with_value_dim(7).unwrap();
+    let error = cpu.update(&mut plan, &other).unwrap_err();
+    assert!(matches!(error, Error::Shape { argument: "value", .. }), "{error}");
+    let mut of_seven = cpu.plan(&PlanConfig::new(), &capacity.clone().with_value_dim(7)).unwrap();
+    cpu.update(&mut of_seven, &other).unwrap();
+    let none = cpu.plan(&PlanConfig::new(), &capacity.with_value_dim(0)).map(drop).unwrap_err();
+    assert!(matches!(none, Error::Shape { argument: "value", .. }), "{none}");
     let mut alone = cpu.plan_for(&PlanConfig::new(), &batch(&[])).unwrap();
     let error = cpu.update(&mut alone, &batch(&[])).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "plan", .. }), "{error}");
@@ -292,6 +306,9 @@ fn absurd_extents() {
     let batch = Batch::new([1, 1, 1, 1 << 56], [1, 1, 1, 1 << 56]).unwrap();
     let error = cpu.plan_for(&config, &batch).map(drop).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "head_dim", .. }), "{error}");
+    let batch = Batch::new([1, 1, 1, 1], [1, 1, 1, 1]).unwrap().with_value_dim(1 << 56).unwrap();
+    let error = cpu.plan_for(&config, &batch).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "value_dim", .. }), "{error}");
 
     let mut batch = Batch::new([1, 64, 1, 1], [1, 1 << 60, 1, 1]).unwrap();
     batch.push(Sequence::new(0, 0..32, Keys::rows(0, 0..1 << 60), Mask::Full)).unwrap();

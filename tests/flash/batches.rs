@@ -1,32 +1,36 @@
 //! Batches on the CPU: sequences of any lengths, places and masks, and the bits of a row under a
 //! fixed split length.
 
-use crate::common::Tensor;
+use crate::common::{Tensor, views};
 use crate::phases::each_cpu;
 use crate::properties::backend::On;
 use crate::properties::batches::{
     BatchCase, a_request_keeps_its_bits_among_others, batches, each_sequence_of_a_batch_stands_alone,
     keys_in_pages_of_48_and_528_keep_their_bits, many_packed_keys_of_one_head,
 };
-use crate::properties::cases::{Inputs, head_dims};
+use crate::properties::cases::{Inputs, dims};
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
 use star_attention::cpu::flash::Plan;
 use star_attention::cpu::{Cpu, InstructionSet};
-use star_attention::{Batch, Element, PlanConfig, Sequence, bf16, f16};
+use star_attention::{Batch, Element, F8E4M3, PlanConfig, Sequence, bf16, f16};
 
 /// Keys of a split in these tests: some sequences have several, most have one.
 const SPLIT_KEYS: usize = 192;
 
-fn run<T: Element, O: Element>(
+/// The case's call by a plan.
+fn run<Q: Element, K: Element>(
+    case: &BatchCase,
     plan: &Plan,
-    inputs: &Inputs<T>,
-    sinks: Option<&[f32]>,
-    out: &mut Tensor<O>,
-    lse: Option<&mut [f32]>,
-) {
+    inputs: &Inputs<Q, K>,
+) -> (Tensor<f32>, Vec<f32>) {
+    let mut out = Tensor::contiguous("out", plan.batch().out_shape(), |_| 0.0);
+    let mut lse = vec![0.0; plan.batch().lse_len()];
     let mut workspace = vec![0xffu8; plan.workspace_bytes()];
-    plan.run(inputs.views(sinks), out.view_mut(), lse, &mut workspace).unwrap();
+    let (sinks, scales) = (case.sinks(), case.scales::<K>());
+    let views = views(inputs.call(sinks.as_deref(), &scales));
+    plan.run(views, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+    (out, lse)
 }
 
 fn stands_alone<T: Element, O: Element>(
@@ -35,27 +39,26 @@ fn stands_alone<T: Element, O: Element>(
     fixed: bool,
 ) -> Result<(), TestCaseError> {
     let by = On(Cpu::new().with_instructions(instructions).unwrap());
-    each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
+    each_sequence_of_a_batch_stands_alone::<T, T, O>(case, |batch, score, inputs, out, lse| {
         let config = PlanConfig::from(*score);
         let config = if fixed { config.with_split_keys(SPLIT_KEYS) } else { config };
-        by.run_with_sinks(&config, batch, inputs, case.sinks().as_deref(), out, lse);
+        by.run_call(&config, batch, inputs.call(case.sinks().as_deref(), &None), out, lse).unwrap();
     })
 }
 
 /// The bits of every sequence, in a batch and alone, on any number of threads.
-fn keeps_its_bits<T: Element>(case: &BatchCase, instructions: InstructionSet) -> Result<(), TestCaseError> {
+fn keeps_its_bits<Q: Element, K: Element>(
+    case: &BatchCase,
+    instructions: InstructionSet,
+) -> Result<(), TestCaseError> {
     let batch = case.batch();
-    let inputs = case.inputs::<T>(&batch);
+    let inputs = case.inputs::<Q, K>(&batch);
     let results = |batch: &Batch, threads: usize| {
         let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let config = PlanConfig::from(case.score).with_split_keys(SPLIT_KEYS);
             let plan = Plan::for_batch(&config, batch.clone()).unwrap();
-            let plan = plan.with_instructions(instructions).unwrap();
-            let mut out = Tensor::<f32>::contiguous("out", batch.query_shape(), |_| 0.0);
-            let mut lse = vec![0.0; batch.lse_len()];
-            run(&plan, &inputs, case.sinks().as_deref(), &mut out, Some(&mut lse));
-            (out, lse)
+            run(case, &plan.with_instructions(instructions).unwrap(), &inputs)
         })
     };
     let (together, lse) = results(&batch, 3);
@@ -65,14 +68,15 @@ fn keeps_its_bits<T: Element>(case: &BatchCase, instructions: InstructionSet) ->
     }
     let [_, seq, heads, _] = batch.query_shape();
     for sequence in batch.sequences() {
-        let mut alone = Batch::new(batch.query_shape(), batch.key_shape()).unwrap();
+        let alone = Batch::new(batch.query_shape(), batch.key_shape()).unwrap();
+        let mut alone = alone.with_value_dim(batch.value_dim()).unwrap();
         alone.push(sequence.clone()).unwrap();
         let (out, own_lse) = results(&alone, 1);
         let Sequence { batch: b, ref rows, .. } = *sequence;
         for (row, head) in rows.clone().flat_map(|row| (0..heads).map(move |head| (row, head))) {
             let at = (b * heads + head) * seq + row;
             prop_assert_eq!(own_lse[at].to_bits(), lse[at].to_bits(), "lse of row {}, head {}", row, head);
-            for d in 0..batch.query_shape()[3] {
+            for d in 0..batch.value_dim() {
                 let [alone, together] = [&out, &together].map(|out| out.get([b, row, head, d]));
                 prop_assert_eq!(alone.to_bits(), together.to_bits(), "row {}, head {}", row, head);
             }
@@ -82,19 +86,16 @@ fn keeps_its_bits<T: Element>(case: &BatchCase, instructions: InstructionSet) ->
 }
 
 /// The same sequences with their keys in pages and in rows: where they lie changes no bit.
-fn pages_change_no_bit<T: Element>(
+fn pages_change_no_bit<Q: Element, K: Element>(
     case: &BatchCase,
     instructions: InstructionSet,
 ) -> Result<(), TestCaseError> {
     let paged = case.batch();
-    let inputs = case.inputs::<T>(&paged);
+    let inputs = case.inputs::<Q, K>(&paged);
     let (rows, as_rows) = case.in_rows(&paged, &inputs);
     let [first, second] = [(&paged, &inputs), (&rows, &as_rows)].map(|(batch, inputs)| {
         let plan = Plan::for_batch(&case.score.into(), batch.clone()).unwrap();
-        let plan = plan.with_instructions(instructions).unwrap();
-        let mut out = Tensor::<f32>::contiguous("out", batch.query_shape(), |_| 0.0);
-        let mut lse = vec![0.0; batch.lse_len()];
-        run(&plan, inputs, case.sinks().as_deref(), &mut out, Some(&mut lse));
+        let (out, lse) = run(case, &plan.with_instructions(instructions).unwrap(), inputs);
         (out.bits(), lse.into_iter().map(f32::to_bits).collect::<Vec<_>>())
     });
     prop_assert!(first == second, "other bits from pages than from rows");
@@ -108,7 +109,7 @@ fn instructions() -> impl Strategy<Value = InstructionSet> {
 proptest! {
     #[test]
     fn each_sequence_stands_alone(
-        case in batches(head_dims()),
+        case in batches(dims()),
         instructions in instructions(),
         dtype in 0..5,
         fixed in any::<bool>(),
@@ -123,23 +124,23 @@ proptest! {
 
     #[test]
     fn under_a_fixed_split_length_a_row_keeps_its_bits(
-        case in batches(head_dims()),
+        case in batches(dims()),
         instructions in instructions(),
-        bf in any::<bool>(),
+        dtype in 0..3,
     ) {
-        if bf {
-            keeps_its_bits::<bf16>(&case, instructions)?;
-        } else {
-            keeps_its_bits::<f32>(&case, instructions)?;
+        match dtype {
+            0 => keeps_its_bits::<f32, f32>(&case, instructions)?,
+            1 => keeps_its_bits::<bf16, bf16>(&case, instructions)?,
+            _ => keeps_its_bits::<bf16, F8E4M3>(&case, instructions)?,
         }
     }
 
     #[test]
-    fn where_keys_lie_changes_no_bit(case in batches(head_dims()), instructions in instructions(), bf in any::<bool>()) {
-        if bf {
-            pages_change_no_bit::<bf16>(&case, instructions)?;
-        } else {
-            pages_change_no_bit::<f32>(&case, instructions)?;
+    fn where_keys_lie_changes_no_bit(case in batches(dims()), instructions in instructions(), dtype in 0..3) {
+        match dtype {
+            0 => pages_change_no_bit::<f32, f32>(&case, instructions)?,
+            1 => pages_change_no_bit::<bf16, bf16>(&case, instructions)?,
+            _ => pages_change_no_bit::<f16, F8E4M3>(&case, instructions)?,
         }
     }
 }
@@ -147,27 +148,29 @@ proptest! {
 #[test]
 fn pages_of_hybrid_models_change_no_bit() {
     for by in each_cpu() {
-        keys_in_pages_of_48_and_528_keep_their_bits::<_, f32>(&by);
-        keys_in_pages_of_48_and_528_keep_their_bits::<_, bf16>(&by);
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, f32, f32>(&by, 64);
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, bf16, bf16>(&by, 40);
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, bf16, F8E4M3>(&by, 64);
     }
 }
 
 /// On any number of threads.
 #[test]
 fn a_long_request_keeps_its_bits_among_others() {
-    fn of<T: Element>() {
+    fn of<Q: Element, K: Element>() {
         let on_threads = |threads: usize| {
             let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let by = On(Cpu::new());
-            let run = || a_request_keeps_its_bits_among_others::<_, T>(&by, 8192, 64, 512);
+            let run = || a_request_keeps_its_bits_among_others::<_, Q, K>(&by, 8192, 64, 512);
             let (out, lse) = pool.install(run);
             (out.bits(), lse)
         };
         let [one, three, sixteen] = [1, 3, 16].map(on_threads);
         assert!(one == three && one == sixteen, "the number of threads changes bits");
     }
-    of::<f32>();
-    of::<bf16>();
+    of::<f32, f32>();
+    of::<bf16, bf16>();
+    of::<f32, F8E4M3>();
 }
 
 /// 128 query heads on one KV head, and 16,777,216 packed keys of 64 sequences.

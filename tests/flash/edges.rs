@@ -11,16 +11,21 @@ const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
 
 /// A call on normal f32 values on all instructions, compared with the oracle; gives output and
 /// log-sum-exp of the last.
-fn check(
+fn check(mask: &Mask, lens: [usize; 3], heads: [usize; 2], dim: usize) -> (Vec<f32>, Vec<f32>) {
+    check_dims(mask, lens, heads, [dim, dim])
+}
+
+/// The same on values of another dim than queries and keys.
+fn check_dims(
     mask: &Mask,
     [batch, query_len, key_len]: [usize; 3],
     heads: [usize; 2],
-    dim: usize,
+    [dim, value_dim]: [usize; 2],
 ) -> (Vec<f32>, Vec<f32>) {
     let mut rng = Rng::new(7);
     let query = Tensor::<f32>::normal("query", [batch, query_len, heads[0], dim], &mut rng);
     let key = Tensor::<f32>::normal("key", [batch, key_len, heads[1], dim], &mut rng);
-    let value = Tensor::<f32>::normal("value", [batch, key_len, heads[1], dim], &mut rng);
+    let value = Tensor::<f32>::normal("value", [batch, key_len, heads[1], value_dim], &mut rng);
     let config = AttentionConfig::new(mask.clone());
     let expected = Expected::of(&config, &query, &key, &value, false);
     let (q, k, v) = (query.view(), key.view(), value.view());
@@ -29,7 +34,7 @@ fn check(
         .into_iter()
         .map(|instructions| {
             let plan = Plan::new(&config, &shape).unwrap().with_instructions(instructions).unwrap();
-            let mut out = Tensor::<f32>::contiguous("out", query.shape(), |_| f32::NAN);
+            let mut out = Tensor::<f32>::contiguous("out", shape.out_shape(), |_| f32::NAN);
             let mut lse = vec![f32::NAN; shape.lse_len()];
             let mut workspace = vec![0xffu8; plan.workspace_bytes()];
             plan.run(Inputs::new(q, k, v), out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
@@ -83,6 +88,8 @@ fn one_key_gives_its_value() {
     assert!(out[0].is_finite() && lse[0].is_finite());
     check(&Mask::Full, [1, 1, 1], [8, 1], 300);
     check(&Mask::Causal, [1, 1, 1], [3, 3], 128);
+    check_dims(&Mask::Full, [1, 1, 1], [2, 1], [300, 1]);
+    check_dims(&Mask::Full, [1, 20, 1], [2, 1], [1, 300]);
 }
 
 /// Around the sizes that tiles are likely to have, and head dims around those of vectors.
@@ -96,6 +103,8 @@ fn every_length_around_a_tile() {
         }
         for dim in (1..=40).chain([63, 65, 127, 129, 255, 257, 320]) {
             check(&mask, [1, 19, 37], [2, 1], dim);
+            check_dims(&mask, [1, 19, 37], [2, 1], [24, dim]);
+            check_dims(&mask, [1, 1, 37], [2, 1], [dim, 24]);
         }
     }
 }
@@ -177,16 +186,11 @@ fn extents_that_no_tensor_can_have_are_refused() {
     for [batch, query_len, key_len] in
         [[MAX, 1, 1], [MAX; 3], [1, MAX, 1], [1, 1, MAX], [0, MAX, MAX], [MAX, 0, MAX]]
     {
-        for (query_heads, kv_heads, head_dim) in [(MAX, MAX, MAX), (2, 1, MAX), (MAX, 1, 64), (4, 2, 8)] {
-            let shape = AttentionShape {
-                batch,
-                query_len,
-                key_len,
-                query_heads,
-                kv_heads,
-                head_dim,
-                value_dim: head_dim,
-            };
+        for (query_heads, kv_heads, head_dim, value_dim) in
+            [(MAX, MAX, MAX, MAX), (2, 1, MAX, 1), (2, 1, 1, MAX), (MAX, 1, 64, 64), (4, 2, 8, 8)]
+        {
+            let shape =
+                AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim };
             for mask in MASKS {
                 let plan = Plan::new(&AttentionConfig::new(mask.clone()), &shape);
                 assert!(matches!(plan, Err(Error::Shape { .. })), "{shape:?}");

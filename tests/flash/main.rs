@@ -19,6 +19,7 @@ mod nonfinite;
 mod oracle;
 mod phases;
 mod prefix;
+mod quantised;
 mod row_invariant;
 mod separate;
 mod sinks;

@@ -25,7 +25,7 @@ const SHAPES: [AttentionShape; 2] = [
         query_heads: 4,
         kv_heads: 2,
         head_dim: 24,
-        value_dim: 24,
+        value_dim: 40,
     },
 ];
 
@@ -38,19 +38,19 @@ impl Call {
     fn new(shape: &AttentionShape) -> Self {
         let mut rng = Rng::new(11);
         let plan = Plan::new(&AttentionConfig::new(Mask::Causal), shape).unwrap();
-        let shapes = [shape.query_shape(), shape.key_shape(), shape.key_shape()];
+        let shapes = [shape.query_shape(), shape.key_shape(), shape.value_shape()];
         Self { plan, inputs: shapes.map(|shape| Tensor::normal("input", shape, &mut rng)) }
     }
 
     fn run<'w, O: Output>(&self, out: &mut [O], workspace: impl Into<Workspace<'w>>) -> Result<(), Error> {
         let [query, key, value] = &self.inputs;
         let inputs = Inputs::new(query.view(), key.view(), value.view());
-        let out = TensorViewMut::contiguous("out", out, query.shape())?;
+        let out = TensorViewMut::contiguous("out", out, self.plan.batch().out_shape())?;
         self.plan.run(inputs, out, None, workspace)
     }
 
     fn elements(&self) -> usize {
-        self.plan.batch().query_shape().iter().product()
+        self.plan.batch().out_shape().iter().product()
     }
 
     /// The bits of a call into an output and a workspace that hold zeros.

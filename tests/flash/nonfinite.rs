@@ -2,7 +2,7 @@
 
 use crate::phases::each_cpu;
 use crate::properties::backend::On;
-use crate::properties::cases::{cases, head_dims};
+use crate::properties::cases::{cases, dims};
 use crate::properties::nonfinite::{
     PLACES, spots_stay_in_their_rows, spotted, values_reach_the_rows_that_see_them,
 };
@@ -25,7 +25,7 @@ proptest! {
 
     #[test]
     fn a_sequence_of_what_is_not_finite_leaves_the_others_alone(
-        packed in packed(head_dims()),
+        packed in packed(dims()),
         index in any::<prop::sample::Index>(),
         value in prop::sample::select(vec![f32::NAN, f32::INFINITY]),
     ) {

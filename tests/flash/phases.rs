@@ -3,7 +3,7 @@
 use crate::common::Tensor;
 use crate::properties::Attend;
 use crate::properties::backend::On;
-use crate::properties::cases::{Inputs, head_dims};
+use crate::properties::cases::{Inputs, dims, head_dims};
 use crate::properties::packed::{each_sequence_stands_alone, packed};
 use crate::properties::query::{both_phases, merged_shards_equal_dense, splits};
 use crate::properties::star::{contexts, star_equals_re_encoding};
@@ -113,7 +113,7 @@ proptest! {
     }
 
     #[test]
-    fn merged_shards_equal_the_dense_softmax(by in cpu(), split in splits(head_dims()), dtype in 0..4) {
+    fn merged_shards_equal_the_dense_softmax(by in cpu(), split in splits(dims()), dtype in 0..4) {
         match dtype {
             0 | 1 => merged_shards_equal_dense::<f32>(&by, &split)?,
             2 => merged_shards_equal_dense::<f16>(&by, &split)?,
@@ -151,7 +151,7 @@ proptest! {
     }
 
     #[test]
-    fn packed_sequences_stand_alone(by in cpu(), packed in packed(head_dims()), dtype in 0..4) {
+    fn packed_sequences_stand_alone(by in cpu(), packed in packed(dims()), dtype in 0..4) {
         match dtype {
             0 | 1 => each_sequence_stands_alone::<f32, f32>(&by, &packed)?,
             2 => each_sequence_stands_alone::<f16, f32>(&by, &packed)?,

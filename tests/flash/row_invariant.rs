@@ -1,13 +1,13 @@
 //! Row-invariant plans: the bits of a row depend on nothing but the row and the keys it sees.
 
-use crate::common::{Rng, Tensor, sinks};
-use crate::properties::cases::{block_lists, configs, head_dims};
+use crate::common::{Layout, Rng, Tensor, as_slices, scales, sinks, views};
+use crate::properties::cases::{Inputs, block_lists, configs, dims, divided};
 use proptest::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
 use star_attention::{
-    AttentionConfig, Batch, BlockList, Element, Inputs, Keys, Mask, PlanConfig, Sequence, bf16, f16,
+    AttentionConfig, Batch, BlockList, Element, F8E4M3, Keys, Mask, PlanConfig, Sequence, bf16, f16,
 };
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -33,6 +33,7 @@ struct Case {
     kv_heads: usize,
     group: usize,
     head_dim: usize,
+    value_dim: usize,
     kind: Kind,
     seed: u64,
 }
@@ -48,14 +49,15 @@ fn cases() -> impl Strategy<Value = Case> {
         3 => prop::collection::vec(1..=70usize, 1..5),
     ];
     let split_keys = prop::option::weighted(0.7, prop::sample::select(vec![1, 96, 150, 288]));
-    let extents = (1..=2usize, 1..=5usize, head_dims());
+    let extents = (1..=2usize, 1..=5usize, dims());
     let kind = prop_oneof![3 => Just(Kind::Normal), 1 => Just(Kind::Tiny), 2 => Just(Kind::Special)];
     (configs(), block_lists(), lens, chunks, split_keys, extents, kind, any::<u64>()).prop_map(
-        |(mut config, blocks, (rows, keys), chunks, split_keys, (kv_heads, group, head_dim), kind, seed)| {
+        |(mut config, blocks, (rows, keys), chunks, split_keys, (kv_heads, group, dims), kind, seed)| {
+            let (head_dim, value_dim) = dims;
             if let Some(blocks) = blocks {
                 config.mask = blocks.mask(rows, keys);
             }
-            Case { config, rows, keys, chunks, split_keys, kv_heads, group, head_dim, kind, seed }
+            Case { config, rows, keys, chunks, split_keys, kv_heads, group, head_dim, value_dim, kind, seed }
         },
     )
 }
@@ -69,7 +71,8 @@ impl Case {
     fn batches(&self) -> [Batch; 2] {
         let query = [1, self.rows, self.kv_heads * self.group, self.head_dim];
         let key = [1, self.keys, self.kv_heads, self.head_dim];
-        let [mut whole, mut chunks] = [0; 2].map(|_| Batch::new(query, key).unwrap());
+        let [mut whole, mut chunks] =
+            [0; 2].map(|_| Batch::new(query, key).unwrap().with_value_dim(self.value_dim).unwrap());
         let mask = &self.config.mask;
         whole.push(Sequence::new(0, 0..self.rows, Keys::rows(0, 0..self.keys), mask.clone())).unwrap();
         let mut start = 0;
@@ -116,23 +119,31 @@ impl Case {
         }
     }
 
-    fn tensors<T: Element>(&self) -> [Tensor<T>; 3] {
+    fn inputs<Q: Element, K: Element>(&self) -> Inputs<Q, K> {
         let mut rng = Rng::new(self.seed);
         let heads = self.kv_heads * self.group;
         let shapes = [
             [1, self.rows, heads, self.head_dim],
             [1, self.keys, self.kv_heads, self.head_dim],
-            [1, self.keys, self.kv_heads, self.head_dim],
+            [1, self.keys, self.kv_heads, self.value_dim],
         ];
-        [0, 1, 2].map(|tensor| {
-            Tensor::contiguous("input", shapes[tensor], |_| match self.kind {
+        let [query, key, value] = [0, 1, 2].map(|tensor| {
+            Tensor::<f32>::contiguous("drawn", shapes[tensor], |_| match self.kind {
                 Kind::Tiny if tensor == 2 => [1e-45, -1e-45, 0.0, -0.0, -2e-41, -1e-39][rng.below(6)],
                 Kind::Special if rng.below(if tensor == 0 { 2000 } else { 300 }) == 0 => {
                     [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][rng.below(3)]
                 }
                 _ => rng.normal(),
             })
-        })
+        });
+        let scales = scales::<K>(self.kv_heads, self.seed);
+        let scales = as_slices(&scales);
+        let layout = &Layout::CONTIGUOUS;
+        Inputs {
+            query: divided("query", &query, None, layout),
+            key: divided("key", &key, scales.map(|scales| scales.key), layout),
+            value: divided("value", &value, scales.map(|scales| scales.value), layout),
+        }
     }
 }
 
@@ -142,23 +153,23 @@ fn bits(values: impl Iterator<Item = f32>) -> Vec<u32> {
 }
 
 /// The rows as one sequence and in chunks of any size, down to one row, on any number of threads.
-fn rows_keep_their_bits<T: Element, O: Element>(case: &Case) -> Result<(), TestCaseError> {
-    let [query, key, value] = case.tensors::<T>();
+fn rows_keep_their_bits<Q: Element, K: Element, O: Element>(case: &Case) -> Result<(), TestCaseError> {
+    let inputs = case.inputs::<Q, K>();
     let [whole, chunks] = case.batches();
     let mut config = PlanConfig::from(case.config.score()).with_row_invariant();
     config.split_keys = case.split_keys;
     let sinks = case.seed.is_multiple_of(2).then(|| sinks(case.kv_heads * case.group, case.seed));
+    let scales = scales::<K>(case.kv_heads, case.seed);
+    let views = views(inputs.call(sinks.as_deref(), &scales));
     for instructions in InstructionSet::available() {
         let results = |batch: &Batch, pool: &ThreadPool| {
             pool.install(|| {
                 let plan = Plan::for_batch(&config, batch.clone()).unwrap();
                 let plan = plan.with_instructions(instructions).unwrap();
-                let mut out = Tensor::<O>::contiguous("out", batch.query_shape(), |_| 7.0);
+                let mut out = Tensor::<O>::contiguous("out", batch.out_shape(), |_| 7.0);
                 let mut lse = vec![7.0; batch.lse_len()];
-                let mut inputs = Inputs::new(query.view(), key.view(), value.view());
-                inputs.sinks = sinks.as_deref();
                 let mut workspace = vec![0xffu8; plan.workspace_bytes()];
-                plan.run(inputs, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
+                plan.run(views, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
                 (bits(out.values()), bits(lse.into_iter()))
             })
         };
@@ -178,12 +189,13 @@ fn rows_keep_their_bits<T: Element, O: Element>(case: &Case) -> Result<(), TestC
 
 proptest! {
     #[test]
-    fn a_row_keeps_its_bits_in_chunks_of_any_size(case in cases(), dtype in 0..4) {
+    fn a_row_keeps_its_bits_in_chunks_of_any_size(case in cases(), dtype in 0..5) {
         match dtype {
-            0 => rows_keep_their_bits::<f32, f32>(&case)?,
-            1 => rows_keep_their_bits::<f16, f16>(&case)?,
-            2 => rows_keep_their_bits::<bf16, f32>(&case)?,
-            _ => rows_keep_their_bits::<bf16, bf16>(&case)?,
+            0 => rows_keep_their_bits::<f32, f32, f32>(&case)?,
+            1 => rows_keep_their_bits::<f16, f16, f16>(&case)?,
+            2 => rows_keep_their_bits::<bf16, bf16, f32>(&case)?,
+            3 => rows_keep_their_bits::<bf16, F8E4M3, bf16>(&case)?,
+            _ => rows_keep_their_bits::<bf16, bf16, bf16>(&case)?,
         }
     }
 }
@@ -201,10 +213,11 @@ fn a_prefill_equals_its_decodes_over_more_than_one_split() {
             kv_heads: 1,
             group: 4,
             head_dim: 64,
+            value_dim: 64,
             kind: Kind::Normal,
             seed: 3,
         };
-        rows_keep_their_bits::<f32, f32>(&case).unwrap();
-        rows_keep_their_bits::<bf16, bf16>(&case).unwrap();
+        rows_keep_their_bits::<f32, f32, f32>(&case).unwrap();
+        rows_keep_their_bits::<bf16, bf16, bf16>(&case).unwrap();
     }
 }

@@ -3,7 +3,7 @@
 use crate::phases::each_cpu;
 use crate::properties::backend::On;
 use crate::properties::batches::batches;
-use crate::properties::cases::head_dims;
+use crate::properties::cases::dims;
 use crate::properties::sinks::{
     minus_infinity_is_no_sink, rows_without_keys_have_their_sink_and_nan_stays, what_does_not_fit_is_named,
 };
@@ -14,7 +14,7 @@ use star_attention::cpu::{Cpu, InstructionSet};
 proptest! {
     #[test]
     fn a_sink_of_minus_infinity_is_none(
-        case in batches(head_dims()),
+        case in batches(dims()),
         instructions in prop::sample::select(InstructionSet::available()),
         bf in any::<bool>(),
     ) {

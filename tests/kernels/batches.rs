@@ -18,8 +18,10 @@ use star_attention::{Batch, Element, Keys, Mask, PlanConfig, Sequence, bf16, f16
 
 fn stands_alone<B: Engine, T: HalfElement, O: Element>(case: &BatchCase) -> Result<(), TestCaseError> {
     let by = On(B::cuda(case.seed));
-    each_sequence_of_a_batch_stands_alone::<T, O>(case, |batch, score, inputs, out, lse| {
-        by.run_with_sinks(&(*score).into(), batch, inputs, case.sinks().as_deref(), out, lse);
+    each_sequence_of_a_batch_stands_alone::<T, T, O>(case, |batch, score, inputs, out, lse| {
+        let sinks = case.sinks();
+        let call = inputs.call(sinks.as_deref(), &None);
+        by.run_call(&(*score).into(), batch, call, out, lse).unwrap();
     })
 }
 
@@ -47,13 +49,13 @@ on_each_device! {
     }
 
     fn pages_of_hybrid_models_change_no_bit() {
-        keys_in_pages_of_48_and_528_keep_their_bits::<_, bf16>(&On(B::cuda(5)));
-        keys_in_pages_of_48_and_528_keep_their_bits::<_, f16>(&On(B::cuda(6)));
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, bf16, bf16>(&On(B::cuda(5)), 64);
+        keys_in_pages_of_48_and_528_keep_their_bits::<_, f16, f16>(&On(B::cuda(6)), 32);
     }
 
     fn a_long_request_keeps_its_bits_among_others() {
-        a_request_keeps_its_bits_among_others::<_, bf16>(&On(B::cuda(7)), 700, 9, 128);
-        a_request_keeps_its_bits_among_others::<_, f16>(&On(B::cuda(8)), 700, 3, 256);
+        a_request_keeps_its_bits_among_others::<_, bf16, bf16>(&On(B::cuda(7)), 700, 9, 128);
+        a_request_keeps_its_bits_among_others::<_, f16, f16>(&On(B::cuda(8)), 700, 3, 256);
     }
 
     /// Decodes whose keys are split, between rows of padding: the merge leaves these alone.

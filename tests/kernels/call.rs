@@ -1,9 +1,9 @@
 //! Calls of the kernels on tensors in CPU memory.
 
 use crate::backend::{Backend, Plain};
-use crate::common::{Tensor, aligned};
+use crate::common::{Call, Tensor, aligned};
 use crate::properties::Attend;
-use crate::properties::cases::{Case, Inputs, RUBBISH, cases};
+use crate::properties::cases::{Case, Inputs, RUBBISH, cases_of};
 use proptest::prelude::*;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
@@ -43,15 +43,36 @@ macro_rules! on_each_device {
 }
 pub(crate) use on_each_device;
 
-pub fn kernel_dims() -> impl Strategy<Value = usize> {
+/// Head dims that kernels are built for.
+pub fn built_dims() -> impl Strategy<Value = usize> {
     prop::sample::select(HEAD_DIMS.to_vec())
+}
+
+/// Head dims with value dims: those that kernels are built for, others of models, and some that are
+/// padded. The widest are few, as they are slow on the emulator.
+pub fn kernel_dims() -> impl Strategy<Value = (usize, usize)> {
+    let padded = vec![(72, 72), (80, 80), (112, 112), (8, 8), (64, 32), (40, 96)];
+    prop_oneof![
+        20 => built_dims().prop_map(|dim| (dim, dim)),
+        4 => Just((192, 128)),
+        7 => prop::sample::select(padded),
+        1 => prop::sample::select(vec![(512, 512), (576, 512)]),
+    ]
 }
 
 /// Random calls that the kernels take.
 pub fn kernel_cases() -> impl Strategy<Value = Case> {
-    (cases(), kernel_dims()).prop_map(|(mut case, head_dim)| {
-        case.shape.head_dim = head_dim;
-        case.layouts = std::array::from_fn(|i| aligned(&case.layouts[i]));
+    aligned_cases(kernel_dims())
+}
+
+/// The same on head dims that kernels are built for, as variants of them are.
+pub fn variant_cases() -> impl Strategy<Value = Case> {
+    aligned_cases(built_dims().prop_map(|dim| (dim, dim)))
+}
+
+fn aligned_cases(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = Case> {
+    cases_of(dims).prop_map(|mut case| {
+        case.layouts = case.layouts.map(|layout| aligned(&layout));
         case
     })
 }
@@ -94,16 +115,14 @@ pub fn run_plan<B: Backend, T: HalfElement, O: Element>(
     out: &mut Tensor<O>,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
-    run_plan_with(backend, plan, inputs, None, None, out, lse)
+    run_call(backend, plan, inputs.call(None, &None), out, lse)
 }
 
-/// The same with keys and values of prefixes, and a sink for each head, where given.
-pub fn run_plan_with<B: Backend, T: HalfElement, O: Element>(
+/// The same with prefixes and sinks, where the call has them.
+pub fn run_call<B: Backend, T: HalfElement, O: Element>(
     backend: &B,
     plan: &Plan,
-    Inputs { query, key, value }: &Inputs<T>,
-    prefix: Option<[&Tensor<T>; 2]>,
-    sinks: Option<&[f32]>,
+    Call { query, key, value, prefix, sinks, .. }: Call<'_, T, T>,
     out: &mut Tensor<O>,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
@@ -144,7 +163,8 @@ impl Case {
 fn shape_of<T: Element>(inputs: &Inputs<T>) -> AttentionShape {
     let ([batch, query_len, query_heads, head_dim], [_, key_len, kv_heads, _]) =
         (inputs.query.shape(), inputs.key.shape());
-    AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim: head_dim }
+    let [.., value_dim] = inputs.value.shape();
+    AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim }
 }
 
 /// A variant of the kernel for many rows, by its name.

@@ -16,8 +16,9 @@ fn a_quarter_of_the_cases() -> ProptestConfig {
     ProptestConfig { cases: config.cases.div_ceil(4), ..config }
 }
 
-fn dims() -> impl Strategy<Value = usize> {
-    prop::sample::select(HEAD_DIMS.to_vec())
+fn dims() -> impl Strategy<Value = (usize, usize)> {
+    let equal = prop::sample::select(HEAD_DIMS.to_vec()).prop_map(|dim| (dim, dim));
+    prop_oneof![4 => equal, 1 => prop::sample::select(vec![(192, 128), (64, 32)])]
 }
 
 /// The crate's backend on each device.
@@ -68,8 +69,8 @@ proptest! {
     #[ignore = "needs an NVIDIA GPU"]
     fn an_engine_on_a_gpu(history in histories(12, dims()), bf in any::<bool>()) {
         match bf {
-            true => an_engine_serves_requests::<_, bf16>(&gpu(), &history)?,
-            false => an_engine_serves_requests::<_, f16>(&gpu(), &history)?,
+            true => an_engine_serves_requests::<_, bf16, bf16>(&gpu(), &history)?,
+            false => an_engine_serves_requests::<_, f16, f16>(&gpu(), &history)?,
         }
     }
 }
@@ -82,8 +83,8 @@ proptest! {
     fn an_engine_on_the_emulator(history in histories(6, dims()), bf in any::<bool>()) {
         let backend = emulator(history.seed);
         match bf {
-            true => an_engine_serves_requests::<_, bf16>(&backend, &history)?,
-            false => an_engine_serves_requests::<_, f16>(&backend, &history)?,
+            true => an_engine_serves_requests::<_, bf16, bf16>(&backend, &history)?,
+            false => an_engine_serves_requests::<_, f16, f16>(&backend, &history)?,
         }
     }
 
@@ -91,7 +92,7 @@ proptest! {
     fn an_engine_on_a_backend_chosen_at_run_time(history in histories(3, dims()), cpu in any::<bool>()) {
         let backend: Either<Cpu, Cuda<Simt>> =
             if cpu { Either::One(Cpu::new()) } else { Either::Other(emulator(history.seed)) };
-        an_engine_serves_requests::<_, bf16>(&backend, &history)?;
+        an_engine_serves_requests::<_, bf16, bf16>(&backend, &history)?;
     }
 }
 

@@ -47,7 +47,7 @@ fn both_kernels() -> [Case; 2] {
 
 fn run_on<O: Element>(simt: &Simt, case: &Case) -> Result<Vec<u32>> {
     let mut out = case.output::<O>();
-    run_plan(simt, &case.device_plan(simt), &case.inputs::<bf16>(), &mut out, None)?;
+    run_plan(simt, &case.device_plan(simt), &case.inputs::<bf16, bf16>(), &mut out, None)?;
     Ok(out.bits())
 }
 
@@ -138,7 +138,7 @@ fn global_memory_out_of_bounds() {
     let simt = Simt::new(0);
     for case in both_kernels() {
         let plan = case.device_plan(&simt);
-        let Inputs { query, key, value } = case.inputs::<bf16>();
+        let Inputs { query, key, value } = case.inputs::<bf16, bf16>();
         let mut workspace = simt.buffer(&vec![0u8; plan.workspace_bytes()]);
         for short in 0..4 {
             let [query, key, value] = [&query, &key, &value].map(Tensor::buffer);
@@ -210,7 +210,7 @@ fn edges() -> Vec<Edge> {
 /// to be.
 fn is_right(case: &Case, plan: &Plan, at: usize, change: impl FnOnce(&mut StarTile)) -> bool {
     let simt = Simt::new(0);
-    let inputs = case.inputs::<bf16>();
+    let inputs = case.inputs::<bf16, bf16>();
     let [query, key, value] =
         [&inputs.query, &inputs.key, &inputs.value].map(|tensor| Memory::of(&simt, tensor));
     let mut out = case.output::<f32>();

@@ -1,6 +1,6 @@
 //! Packed sequences, the two phases and their merge by kernels, against their definitions.
 
-use crate::call::{kernel_dims, on_each_device};
+use crate::call::{built_dims, kernel_dims, on_each_device};
 use crate::common::aligned;
 use crate::engine::Engine;
 use crate::properties::backend::On;
@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use star_attention::{bf16, f16};
 
 on_each_device! {
-    fn the_star_mask_equals_re_encoding_each_block(context in contexts(kernel_dims()), bf in any::<bool>()) {
+    fn the_star_mask_equals_re_encoding_each_block(context in contexts(built_dims()), bf in any::<bool>()) {
         let by = On(B::cuda(0));
         if bf {
             star_equals_re_encoding::<bf16>(&by, &context)?;
@@ -32,7 +32,7 @@ on_each_device! {
     }
 
     fn both_phases_equal_their_definition(
-        context in contexts(kernel_dims()),
+        context in contexts(built_dims()),
         query_len in 1..=40usize,
         bf in any::<bool>(),
     ) {

@@ -1,7 +1,7 @@
 //! Sequences whose first keys lie in prefix tensors: the bits of the same sequences without.
 
 use crate::backend::Backend;
-use crate::call::{kernel_dims, on_each_device, run_plan, run_plan_with};
+use crate::call::{kernel_dims, on_each_device, run_call, run_plan};
 use crate::common::{Rng, Tensor, aligned, named};
 use crate::properties::batches::batches;
 use crate::properties::cases::{Inputs, RUBBISH};
@@ -20,10 +20,10 @@ fn prefixes_change_nothing<B: Backend, T: HalfElement>(
     page_len: Option<usize>,
 ) {
     let (backend, config) = (B::open(cuts.len() as u64), PlanConfig::new());
-    let key_shape @ [_, seq, kv_heads, dim] = rows.key_shape();
+    let [_, seq, kv_heads, dim] = rows.key_shape();
     let properties = backend.device().properties();
     let results = |run: &dyn Fn(&mut Tensor<f32>, &mut [f32])| {
-        let mut out = Tensor::contiguous("out", rows.query_shape(), |_| RUBBISH);
+        let mut out = Tensor::contiguous("out", rows.out_shape(), |_| RUBBISH);
         let mut lse = vec![RUBBISH; rows.lse_len()];
         run(&mut out, &mut lse);
         (out.bits(), lse.into_iter().map(f32::to_bits).collect::<Vec<_>>())
@@ -51,26 +51,28 @@ fn prefixes_change_nothing<B: Backend, T: HalfElement>(
         places.push((keys, rows.start..cut));
     }
     let shape = page_len.map_or([1, main.len(), kv_heads, dim], |len| [main.len() / len, len, kv_heads, dim]);
-    let mut batch = Batch::new(rows.query_shape(), shape).unwrap().with_prefix(1, seq).unwrap();
+    let batch = Batch::new(rows.query_shape(), shape).unwrap().with_value_dim(rows.value_dim()).unwrap();
+    let mut batch = batch.with_prefix(1, seq).unwrap();
     for (sequence, (keys, prefix)) in rows.sequences().iter().zip(places) {
         let Sequence { batch: b, rows, mask, .. } = sequence.clone();
         batch.push(Sequence::new(b, rows, keys, mask).with_prefix(0, prefix)).unwrap();
     }
     let [key, value] = [&inputs.key, &inputs.value].map(|from| {
+        let shape = [shape[0], shape[1], kv_heads, from.shape()[3]];
         Tensor::contiguous("main", shape, |[b, s, head, d]| {
             main[b * shape[1] + s].map_or(f32::NAN, |key| from.get([0, key, head, d]).to_f32())
         })
     });
     let [prefix_key, prefix_value] = [&inputs.key, &inputs.value].map(|from| {
-        Tensor::contiguous("prefix", key_shape, |[_, key, head, d]| {
+        Tensor::contiguous("prefix", from.shape(), |[_, key, head, d]| {
             if in_prefix[key] { from.get([0, key, head, d]).to_f32() } else { f32::NAN }
         })
     });
     let inputs = Inputs { query: inputs.query.clone(), key, value };
     let plan = Plan::for_batch(&properties, &config, &batch).unwrap();
     let got = results(&|out, lse| {
-        let prefix = Some([&prefix_key, &prefix_value]);
-        run_plan_with(&backend, &plan, &inputs, prefix, None, out, Some(lse)).unwrap();
+        let call = inputs.call(None, &None).with_prefix(&prefix_key, &prefix_value);
+        run_call(&backend, &plan, call, out, Some(lse)).unwrap();
     });
     assert!(got == expected, "other bits with a prefix");
 }
@@ -84,7 +86,7 @@ on_each_device! {
         let mut case = case;
         case.layouts = case.layouts.map(|layout| aligned(&layout));
         let batch = case.batch();
-        let (rows, inputs) = case.in_rows(&batch, &case.inputs::<bf16>(&batch));
+        let (rows, inputs) = case.in_rows(&batch, &case.inputs::<bf16, bf16>(&batch));
         prefixes_change_nothing::<B, bf16>(&rows, &inputs, &cuts, page_len);
     }
 
@@ -116,8 +118,9 @@ on_each_device! {
         let mut out = Tensor::<f32>::contiguous("out", shape, |_| RUBBISH);
         let mut run = |prefix: Option<[[usize; 4]; 2]>| {
             let prefix = prefix.map(|shapes| shapes.map(tensor));
-            let prefix = prefix.as_ref().map(|[key, value]| [key, value]);
-            let result = run_plan_with(&backend, &plan, &inputs, prefix, None, &mut out, None);
+            let mut call = inputs.call(None, &None);
+            call.prefix = prefix.as_ref().map(|[key, value]| [key, value]);
+            let result = run_call(&backend, &plan, call, &mut out, None);
             assert_eq!(result.is_err(), out.values().all(|x| x == RUBBISH));
             result
         };

@@ -34,6 +34,7 @@ fn configs() {
     assert_eq!(new(heads().with_layers(0).in_pages(1, 1)), ("value", "layers"));
     assert_eq!(new(KvConfig::new(0, 8).in_pages(1, 1)), ("value", "kv_heads"));
     assert_eq!(new(KvConfig::new(2, 0).in_rows(1, 1)), ("value", "head_dim"));
+    assert_eq!(new(heads().with_value_dim(0).in_rows(1, 1)), ("value", "value_dim"));
     assert_eq!(new(heads().in_pages(1, 0)), ("value", "page_len"));
     // Without room.
     assert_eq!(new(heads()), ("value", "page_len"));
@@ -44,6 +45,7 @@ fn configs() {
     assert_eq!(new(heads().in_rows(1 << 20, 1 << 20)), ("value", "sequences"));
     assert_eq!(new(heads().in_rows(1 << 32, 0)), ("value", "sequences"));
     assert_eq!(new(KvConfig::new(1 << 40, 8).in_pages(1 << 16, 16)), ("shape", "key"));
+    assert_eq!(new(heads().with_value_dim(1 << 40).in_pages(1 << 16, 16)), ("shape", "value"));
     assert_eq!(new(KvConfig::new(1 << 20, 8).in_pages(1 << 26, 16)), ("value", "len"));
     assert_eq!(new(heads().with_layers(usize::MAX).in_pages(1, 1)), ("value", "layers"));
     // Room for nothing is room: a rank may have no tokens.
@@ -136,14 +138,15 @@ fn tokens_and_layers_that_are_not_there() {
     let reversed = std::ops::Range { start: 3, end: 2 };
     assert_eq!(refused(store.places(sequence, reversed).map(|_| ())), ("value", "rows"));
     let two = Tensor::<f32>::contiguous("two", [1, 2, 2, 8], |_| 2.0);
-    let mut put = |layer, rows, new: &Tensor<f32>| {
-        refused(store.put(&CPU, layer, sequence, rows, [new.view(), new.view()]))
+    let mut put = |layer, rows, key: &Tensor<f32>, value: &Tensor<f32>| {
+        refused(store.put(&CPU, layer, sequence, rows, [key.view(), value.view()]))
     };
-    assert_eq!(put(0, 5..7, &two), ("value", "rows"));
-    assert_eq!(put(1, 4..6, &two), ("value", "layer"));
-    assert_eq!(put(0, 3..6, &two), ("shape", "places"));
+    assert_eq!(put(0, 5..7, &two, &two), ("value", "rows"));
+    assert_eq!(put(1, 4..6, &two, &two), ("value", "layer"));
+    assert_eq!(put(0, 3..6, &two, &two), ("shape", "places"));
     let wide = Tensor::<f32>::contiguous("wide", [1, 2, 2, 9], |_| 2.0);
-    assert_eq!(put(0, 4..6, &wide), ("shape", "cache_key"));
+    assert_eq!(put(0, 4..6, &wide, &two), ("shape", "cache_key"));
+    assert_eq!(put(0, 4..6, &two, &wide), ("shape", "value"));
     assert_eq!(refused(store.key(&CPU, 1)), ("value", "layer"));
     assert_eq!(refused(store.value(&CPU, usize::MAX)), ("value", "layer"));
     assert_eq!(refused(store.rows(&CPU, 1, sequence)), ("value", "layer"));
@@ -163,6 +166,7 @@ fn growth_that_is_none() {
     assert_eq!(grow(heads().with_layers(2).in_pages(4, 4)), ("value", "layers"));
     assert_eq!(grow(KvConfig::new(3, 8).in_pages(4, 4)), ("value", "kv_heads"));
     assert_eq!(grow(KvConfig::new(2, 16).in_pages(4, 4)), ("value", "head_dim"));
+    assert_eq!(grow(heads().with_value_dim(16).in_pages(4, 4)), ("value", "value_dim"));
     assert_eq!(grow(heads().in_pages(1 << 30, 4)), ("value", "pages"));
     assert_eq!((store.shape(), store.len(sequence).unwrap()), ([3, 4, 2, 8], 6));
     let mut rows = KvStore::<_, f32>::new(&CPU, heads().in_rows(2, 4)).unwrap();

@@ -1,6 +1,6 @@
 //! Random histories of a store, beside a list of tokens for each sequence.
 
-use crate::common::{Rng, Tensor};
+use crate::common::{Call, Rng, Tensor};
 use crate::properties::backend::{Stored, read_store};
 use crate::properties::cases::RUBBISH;
 use crate::properties::expected::Expected;
@@ -10,8 +10,8 @@ use star_attention::cpu::Cpu;
 use star_attention::cuda::Cuda;
 use star_attention::cuda::simt::Simt;
 use star_attention::{
-    Append, AttentionConfig, AttentionShape, Backend, Batch, Element, Error, Inputs, KvConfig, KvRoom,
-    KvStore, LEFT_OUT, Mask, PlanConfig, Sequence, SequenceId, bf16, f16,
+    Append, AttentionConfig, AttentionShape, Backend, Batch, Element, Error, F8E4M3, Inputs, KvConfig,
+    KvRoom, KvStore, LEFT_OUT, Mask, PlanConfig, Sequence, SequenceId, bf16, f16,
 };
 
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ struct History {
     seed: u64,
 }
 
-fn histories(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = History> {
+fn histories(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = History> {
     let index = any::<Index>;
     let event = prop_oneof![
         3 => Just(Event::Open),
@@ -47,11 +47,11 @@ fn histories(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = H
         2 => (index(), index()).prop_map(|(of, len)| Event::Share(of, len)),
         1 => [0..3usize, 0..5usize].prop_map(Event::Grow),
     ];
-    let extents = (1..=3usize, 1..=3usize, 1..=3usize, head_dims);
+    let extents = (1..=3usize, 1..=3usize, 1..=3usize, dims);
     let room = (any::<bool>(), 0..8usize, 1..9usize);
     (extents, room, prop::collection::vec(event, 1..24), any::<u64>()).prop_map(
-        |((layers, kv_heads, group, head_dim), (in_rows, pages, page_len), events, seed)| {
-            let config = KvConfig::new(kv_heads, head_dim).with_layers(layers);
+        |((layers, kv_heads, group, (head_dim, value_dim)), (in_rows, pages, page_len), events, seed)| {
+            let config = KvConfig::new(kv_heads, head_dim).with_value_dim(value_dim).with_layers(layers);
             let config = match in_rows {
                 true => config.in_rows(pages, 3 * page_len - 3),
                 false => config.in_pages(pages, page_len),
@@ -73,7 +73,7 @@ struct Kept<'a, B: Backend, T: Element> {
 fn rows<T: Element>(tokens: &[u64], layer: usize, which: usize, config: &KvConfig) -> Tensor<T> {
     let stream = (2 * layer + which) as u64;
     let mut rngs: Vec<Rng> = tokens.iter().map(|&token| Rng::new(token.wrapping_add(stream))).collect();
-    let shape = [1, tokens.len(), config.kv_heads, config.head_dim];
+    let shape = [1, tokens.len(), config.kv_heads, [config.head_dim, config.value_dim][which]];
     Tensor::contiguous("rows", shape, |[_, token, ..]| rngs[token].normal())
 }
 
@@ -203,7 +203,7 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
     /// Every token of every sequence is what was written for it, in all layers.
     fn check(&self) -> Result<(), TestCaseError> {
         let config = self.store.config();
-        let [_, page_len, kv_heads, head_dim] = self.store.shape();
+        let [_, page_len, kv_heads, _] = self.store.shape();
         for layer in 0..config.layers {
             let stored = read_store(self.backend, &self.store, layer);
             for (id, tokens) in &self.open {
@@ -212,7 +212,8 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
                 for (row, place) in self.store.places(*id, 0..tokens.len()).unwrap().enumerate() {
                     let (page, at) = (place as usize / page_len, place as usize % page_len);
                     for (stored, expected) in stored.iter().zip(&expected) {
-                        for (head, d) in (0..kv_heads).flat_map(|h| (0..head_dim).map(move |d| (h, d))) {
+                        let [.., dim] = expected.shape();
+                        for (head, d) in (0..kv_heads).flat_map(|h| (0..dim).map(move |d| (h, d))) {
                             let (got, wanted) =
                                 (stored.get([page, at, head, d]), expected.get([0, row, head, d]));
                             prop_assert_eq!(got.to_f32().to_bits(), wanted.to_f32().to_bits());
@@ -226,13 +227,14 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
 
     /// Each sequence's rows attend to its keys in the store, all in one call; in rows also one by
     /// one.
-    fn check_attention(&self, layer: usize, group: usize) -> Result<(), TestCaseError> {
+    fn check_attention<Q: Element>(&self, layer: usize, group: usize) -> Result<(), TestCaseError> {
         let [_, _, kv_heads, head_dim] = self.store.shape();
+        let [.., value_dim] = self.store.value_shape();
         let (backend, heads) = (self.backend, kv_heads * group);
         let lens: Vec<usize> = (0..self.open.len()).map(|i| 1 + i % 3).collect();
         let shape = [1, lens.iter().sum(), heads, head_dim];
-        let query = Tensor::<T>::normal("query", shape, &mut Rng::new(5));
-        let mut batch = Batch::new(shape, self.store.shape()).unwrap();
+        let query = Tensor::<Q>::normal("query", shape, &mut Rng::new(5));
+        let mut batch = Batch::new(shape, self.store.shape()).unwrap().with_value_dim(value_dim).unwrap();
         let mut start = 0;
         for ((id, _), len) in self.open.iter().zip(&lens) {
             let keys = self.store.keys(*id).unwrap();
@@ -247,8 +249,8 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
             let config = AttentionConfig::new(Mask::Causal);
             let own = query.gather(start..start + len);
             let [key, value] = both::<T>(tokens, layer, self.store.config());
-            let expected = Expected::of(&config, &own, &key, &value, false);
-            let row = heads * head_dim;
+            let expected = Expected::of_call(&config, Call::new(&own, &key, &value), false);
+            let row = heads * value_dim;
             expected.check_out(out[start * row..(start + len) * row].iter().copied())?;
             let own_lse = (0..heads).flat_map(|head| &lse[head * shape[1] + start..][..*len]);
             expected.check_lse(&own_lse.copied().collect::<Vec<f32>>())?;
@@ -262,7 +264,7 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
                     query_heads: heads,
                     kv_heads,
                     head_dim,
-                    value_dim: head_dim,
+                    value_dim,
                 };
                 let batch = Batch::uniform(&shape, &Mask::Causal).unwrap();
                 let rows = self.store.rows(backend, layer, *id).unwrap();
@@ -275,22 +277,22 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
     }
 }
 
-fn attend<B: Backend, T: Element>(
+fn attend<B: Backend, Q: Element, T: Element>(
     backend: &B,
     batch: &Batch,
-    query: &Tensor<T>,
+    query: &Tensor<Q>,
     [key, value]: [B::View<'_, T>; 2],
 ) -> (Vec<f32>, Vec<f32>) {
     let mut plan = backend.plan_for(&PlanConfig::new(), batch).unwrap();
     let mut workspace = backend.buffer(backend.workspace_bytes(&plan)).unwrap();
     let stored = Stored::of(backend, query);
-    let mut out = backend.buffer_of(&vec![RUBBISH; query.shape().iter().product()]).unwrap();
+    let mut out = backend.buffer_of(&vec![RUBBISH; batch.out_shape().iter().product()]).unwrap();
     let mut lse = backend.buffer_of(&vec![RUBBISH; batch.lse_len()]).unwrap();
     backend
         .attend(
             &mut plan,
             Inputs::new(stored.view(backend, "query"), key, value),
-            backend.whole_mut("out", &mut out, query.shape()).unwrap(),
+            backend.whole_mut("out", &mut out, batch.out_shape()).unwrap(),
             Some(backend.slice_mut(&mut lse, ..)),
             backend.slice_mut(&mut workspace, ..),
         )
@@ -298,7 +300,7 @@ fn attend<B: Backend, T: Element>(
     (backend.read(&out).unwrap(), backend.read(&lse).unwrap())
 }
 
-fn sequences_hold_their_tokens<B: Backend, T: Element>(
+fn sequences_hold_their_tokens<B: Backend, Q: Element, T: Element>(
     backend: &B,
     history: &History,
 ) -> Result<(), TestCaseError> {
@@ -309,19 +311,29 @@ fn sequences_hold_their_tokens<B: Backend, T: Element>(
         kept.happens(event);
         kept.check()?;
     }
-    kept.check_attention(config.layers - 1, *group)?;
+    kept.check_attention::<Q>(config.layers - 1, *group)?;
     kept.open.iter().for_each(|(id, _)| kept.store.close(*id).unwrap());
     prop_assert_eq!(kept.store.free_pages(), kept.store.shape()[0], "a page was lost");
     Ok(())
 }
 
+fn small_dims() -> impl Strategy<Value = (usize, usize)> {
+    prop_oneof![2 => (1..40usize).prop_map(|dim| (dim, dim)), 1 => (1..40usize, 1..40usize)]
+}
+
+/// Those of kernels.
+fn kernel_dims() -> impl Strategy<Value = (usize, usize)> {
+    prop::sample::select(vec![(64usize, 64usize), (96, 96), (64, 32)])
+}
+
 proptest! {
     #[test]
-    fn on_the_cpu(history in histories(1..40usize), dtype in 0..3usize) {
+    fn on_the_cpu(history in histories(small_dims()), dtype in 0..4usize) {
         match dtype {
-            0 => sequences_hold_their_tokens::<_, f32>(&Cpu::new(), &history)?,
-            1 => sequences_hold_their_tokens::<_, f16>(&Cpu::new(), &history)?,
-            _ => sequences_hold_their_tokens::<_, bf16>(&Cpu::new(), &history)?,
+            3 => sequences_hold_their_tokens::<_, f32, F8E4M3>(&Cpu::new(), &history)?,
+            0 => sequences_hold_their_tokens::<_, f32, f32>(&Cpu::new(), &history)?,
+            1 => sequences_hold_their_tokens::<_, f16, f16>(&Cpu::new(), &history)?,
+            _ => sequences_hold_their_tokens::<_, bf16, bf16>(&Cpu::new(), &history)?,
         }
     }
 }
@@ -331,11 +343,11 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.div_ceil(4), ..Default::default() })]
 
     #[test]
-    fn on_the_emulator(history in histories(prop::sample::select(vec![64usize, 96])), bf in any::<bool>()) {
+    fn on_the_emulator(history in histories(kernel_dims()), bf in any::<bool>()) {
         let backend = Cuda::new(Simt::new(history.seed), ());
         match bf {
-            true => sequences_hold_their_tokens::<_, bf16>(&backend, &history)?,
-            false => sequences_hold_their_tokens::<_, f16>(&backend, &history)?,
+            true => sequences_hold_their_tokens::<_, bf16, bf16>(&backend, &history)?,
+            false => sequences_hold_their_tokens::<_, f16, f16>(&backend, &history)?,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::common::{Tensor, indices};
 use star_attention::cpu::Cpu;
-use star_attention::{Append, GeneratedKv, KvConfig, KvStore, SequenceId, StarLayout};
+use star_attention::{Append, F8E4M3, GeneratedKv, KvConfig, KvStore, SequenceId, StarLayout};
 
 const HEADS: usize = 2;
 const DIM: usize = 3;
@@ -98,4 +98,9 @@ fn heads_come_before_rows_in_memory() {
         assert_eq!((tensor.shape(), tensor.strides()), ([3, 5, 2, 8], [80, 8, 40, 1]));
     }
     assert_eq!(store.row_bytes(), 2 * 2 * 8 * 4);
+    let config = KvConfig::new(2, 8).with_value_dim(3).in_pages(3, 5);
+    let store = KvStore::<_, F8E4M3>::new(&cpu, config).unwrap();
+    let value = store.value(&cpu, 0).unwrap();
+    assert_eq!((value.shape(), value.strides()), ([3, 5, 2, 3], [30, 3, 15, 1]));
+    assert_eq!((store.value_shape(), store.row_bytes()), ([3, 5, 2, 3], 2 * (8 + 3)));
 }

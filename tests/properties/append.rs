@@ -1,17 +1,20 @@
-//! New rows go to their places in a cache and nowhere else, keys turned by their positions.
+//! New rows go to their places in a cache and nowhere else, keys turned by their positions, and both
+//! divided by their scales where there are any.
 
 use super::backend::Stored;
 use super::cases::RUBBISH;
-use crate::common::{Layout, Rng, Tensor, aligned, indices, layouts};
+use crate::common::{Layout, Rng, Tensor, aligned, as_slices, indices, layouts, scale_of, scales};
 use proptest::prelude::*;
-use star_attention::{Append, Backend, DType, Element, LEFT_OUT, Rotation};
+use star_attention::{Append, Backend, DType, Element, LEFT_OUT, Rotation, Scales};
 
 /// New rows `[batch, seq]` for pages, some of them to be left out.
 #[derive(Clone, Debug)]
 pub struct AppendCase {
     /// Of keys, values, and the cache's.
     layouts: [Layout; 4],
+    /// Of keys.
     shape: [usize; 4],
+    value_dim: usize,
     pages: usize,
     page_len: usize,
     /// Dims that are rotated; 0 for none.
@@ -21,15 +24,17 @@ pub struct AppendCase {
 }
 
 pub fn appends() -> impl Strategy<Value = AppendCase> {
-    let shape = (1..=3usize, 0..=40usize, 1..=4usize, 1..=32usize);
+    let eighths = prop_oneof![2 => (1..=32usize).prop_map(|n| (n, n)), 1 => (1..=32usize, 1..=32usize)];
+    let shape = (1..=3usize, 0..=40usize, 1..=4usize, eighths);
     let layouts = [layouts(), layouts(), layouts(), layouts()];
     (shape, (0..=9usize, 1..=33usize), any::<prop::sample::Index>(), any::<bool>(), layouts, any::<u64>())
         .prop_map(
             |((batch, seq, kv_heads, eighths), (pages, page_len), rotated, interleaved, layouts, seed)| {
-                let dim = 8 * eighths;
+                let dim = 8 * eighths.0;
                 AppendCase {
                     layouts: layouts.map(|layout| aligned(&layout)),
                     shape: [batch, seq, kv_heads, dim],
+                    value_dim: 8 * eighths.1,
                     pages,
                     page_len,
                     rotated: 16 * rotated.index(dim / 16 + 1),
@@ -59,17 +64,18 @@ impl AppendCase {
             .collect()
     }
 
-    /// The element of a turned key, and what rounding may change; `angle` gives cosine and sine of
-    /// a pair.
+    /// The element of a turned key over its scale, and what rounding may change; `angle` gives cosine
+    /// and sine of a pair.
     fn turned<T: Element, C: Element>(
         &self,
         key: &Tensor<T>,
         [b, s, h, d]: [usize; 4],
+        scale: f32,
         angle: impl Fn(usize) -> [f32; 2],
     ) -> (f64, f64) {
         let at = |d: usize| f64::from(key.get([b, s, h, d]).to_f32());
         if d >= self.rotated {
-            return (f64::from(C::from_f32(at(d) as f32).to_f32()), 0.0);
+            return (f64::from(C::from_f32(at(d) as f32 / scale).to_f32()), 0.0);
         }
         let half = self.rotated / 2;
         let (pair, first, x, y) = if self.interleaved {
@@ -79,13 +85,17 @@ impl AppendCase {
         };
         let [cos, sin] = angle(pair).map(f64::from);
         let terms = if first { [at(x) * cos, -at(y) * sin] } else { [at(x) * sin, at(y) * cos] };
+        let terms = terms.map(|term| term / f64::from(scale));
         let exact = terms[0] + terms[1];
-        let unit = match C::DTYPE {
-            DType::F16 => 1.0 / 2048.0,
-            DType::BF16 => 1.0 / 256.0,
-            _ => 0.0,
+        // Half a step, of normal numbers and below these.
+        let (unit, least) = match C::DTYPE {
+            DType::F16 => (1.0 / 2048.0, 6e-8),
+            DType::BF16 => (1.0 / 256.0, 6e-8),
+            DType::F8E4M3 => (1.0 / 16.0, 1.0 / 1024.0),
+            _ => (0.0, 6e-8),
         };
-        (exact, unit * exact.abs() + 2e-7 * (terms[0].abs() + terms[1].abs()) + 6e-8)
+        let rounding = unit * exact.abs() + 2e-7 * (terms[0].abs() + terms[1].abs()) + least;
+        (if C::DTYPE == DType::F8E4M3 { exact.clamp(-448.0, 448.0) } else { exact }, rounding)
     }
 }
 
@@ -94,10 +104,14 @@ pub fn each_row_is_in_its_place<B: Backend, T: Element, C: Element>(
     case: &AppendCase,
 ) -> Result<(), TestCaseError> {
     let [_, seq, kv_heads, dim] = case.shape;
+    let scales = scales::<C>(kv_heads, case.seed);
+    let scales = as_slices(&scales);
     let mut rng = Rng::new(case.seed);
     let [key_layout, value_layout, to_key_layout, to_value_layout] = &case.layouts;
-    let mut new = |name, layout| Tensor::<T>::new(name, case.shape, layout, f32::NAN, |_| rng.normal());
-    let (key, value) = (new("key", key_layout), new("value", value_layout));
+    let value_shape = |[batch, seq, heads, _]: [usize; 4]| [batch, seq, heads, case.value_dim];
+    let mut new = |name, shape, layout| Tensor::<T>::new(name, shape, layout, f32::NAN, |_| rng.normal());
+    let key = new("key", case.shape, key_layout);
+    let value = new("value", value_shape(case.shape), value_layout);
     let places = case.places(&mut rng);
     let half = case.rotated / 2;
     let angles: Vec<f32> =
@@ -105,14 +119,16 @@ pub fn each_row_is_in_its_place<B: Backend, T: Element, C: Element>(
     let [cos, sin] = [f32::cos, f32::sin].map(|f| angles.iter().copied().map(f).collect::<Vec<f32>>());
 
     let stored_shape = [case.pages, case.page_len, kv_heads, dim];
-    let mut stored = [to_key_layout, to_value_layout]
-        .map(|layout| Tensor::<C>::new("cache", stored_shape, layout, RUBBISH, |_| RUBBISH));
+    let mut stored = [(stored_shape, to_key_layout), (value_shape(stored_shape), to_value_layout)]
+        .map(|(shape, layout)| Tensor::<C>::new("cache", shape, layout, RUBBISH, |_| RUBBISH));
     {
         let [key, value] = [&key, &value].map(|rows| Stored::of(backend, rows));
         let [mut to_key, mut to_value] = stored.each_ref().map(|rows| Stored::of(backend, rows));
         let numbers = |i: usize| places.iter().map(|place| place[i]).collect::<Vec<u32>>();
         let [places, positions] = [0, 1].map(|i| backend.buffer_of(&numbers(i)).unwrap());
         let [cos, sin] = [&cos, &sin].map(|table| backend.buffer_of(table).unwrap());
+        let in_memory =
+            scales.map(|Scales { key, value }| [key, value].map(|s| backend.buffer_of(s).unwrap()));
         let mut rows =
             Append::new(key.view(backend, "key"), value.view(backend, "value"), backend.slice(&places, ..));
         if case.rotated > 0 {
@@ -123,6 +139,9 @@ pub fn each_row_is_in_its_place<B: Backend, T: Element, C: Element>(
                 rotated: case.rotated,
                 interleaved: case.interleaved,
             });
+        }
+        if let Some([key, value]) = &in_memory {
+            rows = rows.with_scales(Scales::new(backend.slice(key, ..), backend.slice(value, ..)));
         }
         let (cache_key, cache_value) = (to_key.view_mut(backend, "key"), to_value.view_mut(backend, "value"));
         backend.append(rows, cache_key, cache_value).unwrap();
@@ -139,18 +158,26 @@ pub fn each_row_is_in_its_place<B: Backend, T: Element, C: Element>(
             *owner = Some((row, position as usize));
         }
     }
-    for [page, row, head, d] in indices(stored_shape) {
-        let got = [to_key, to_value].map(|rows| f64::from(rows.get([page, row, head, d]).to_f32()));
+    let rubbish = C::from_f32(RUBBISH).to_f32();
+    for [page, row, head, d] in indices(to_key.shape()) {
+        let got = to_key.get([page, row, head, d]).to_f32();
         let Some((from, position)) = owners[page * case.page_len + row] else {
-            let rubbish = f64::from(C::from_f32(RUBBISH).to_f32());
-            prop_assert_eq!(got, [rubbish; 2], "wrote to a place of no row");
+            prop_assert_eq!(got, rubbish, "wrote a key to a place of no row");
             continue;
         };
         let from = [from / seq, from % seq, head, d];
-        prop_assert_eq!(got[1], f64::from(C::from_f32(value.get(from).to_f32()).to_f32()));
+        let scale = scales.map_or(1.0, |scales| scale_of(scales.key, head));
         let angle = |pair: usize| [cos[position * half + pair], sin[position * half + pair]];
-        let (exact, bound) = case.turned::<T, C>(&key, from, angle);
-        prop_assert!((got[0] - exact).abs() <= bound, "key {from:?}: {} for {exact}", got[0]);
+        let (exact, bound) = case.turned::<T, C>(&key, from, scale, angle);
+        prop_assert!((f64::from(got) - exact).abs() <= bound, "key {from:?}: {got} for {exact}");
+    }
+    for [page, row, head, d] in indices(to_value.shape()) {
+        let got = to_value.get([page, row, head, d]).to_f32();
+        let expected = owners[page * case.page_len + row].map_or(rubbish, |(from, _)| {
+            let scale = scales.map_or(1.0, |scales| scale_of(scales.value, head));
+            C::from_f32(value.get([from / seq, from % seq, head, d]).to_f32() / scale).to_f32()
+        });
+        prop_assert_eq!(got.to_bits(), expected.to_bits(), "value {} of page {}", row, page);
     }
     Ok(())
 }

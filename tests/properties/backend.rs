@@ -2,10 +2,11 @@
 
 use super::Attend;
 use super::cases::{Inputs, RUBBISH};
-use crate::common::{Layout, Tensor};
+use crate::common::{Call, Layout, Tensor};
 use star_attention::merge::PartialOf;
 use star_attention::{
     Append, AttentionConfig, AttentionShape, Backend, Batch, Element, KvConfig, KvStore, PlanConfig, Result,
+    Scales,
 };
 
 /// A tensor's buffer in a backend's memory.
@@ -44,54 +45,67 @@ pub struct On<B>(pub B);
 
 impl<B: Backend> On<B> {
     /// Attention of a batch into `out` and, if given, its log-sum-exp. The workspace holds rubbish.
-    pub fn run<T: Element, O: Element>(
+    pub fn run<Q: Element, K: Element, O: Element>(
         &self,
         config: &PlanConfig,
         batch: &Batch,
-        inputs: &Inputs<T>,
+        inputs: &Inputs<Q, K>,
         out: &mut Tensor<O>,
         lse: Option<&mut [f32]>,
     ) {
-        self.run_with_sinks(config, batch, inputs, None, out, lse);
+        self.run_call(config, batch, inputs.call(None, &None), out, lse).unwrap();
     }
 
-    /// The same with a sink for each head, if given.
-    pub fn run_with_sinks<T: Element, O: Element>(
+    /// The same with what else a call may take. What is refused writes nothing.
+    pub fn run_call<Q: Element, K: Element, O: Element>(
         &self,
         config: &PlanConfig,
         batch: &Batch,
-        Inputs { query, key, value }: &Inputs<T>,
-        sinks: Option<&[f32]>,
+        call: Call<'_, Q, K>,
         out: &mut Tensor<O>,
         lse: Option<&mut [f32]>,
-    ) {
+    ) -> Result<()> {
         let backend = &self.0;
-        let mut plan = backend.plan_for(config, batch).unwrap();
-        let [query, key, value] = [query, key, value].map(|tensor| Stored::of(backend, tensor));
+        let mut plan = backend.plan_for(config, batch)?;
+        let query = Stored::of(backend, call.query);
+        let [key, value] = [call.key, call.value].map(|tensor| Stored::of(backend, tensor));
+        let prefix = call.prefix.map(|prefix| prefix.map(|tensor| Stored::of(backend, tensor)));
         let mut to = Stored::of(backend, out);
         let mut to_lse = lse.as_ref().map(|lse| backend.buffer_of(lse).unwrap());
         let workspace = vec![0xffu8; backend.workspace_bytes(&plan)];
         let mut workspace = backend.buffer_of(&workspace).unwrap();
-        let sinks = sinks.map(|sinks| backend.buffer_of(sinks).unwrap());
+        let numbers = |numbers: &[f32]| backend.buffer_of(numbers).unwrap();
+        let sinks = call.sinks.map(numbers);
+        let scales = call.scales.map(|Scales { key, value }| [key, value].map(numbers));
         let mut inputs = star_attention::Inputs::new(
             query.view(backend, "query"),
             key.view(backend, "key"),
             value.view(backend, "value"),
         );
-        inputs.sinks = sinks.as_ref().map(|sinks| backend.slice(sinks, ..));
-        backend
-            .attend(
-                &mut plan,
-                inputs,
-                to.view_mut(backend, "out"),
-                to_lse.as_mut().map(|lse| backend.slice_mut(lse, ..)),
-                backend.slice_mut(&mut workspace, ..),
-            )
-            .unwrap();
-        to.read_to(backend, out);
-        if let (Some(lse), Some(stored)) = (lse, &to_lse) {
-            lse.copy_from_slice(&backend.read(stored).unwrap());
+        if let Some([key, value]) = &prefix {
+            inputs = inputs.with_prefix(key.view(backend, "prefix"), value.view(backend, "prefix"));
         }
+        inputs.sinks = sinks.as_ref().map(|sinks| backend.slice(sinks, ..));
+        if let Some([key, value]) = &scales {
+            inputs = inputs.with_scales(Scales::new(backend.slice(key, ..), backend.slice(value, ..)));
+        }
+        let result = backend.attend(
+            &mut plan,
+            inputs,
+            to.view_mut(backend, "out"),
+            to_lse.as_mut().map(|lse| backend.slice_mut(lse, ..)),
+            backend.slice_mut(&mut workspace, ..),
+        );
+        let before = out.bits();
+        to.read_to(backend, out);
+        let mut written = out.bits() != before;
+        if let (Some(lse), Some(stored)) = (lse, &to_lse) {
+            let after = backend.read(stored).unwrap();
+            written |= after.iter().zip(&*lse).any(|(after, before)| after.to_bits() != before.to_bits());
+            lse.copy_from_slice(&after);
+        }
+        assert!(result.is_ok() || !written, "wrote in spite of {result:?}");
+        result
     }
 }
 
@@ -106,15 +120,8 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
     ) {
         let [batch, query_len, query_heads, head_dim] = inputs.query.shape();
         let [_, key_len, kv_heads, _] = inputs.key.shape();
-        let shape = AttentionShape {
-            batch,
-            query_len,
-            key_len,
-            query_heads,
-            kv_heads,
-            head_dim,
-            value_dim: head_dim,
-        };
+        let [.., value_dim] = inputs.value.shape();
+        let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim };
         let batch = match offsets {
             None => Batch::uniform(&shape, &config.mask),
             Some([query, key]) => Batch::packed(&shape, query, key, &config.mask),
@@ -127,7 +134,8 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
         let backend = &self.0;
         let [batch, _, kv_heads, head_dim] = appended[0][0].shape();
         let capacity: usize = appended.iter().map(|[key, _]| key.shape()[1]).sum();
-        let config = KvConfig::new(kv_heads, head_dim).in_rows(batch, capacity);
+        let [.., value_dim] = appended[0][1].shape();
+        let config = KvConfig::new(kv_heads, head_dim).with_value_dim(value_dim).in_rows(batch, capacity);
         let mut store = KvStore::new(backend, config).unwrap();
         let sequences: Vec<_> = (0..batch).map(|_| store.open().unwrap()).collect();
         for rows in appended {
@@ -175,16 +183,18 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
     }
 }
 
-/// Keys and values of a layer of a store, `[pages, page_len, kv_heads, head_dim]`.
+/// Keys and values of a layer of a store, `[pages, page_len, kv_heads, head_dim]` and `[pages,
+/// page_len, kv_heads, value_dim]`.
 pub fn read_store<B: Backend, T: Element>(
     backend: &B,
     store: &KvStore<B, T>,
     layer: usize,
 ) -> [Tensor<T>; 2] {
-    let shape @ [pages, page_len, ..] = store.shape();
+    let [pages, page_len, ..] = store.shape();
     let places: Vec<u32> = (0..(pages * page_len) as u32).collect();
     let places = backend.buffer_of(&places).unwrap();
-    let mut copies = [(); 2].map(|()| Tensor::contiguous("copy", shape, |_| RUBBISH));
+    let mut copies =
+        [store.shape(), store.value_shape()].map(|shape| Tensor::contiguous("copy", shape, |_| RUBBISH));
     let mut stored = copies.each_ref().map(|copy| Stored::of(backend, copy));
     let [to_key, to_value] = &mut stored;
     let all = Append::new(

@@ -1,12 +1,12 @@
 //! Sequences of any lengths, places and masks in one call.
 
 use super::backend::On;
-use super::cases::{Inputs, RUBBISH, block_lists, configs, masks};
+use super::cases::{Inputs, RUBBISH, block_lists, configs, divided, masks};
 use super::expected::Expected;
-use crate::common::{Layout, Rng, Tensor, layouts, sinks};
+use crate::common::{Call, Layout, Rng, Tensor, as_slices, layouts, scales, sinks};
 use proptest::prelude::*;
 use star_attention::{
-    AttentionConfig, Backend, Batch, Element, Keys, Mask, PlanConfig, ScoreConfig, Sequence,
+    AttentionConfig, Backend, Batch, Element, Keys, Mask, PlanConfig, Scales, ScoreConfig, Sequence,
 };
 use std::ops::Range;
 
@@ -33,6 +33,7 @@ pub struct BatchCase {
     kv_heads: usize,
     group: usize,
     head_dim: usize,
+    value_dim: usize,
     pub score: ScoreConfig,
     /// Of q, k, v and out.
     pub layouts: [Layout; 4],
@@ -43,20 +44,39 @@ pub struct BatchCase {
 
 /// Up to six sequences, none among them; all of few rows in half of the cases, and one over many
 /// keys in a third of these.
-pub fn batches(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = BatchCase> {
+pub fn batches(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = BatchCase> {
     let page_len = prop_oneof![
         2 => Just(None),
         3 => prop::sample::select(vec![1, 3, 16, 48, 528]).prop_map(Some),
     ];
-    let extents = ([1..=3usize, 1..=3usize], page_len, 1..=3usize, 1..=4usize, head_dims);
+    let extents = ([1..=3usize, 1..=3usize], page_len, 1..=3usize, 1..=4usize, dims);
     let layouts = [layouts(), layouts(), layouts(), layouts()];
     (members(), extents, configs(), layouts, any::<bool>(), any::<u64>()).prop_map(
-        |(members, (batches, page_len, kv_heads, group, head_dim), config, layouts, sinks, seed)| {
+        |(mut members, (batches, page_len, kv_heads, group, dims), config, layouts, sinks, seed)| {
+            let (head_dim, value_dim) = dims;
             // Keeps the oracle's work small.
-            let (kv_heads, group) =
-                if head_dim > 64 { (1 + kv_heads % 2, group.min(2)) } else { (kv_heads, group) };
+            let (kv_heads, group) = match head_dim.midpoint(value_dim) {
+                0..=64 => (kv_heads, group),
+                65..=256 => (1 + kv_heads % 2, group.min(2)),
+                _ => {
+                    members.truncate(2);
+                    (1, group.min(2))
+                }
+            };
             let score = config.score();
-            BatchCase { members, batches, page_len, kv_heads, group, head_dim, score, layouts, sinks, seed }
+            BatchCase {
+                members,
+                batches,
+                page_len,
+                kv_heads,
+                group,
+                head_dim,
+                value_dim,
+                score,
+                layouts,
+                sinks,
+                seed,
+            }
         },
     )
 }
@@ -102,7 +122,8 @@ impl BatchCase {
         let seq = query_ends.into_iter().max().unwrap_or(0) + self.seed as usize % 3;
         let query = [self.batches[0], seq, self.kv_heads * self.group, self.head_dim];
         let [key_batch, key_seq] = keys.extents(self.seed);
-        let mut batch = Batch::new(query, [key_batch, key_seq, self.kv_heads, self.head_dim]).unwrap();
+        let batch = Batch::new(query, [key_batch, key_seq, self.kv_heads, self.head_dim]).unwrap();
+        let mut batch = batch.with_value_dim(self.value_dim).unwrap();
         sequences.into_iter().for_each(|sequence| batch.push(sequence).unwrap());
         batch
     }
@@ -112,8 +133,13 @@ impl BatchCase {
         self.sinks.then(|| sinks(self.kv_heads * self.group, self.seed))
     }
 
+    /// The scales of keys and values, if they have any.
+    pub fn scales<K: Element>(&self) -> Option<Scales<Vec<f32>>> {
+        scales::<K>(self.kv_heads, self.seed)
+    }
+
     /// Queries, keys and values. What belongs to no sequence holds NaN.
-    pub fn inputs<T: Element>(&self, batch: &Batch) -> Inputs<T> {
+    pub fn inputs<Q: Element, K: Element>(&self, batch: &Batch) -> Inputs<Q, K> {
         let mut rng = Rng::new(self.seed);
         let [query_shape, key_shape] = [batch.query_shape(), batch.key_shape()];
         let [mut query_rows, mut key_rows] =
@@ -125,34 +151,41 @@ impl BatchCase {
                 key_rows[batch][row] = true;
             }
         }
-        let mut tensor = |name, shape, layout, used: &[Vec<bool>]| {
-            Tensor::new(
-                name,
+        let mut tensor = |shape, used: &[Vec<bool>]| {
+            Tensor::<f32>::contiguous(
+                "drawn",
                 shape,
-                layout,
-                f32::NAN,
                 |[b, s, ..]| {
                     if used[b][s] { rng.normal() } else { f32::NAN }
                 },
             )
         };
-        let [query, key, value, _] = &self.layouts;
+        let query = tensor(query_shape, &query_rows);
+        let [key, value] = [key_shape, batch.value_shape()].map(|shape| tensor(shape, &key_rows));
+        let [query_layout, key_layout, value_layout, _] = &self.layouts;
+        let scales = self.scales::<K>();
+        let scales = as_slices(&scales);
         Inputs {
-            query: tensor("query", query_shape, query, &query_rows),
-            key: tensor("key", key_shape, key, &key_rows),
-            value: tensor("value", key_shape, value, &key_rows),
+            query: divided("query", &query, None, query_layout),
+            key: divided("key", &key, scales.map(|scales| scales.key), key_layout),
+            value: divided("value", &value, scales.map(|scales| scales.value), value_layout),
         }
     }
 
     /// The same sequences with the keys of each in rows of its own, one sequence after another.
-    pub fn in_rows<T: Element>(&self, batch: &Batch, inputs: &Inputs<T>) -> (Batch, Inputs<T>) {
+    pub fn in_rows<Q: Element, K: Element>(
+        &self,
+        batch: &Batch,
+        inputs: &Inputs<Q, K>,
+    ) -> (Batch, Inputs<Q, K>) {
         let [_, page_len, kv_heads, head_dim] = batch.key_shape();
         let places: Vec<[usize; 2]> = batch
             .sequences()
             .iter()
             .flat_map(|sequence| (0..sequence.keys.len()).map(|key| place(&sequence.keys, key, page_len)))
             .collect();
-        let mut rows = Batch::new(batch.query_shape(), [1, places.len(), kv_heads, head_dim]).unwrap();
+        let rows = Batch::new(batch.query_shape(), [1, places.len(), kv_heads, head_dim]).unwrap();
+        let mut rows = rows.with_value_dim(batch.value_dim()).unwrap();
         let mut end = 0;
         for Sequence { batch: b, rows: own, keys, mask, .. } in batch.sequences() {
             let start = end;
@@ -236,20 +269,20 @@ fn gather<T: Element>(from: &Tensor<T>, len: usize, place: impl Fn(usize) -> [us
     })
 }
 
-/// `run` computes attention for a batch, with the case's sinks, into an output and, if asked for,
-/// its log-sum-exp. Each of the sequences gets what it gets alone, and nothing else is written.
-pub fn each_sequence_of_a_batch_stands_alone<T: Element, O: Element>(
+/// `run` computes attention for a batch, with the case's sinks and scales, into an output and, if
+/// asked for, its log-sum-exp. Each of the sequences gets what it gets alone, and nothing else is written.
+pub fn each_sequence_of_a_batch_stands_alone<Q: Element, K: Element, O: Element>(
     case: &BatchCase,
-    run: impl Fn(&Batch, &ScoreConfig, &Inputs<T>, &mut Tensor<O>, Option<&mut [f32]>),
+    run: impl Fn(&Batch, &ScoreConfig, &Inputs<Q, K>, &mut Tensor<O>, Option<&mut [f32]>),
 ) -> Result<(), TestCaseError> {
     let batch = case.batch();
-    let inputs = case.inputs::<T>(&batch);
-    let shape @ [batches, seq, heads, dim] = batch.query_shape();
+    let inputs = case.inputs::<Q, K>(&batch);
+    let shape @ [batches, seq, heads, dim] = batch.out_shape();
     let rubbish = || Tensor::<O>::new("out", shape, &case.layouts[3], RUBBISH, |_| RUBBISH);
     let (mut out, mut lse) = (rubbish(), vec![RUBBISH; batch.lse_len()]);
     run(&batch, &case.score, &inputs, &mut out, Some(&mut lse));
 
-    let sinks = case.sinks();
+    let (sinks, scales) = (case.sinks(), case.scales::<K>());
     let lse_at = |b: usize, head: usize, row: usize| (b * heads + head) * seq + row;
     let mut padding = vec![vec![true; seq]; batches];
     let ScoreConfig { scale, softcap, .. } = case.score;
@@ -260,7 +293,9 @@ pub fn each_sequence_of_a_batch_stands_alone<T: Element, O: Element>(
         let config = AttentionConfig { mask: mask.clone(), scale, softcap };
         let query = gather(&inputs.query, rows.len(), row_place);
         let [key, value] = [&inputs.key, &inputs.value].map(|from| gather(from, keys.len(), key_place));
-        let expected = Expected::with_sinks(&config, &query, &key, &value, sinks.as_deref(), false);
+        let mut call = Call::new(&query, &key, &value);
+        (call.sinks, call.scales) = (sinks.as_deref(), as_slices(&scales));
+        let expected = Expected::of_call(&config, call, false);
         let of_sequence = |error: TestCaseError| TestCaseError::fail(format!("sequence {index}: {error}"));
         expected.check_out(gather(&out, rows.len(), row_place).values()).map_err(of_sequence)?;
         let own_lse = (0..heads).flat_map(|head| rows.clone().map(move |row| lse_at(b, head, row)));
@@ -293,25 +328,29 @@ pub fn each_sequence_of_a_batch_stands_alone<T: Element, O: Element>(
 }
 
 /// Bits of the rows of a batch, and of their log-sum-exps.
-fn bits<B: Backend, T: Element>(
+fn bits<B: Backend, Q: Element, K: Element>(
     by: &On<B>,
     config: &PlanConfig,
     batch: &Batch,
-    inputs: &Inputs<T>,
+    inputs: &Inputs<Q, K>,
 ) -> (Tensor<f32>, Vec<u32>) {
-    let mut out = Tensor::contiguous("out", batch.query_shape(), |_| RUBBISH);
+    let mut out = Tensor::contiguous("out", batch.out_shape(), |_| RUBBISH);
     let mut lse = vec![RUBBISH; batch.lse_len()];
     by.run(config, batch, inputs, &mut out, Some(&mut lse));
     (out, lse.into_iter().map(f32::to_bits).collect())
 }
 
 /// 60 keys in pages of 48 and of 528, in the order [1, 0], are what they are in rows.
-pub fn keys_in_pages_of_48_and_528_keep_their_bits<B: Backend, T: Element>(by: &On<B>) {
+pub fn keys_in_pages_of_48_and_528_keep_their_bits<B: Backend, Q: Element, K: Element>(
+    by: &On<B>,
+    value_dim: usize,
+) {
     let mut rng = Rng::new(4);
-    let query = Tensor::<T>::normal("query", [1, 3, 4, 64], &mut rng);
-    let [key, value] = ["key", "value"].map(|name| Tensor::<T>::normal(name, [1, 60, 2, 64], &mut rng));
-    let call = |key: &Tensor<T>, value: &Tensor<T>, keys: Keys| {
-        let mut batch = Batch::new(query.shape(), key.shape()).unwrap();
+    let query = Tensor::<Q>::normal("query", [1, 3, 4, 64], &mut rng);
+    let [key, value] = [64, value_dim].map(|dim| Tensor::<K>::normal("rows", [1, 60, 2, dim], &mut rng));
+    let call = |key: &Tensor<K>, value: &Tensor<K>, keys: Keys| {
+        let batch = Batch::new(query.shape(), key.shape()).unwrap();
+        let mut batch = batch.with_value_dim(value_dim).unwrap();
         batch.push(Sequence::new(0, 0..3, keys, Mask::Causal)).unwrap();
         let inputs = Inputs { query: query.clone(), key: key.clone(), value: value.clone() };
         let (out, lse) = bits(by, &PlanConfig::new(), &batch, &inputs);
@@ -319,8 +358,8 @@ pub fn keys_in_pages_of_48_and_528_keep_their_bits<B: Backend, T: Element>(by: &
     };
     let unpaged = call(&key, &value, Keys::rows(0, 0..60));
     for page_len in [48, 528] {
-        let paged = |rows: &Tensor<T>| {
-            Tensor::contiguous("paged", [2, page_len, 2, 64], |[page, row, head, d]| {
+        let paged = |rows: &Tensor<K>| {
+            Tensor::contiguous("paged", [2, page_len, 2, rows.shape()[3]], |[page, row, head, d]| {
                 let key = (1 - page) * page_len + row;
                 if key < 60 { rows.get([0, key, head, d]).to_f32() } else { f32::NAN }
             })
@@ -331,7 +370,7 @@ pub fn keys_in_pages_of_48_and_528_keep_their_bits<B: Backend, T: Element>(by: &
 
 /// A decode over `keys` keys has the same bits alone and as row 0 among `requests` requests over
 /// other numbers of keys, where the split length is fixed.
-pub fn a_request_keeps_its_bits_among_others<B: Backend, T: Element>(
+pub fn a_request_keeps_its_bits_among_others<B: Backend, Q: Element, K: Element>(
     by: &On<B>,
     keys: usize,
     requests: usize,
@@ -342,7 +381,7 @@ pub fn a_request_keeps_its_bits_among_others<B: Backend, T: Element>(
     let lens: Vec<usize> =
         (0..requests).map(|i| if i == 0 { keys } else { 1 + rng.below(keys / 8) }).collect();
     let shape = |rows: usize, heads: usize| [1, rows, heads, 64];
-    let inputs = Inputs::<T> {
+    let inputs = Inputs::<Q, K> {
         query: Tensor::normal("query", shape(requests, HEADS[0]), &mut rng),
         key: Tensor::normal("key", shape(lens.iter().sum(), HEADS[1]), &mut rng),
         value: Tensor::normal("value", shape(lens.iter().sum(), HEADS[1]), &mut rng),

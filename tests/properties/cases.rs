@@ -1,11 +1,11 @@
 //! Random attention calls.
 
 use super::expected::Expected;
-use crate::common::{Layout, Rng, Tensor, indices, layouts, sinks};
+use crate::common::{Call, Layout, Rng, Tensor, as_slices, indices, layouts, scale_of, scales, sinks, views};
 use proptest::prelude::*;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, AttentionShape, BlockList, Element, Mask, TensorView};
+use star_attention::{AttentionConfig, AttentionShape, BlockList, Element, Mask, Scales};
 use std::ops::Range;
 
 /// What the tensors hold.
@@ -58,16 +58,26 @@ pub fn head_dims() -> impl Strategy<Value = usize> {
     prop_oneof![2 => 1..=160usize, 3 => prop::sample::select(vec![64, 96, 128, 192, 256])]
 }
 
-/// Multiply-adds of QKᵀ in the largest case: what the oracle, one row at a time in f64, does in
-/// some 20 ms.
+/// Head dims with value dims: mostly the same, else any other; now and then those of models with
+/// latent keys.
+pub fn dims() -> impl Strategy<Value = (usize, usize)> {
+    prop_oneof![
+        14 => head_dims().prop_map(|dim| (dim, dim)),
+        5 => (head_dims(), 1..=160usize),
+        1 => prop::sample::select(vec![(192, 128), (576, 512)]),
+    ]
+}
+
+/// Multiply-adds of QKᵀ, and of the values' sums, in the largest case: what the oracle, one row at a
+/// time in f64, does in some 20 ms.
 const WORK: usize = 3_000_000;
 
-pub fn shapes() -> impl Strategy<Value = AttentionShape> {
+pub fn shapes(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = AttentionShape> {
     let query_len = prop_oneof![2 => 0..=8usize, 3 => 0..=200usize];
     let key_len = prop_oneof![2 => 0..=20usize, 6 => 0..=300usize, 1 => 300..=1500usize];
     let same_len = prop::bool::weighted(0.3);
-    (1..=3usize, query_len, key_len, same_len, 1..=4usize, 1..=8usize, head_dims()).prop_map(
-        |(batch, query_len, key_len, same_len, kv_heads, group, head_dim)| {
+    (1..=3usize, query_len, key_len, same_len, 1..=4usize, 1..=8usize, dims).prop_map(
+        |(batch, query_len, key_len, same_len, kv_heads, group, (head_dim, value_dim))| {
             let query_len = if same_len { key_len.min(200) } else { query_len };
             let key_len = if same_len { query_len } else { key_len };
             let mut shape = AttentionShape {
@@ -77,9 +87,11 @@ pub fn shapes() -> impl Strategy<Value = AttentionShape> {
                 query_heads: kv_heads * group,
                 kv_heads,
                 head_dim,
-                value_dim: head_dim,
+                value_dim,
             };
-            let work = |s: &AttentionShape| s.batch * s.query_len * s.key_len * s.query_heads * s.head_dim;
+            let work = |s: &AttentionShape| {
+                s.batch * s.query_len * s.key_len * s.query_heads * s.head_dim.midpoint(s.value_dim)
+            };
             while work(&shape) > WORK {
                 let group = shape.group();
                 if shape.kv_heads > 1 && shape.kv_heads >= group {
@@ -204,10 +216,15 @@ pub fn configs() -> impl Strategy<Value = AttentionConfig> {
 }
 
 pub fn cases() -> impl Strategy<Value = Case> {
+    cases_of(dims())
+}
+
+/// Calls on heads of these dims.
+pub fn cases_of(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = Case> {
     let layouts = [layouts(), layouts(), layouts(), layouts()];
     let instructions = prop::sample::select(InstructionSet::available());
     let sinks = prop::bool::weighted(0.4);
-    (shapes(), configs(), block_lists(), layouts, values(), instructions, sinks, any::<u64>()).prop_map(
+    (shapes(dims), configs(), block_lists(), layouts, values(), instructions, sinks, any::<u64>()).prop_map(
         |(shape, mut config, blocks, layouts, values, instructions, sinks, seed)| {
             if let Some(blocks) = blocks {
                 config.mask = blocks.mask(shape.query_len, shape.key_len);
@@ -218,41 +235,59 @@ pub fn cases() -> impl Strategy<Value = Case> {
 }
 
 /// Queries, keys and values.
-pub struct Inputs<T> {
-    pub query: Tensor<T>,
-    pub key: Tensor<T>,
-    pub value: Tensor<T>,
+pub struct Inputs<Q, K = Q> {
+    pub query: Tensor<Q>,
+    pub key: Tensor<K>,
+    pub value: Tensor<K>,
 }
 
-impl<T: Element> Inputs<T> {
-    /// What a call of the CPU takes, with sinks if given.
-    pub fn views<'a>(
+impl<Q: Element, K: Element> Inputs<Q, K> {
+    /// A call on these, with a sink for each head and with scales, if given.
+    pub fn call<'a>(
         &'a self,
         sinks: Option<&'a [f32]>,
-    ) -> star_attention::Inputs<TensorView<'a, T>, TensorView<'a, T>, &'a [f32]> {
-        let mut views = star_attention::Inputs::new(self.query.view(), self.key.view(), self.value.view());
-        views.sinks = sinks;
-        views
+        scales: &'a Option<Scales<Vec<f32>>>,
+    ) -> Call<'a, Q, K> {
+        let mut call = Call::new(&self.query, &self.key, &self.value);
+        (call.sinks, call.scales) = (sinks, as_slices(scales));
+        call
     }
 
     /// Fills keys and values of a range of tokens.
     pub fn poison(&mut self, tokens: Range<usize>, value: f32) {
         for index @ [_, seq, ..] in indices(self.key.shape()) {
             if tokens.contains(&seq) {
-                self.key.set(index, T::from_f32(value));
-                self.value.set(index, T::from_f32(value));
+                self.key.set(index, K::from_f32(value));
+            }
+        }
+        for index @ [_, seq, ..] in indices(self.value.shape()) {
+            if tokens.contains(&seq) {
+                self.value.set(index, K::from_f32(value));
             }
         }
     }
 }
 
+/// The elements of `from` divided by the scales of their heads, if there are any, in a layout. NaN
+/// lies between them.
+pub fn divided<T: Element>(
+    name: &'static str,
+    from: &Tensor<f32>,
+    scales: Option<&[f32]>,
+    layout: &Layout,
+) -> Tensor<T> {
+    Tensor::new(name, from.shape(), layout, f32::NAN, |index| {
+        from.get(index) / scales.map_or(1.0, |scales| scale_of(scales, index[2]))
+    })
+}
+
 impl Case {
     /// The tensors of this case. Between their elements they hold NaN, so that reading there shows.
-    pub fn inputs<T: Element>(&self) -> Inputs<T> {
+    pub fn inputs<Q: Element, K: Element>(&self) -> Inputs<Q, K> {
         let mut rng = Rng::new(self.seed);
-        let mut tensor = |name, shape, layout, factor: f32, repeats: fn([usize; 4]) -> bool| {
+        let mut tensor = |shape, factor: f32, repeats: fn([usize; 4]) -> bool| {
             let mut row = Vec::new();
-            Tensor::new(name, shape, layout, f32::NAN, |index @ [_, _, _, d]| {
+            Tensor::<f32>::contiguous("drawn", shape, |index @ [_, _, _, d]| {
                 if row.len() <= d {
                     row.resize(d + 1, 0.0);
                 }
@@ -268,12 +303,22 @@ impl Case {
         let equal_keys = matches!(self.values, Values::EqualKeys);
         // One key for all heads of a sequence: the row drawn first is used again.
         let key_repeats = if equal_keys { |[_, seq, head, _]: [usize; 4]| seq + head > 0 } else { |_| false };
+        let query = tensor(self.shape.query_shape(), factor, |_| false);
+        let key = tensor(self.shape.key_shape(), 1.0, key_repeats);
+        let value = tensor(self.shape.value_shape(), 1.0, |_| false);
         let [query_layout, key_layout, value_layout, _] = &self.layouts;
+        let scales = self.scales::<K>();
+        let scales = as_slices(&scales);
         Inputs {
-            query: tensor("query", self.shape.query_shape(), query_layout, factor, |_| false),
-            key: tensor("key", self.shape.key_shape(), key_layout, 1.0, key_repeats),
-            value: tensor("value", self.shape.key_shape(), value_layout, 1.0, |_| false),
+            query: divided("query", &query, None, query_layout),
+            key: divided("key", &key, scales.map(|scales| scales.key), key_layout),
+            value: divided("value", &value, scales.map(|scales| scales.value), value_layout),
         }
+    }
+
+    /// The scales of keys and values, if they have any.
+    pub fn scales<K: Element>(&self) -> Option<Scales<Vec<f32>>> {
+        scales::<K>(self.shape.kv_heads, self.seed)
     }
 
     /// The sinks of this case.
@@ -282,32 +327,31 @@ impl Case {
     }
 
     /// What the definition gives for `inputs`.
-    pub fn expected<T: Element>(&self, Inputs { query, key, value }: &Inputs<T>) -> Expected {
-        let (sinks, correlated) = (self.sinks(), self.values.correlated());
-        Expected::with_sinks(&self.config, query, key, value, sinks.as_deref(), correlated)
+    pub fn expected<Q: Element, K: Element>(&self, inputs: &Inputs<Q, K>) -> Expected {
+        let (sinks, scales) = (self.sinks(), self.scales::<K>());
+        Expected::of_call(&self.config, inputs.call(sinks.as_deref(), &scales), self.values.correlated())
     }
 
     /// The output tensor, holding rubbish.
     pub fn output<O: Element>(&self) -> Tensor<O> {
-        Tensor::new("out", self.shape.query_shape(), &self.layouts[3], RUBBISH, |_| f32::NAN)
+        Tensor::new("out", self.shape.out_shape(), &self.layouts[3], RUBBISH, |_| f32::NAN)
     }
 
     pub fn plan(&self) -> Plan {
         Plan::new(&self.config, &self.shape).unwrap().with_instructions(self.instructions).unwrap()
     }
 
-    /// One call into an output and a workspace that hold rubbish.
-    pub fn run<T: Element, O: Element>(&self, inputs: &Inputs<T>) -> (Tensor<O>, Vec<f32>) {
-        self.run_plan(&self.plan(), inputs)
-    }
-
-    /// The same under a plan made before.
-    pub fn run_plan<T: Element, O: Element>(&self, plan: &Plan, inputs: &Inputs<T>) -> (Tensor<O>, Vec<f32>) {
+    /// A call by a plan into an output and a workspace that hold rubbish.
+    pub fn run_plan<Q: Element, K: Element, O: Element>(
+        &self,
+        plan: &Plan,
+        inputs: &Inputs<Q, K>,
+    ) -> (Tensor<O>, Vec<f32>) {
         let mut workspace = vec![0xffu8; plan.workspace_bytes()];
         let mut out = self.output();
         let mut lse = vec![RUBBISH; self.shape.lse_len()];
-        let sinks = self.sinks();
-        let views = inputs.views(sinks.as_deref());
+        let (sinks, scales) = (self.sinks(), self.scales::<K>());
+        let views = views(inputs.call(sinks.as_deref(), &scales));
         plan.run(views, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
         (out, lse)
     }

@@ -1,14 +1,15 @@
 //! Continuous batching over a paged cache: requests arrive, are encoded in chunks under star masks
-//! beside others' decodes, grow, fork and leave. One loop serves every backend.
+//! beside others' decodes, grow, fork and leave. One loop serves every backend, and caches of any
+//! element type.
 
 use super::backend::{Stored, read_store};
-use super::cases::RUBBISH;
+use super::cases::{RUBBISH, divided};
 use super::expected::Expected;
-use crate::common::{Rng, Tensor};
+use crate::common::{Call, Layout, Rng, Tensor, as_slices, scales};
 use proptest::prelude::*;
 use star_attention::{
     Append, AttentionConfig, Backend, Batch, Capacity, Element, Error, Inputs, KvConfig, KvStore, LEFT_OUT,
-    Mask, PlanConfig, Rotation, Sequence, SequenceId,
+    Mask, PlanConfig, Rotation, Scales, Sequence, SequenceId,
 };
 
 /// Query rows of a step, and so many of one request.
@@ -26,6 +27,7 @@ pub struct History {
     pub kv_heads: usize,
     pub group: usize,
     pub head_dim: usize,
+    pub value_dim: usize,
     pub config: PlanConfig,
     pub rope: Option<Rope>,
     pub seed: u64,
@@ -66,19 +68,22 @@ impl Rope {
     }
 }
 
-pub fn histories(steps: usize, head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = History> {
-    let heads = (1..=2usize, 1..=4usize, head_dims);
+pub fn histories(
+    steps: usize,
+    dims: impl Strategy<Value = (usize, usize)>,
+) -> impl Strategy<Value = History> {
+    let heads = (1..=2usize, 1..=4usize, dims);
     let page_len = prop::sample::select(vec![1, 8, 16, 48]);
     let plain = PlanConfig::new();
     let configs = vec![plain, plain.with_split_keys(64), plain.with_row_invariant()];
     let interleaved = prop::option::of(any::<bool>());
     (1..=steps, page_len, heads, prop::sample::select(configs), interleaved, any::<u64>()).prop_map(
-        |(steps, page_len, (kv_heads, group, head_dim), config, interleaved, seed)| {
+        |(steps, page_len, (kv_heads, group, (head_dim, value_dim)), config, interleaved, seed)| {
             // Kernels rotate multiples of 16 dims.
             let rotated = head_dim / 16 * 16;
             let interleaved = interleaved.filter(|_| rotated > 0);
             let rope = interleaved.map(|interleaved| Rope { rotated, interleaved });
-            History { steps, page_len, kv_heads, group, head_dim, config, rope, seed }
+            History { steps, page_len, kv_heads, group, head_dim, value_dim, config, rope, seed }
         },
     )
 }
@@ -138,15 +143,23 @@ fn rows<T: Element>(which: u64, tokens: &[u64], heads: usize, dim: usize) -> Ten
     Tensor::contiguous("rows", [1, tokens.len(), heads, dim], |[_, token, ..]| rngs[token].normal())
 }
 
+/// Rows as a cache holds them.
+fn cached<Q: Element, K: Element>(rows: &Tensor<Q>, scales: Option<&[f32]>) -> Tensor<K> {
+    let wide = Tensor::<f32>::contiguous("rows", rows.shape(), |index| rows.get(index).to_f32());
+    divided("rows", &wide, scales, &Layout::CONTIGUOUS)
+}
+
 /// Nothing that no request wrote may be seen.
 fn fill_with_nan<B: Backend, T: Element>(backend: &B, store: &mut KvStore<B, T>) {
     let [pages, page_len, kv_heads, head_dim] = store.shape();
+    let [.., value_dim] = store.value_shape();
     let rows = pages * page_len;
-    let nan = Tensor::<T>::contiguous("nan", [1, rows, kv_heads, head_dim], |_| f32::NAN);
-    let nan = Stored::of(backend, &nan);
+    let nan = [head_dim, value_dim].map(|dim| {
+        Stored::of(backend, &Tensor::<T>::contiguous("nan", [1, rows, kv_heads, dim], |_| f32::NAN))
+    });
     let sequence = store.open().unwrap();
     store.extend(backend, sequence, rows).unwrap();
-    let views = ["key", "value"].map(|name| nan.view(backend, name));
+    let views = nan.each_ref().map(|nan| nan.view(backend, "nan"));
     store.put(backend, 0, sequence, 0..rows, views).unwrap();
     store.close(sequence).unwrap();
     assert!(read_store(backend, store, 0).iter().all(|all| all.values().all(f32::is_nan)));
@@ -161,28 +174,40 @@ struct Turn {
 }
 
 /// Every row of every step is the oracle's for its sequence alone, and padding is left alone.
-pub fn an_engine_serves_requests<B: Backend, T: Element>(
+pub fn an_engine_serves_requests<B: Backend, Q: Element, K: Element>(
     backend: &B,
     history: &History,
 ) -> Result<(), TestCaseError> {
-    let History { steps, page_len, kv_heads, group, head_dim, config, rope, seed } = *history;
+    let History { steps, page_len, kv_heads, group, head_dim, value_dim, config, rope, seed } = *history;
     let heads = kv_heads * group;
     let mut rng = Rng::new(seed);
-    let (query_shape, new_shape) = ([1, ROWS, heads, head_dim], [1, ROWS, kv_heads, head_dim]);
-    let room = KvConfig::new(kv_heads, head_dim).in_pages(CACHE_KEYS / page_len, page_len);
-    let mut store = KvStore::<B, T>::new(backend, room).unwrap();
+    let (query_shape, out_shape) = ([1, ROWS, heads, head_dim], [1, ROWS, heads, value_dim]);
+    let dims = [head_dim, value_dim];
+    let new_shapes = dims.map(|dim| [1, ROWS, kv_heads, dim]);
+    let room = KvConfig::new(kv_heads, head_dim).with_value_dim(value_dim);
+    let room = room.in_pages(CACHE_KEYS / page_len, page_len);
+    let mut store = KvStore::<B, K>::new(backend, room).unwrap();
     let cache_shape = store.shape();
     let elements = |shape: [usize; 4]| shape.iter().product::<usize>();
 
-    let capacity = Capacity::new(query_shape, cache_shape, REQUESTS, CHUNK).with_pages(REQUESTS * 80);
+    let capacity = Capacity::new(query_shape, cache_shape, REQUESTS, CHUNK);
+    let capacity = capacity.with_value_dim(value_dim).with_pages(REQUESTS * 80);
     let mut plan = backend.plan(&config, &capacity).unwrap();
     let mut workspace = backend.buffer::<u8>(backend.workspace_bytes(&plan)).unwrap();
-    let nan = T::from_f32(f32::NAN);
+    let nan = Q::from_f32(f32::NAN);
     let mut query = backend.buffer_of(&vec![nan; elements(query_shape)]).unwrap();
-    let mut new = [(); 2].map(|()| backend.buffer_of(&vec![nan; elements(new_shape)]).unwrap());
+    let mut new = new_shapes.map(|shape| backend.buffer_of(&vec![nan; elements(shape)]).unwrap());
     fill_with_nan(backend, &mut store);
     let [mut places, mut positions] = [(); 2].map(|()| backend.buffer::<u32>(ROWS).unwrap());
     let angles = rope.map(|rope| [0, 1].map(|which| backend.buffer_of(&rope.table(which)).unwrap()));
+    let own_scales = scales::<K>(kv_heads, seed);
+    let own_scales = as_slices(&own_scales);
+    let stored_scales =
+        own_scales.map(|Scales { key, value }| [key, value].map(|s| backend.buffer_of(s).unwrap()));
+    let in_memory = || {
+        let [key, value] = stored_scales.as_ref()?;
+        Some(Scales::new(backend.slice(key, ..), backend.slice(value, ..)))
+    };
     let mut requests: Vec<Request> = Vec::new();
 
     for _ in 0..steps {
@@ -196,7 +221,7 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
         }
 
         // Who takes part, where: with some rows of padding, as far as pages and rows go.
-        let mut batch = Batch::new(query_shape, cache_shape).unwrap();
+        let mut batch = Batch::new(query_shape, cache_shape).unwrap().with_value_dim(value_dim).unwrap();
         let mut turns = Vec::new();
         let (mut place_of, mut position_of) = (vec![LEFT_OUT; ROWS], vec![0; ROWS]);
         let mut end = 0;
@@ -227,22 +252,22 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
         for turn in &turns {
             let tokens = &requests[turn.request].tokens;
             let tokens = &tokens[tokens.len() - turn.len..];
-            let own = rows::<T>(0, tokens, heads, head_dim);
+            let own = rows::<Q>(0, tokens, heads, head_dim);
             backend.write(&mut query, turn.start * heads * head_dim, own.buffer()).unwrap();
-            for (which, buffer) in (1..).zip(&mut new) {
-                let own = rows::<T>(which, tokens, kv_heads, head_dim);
-                backend.write(buffer, turn.start * kv_heads * head_dim, own.buffer()).unwrap();
+            for ((which, buffer), dim) in (1..).zip(&mut new).zip(dims) {
+                let own = rows::<Q>(which, tokens, kv_heads, dim);
+                backend.write(buffer, turn.start * kv_heads * dim, own.buffer()).unwrap();
             }
         }
         backend.write(&mut places, 0, &place_of).unwrap();
         backend.write(&mut positions, 0, &position_of).unwrap();
-        let mut out = backend.buffer_of(&vec![RUBBISH; elements(query_shape)]).unwrap();
+        let mut out = backend.buffer_of(&vec![RUBBISH; elements(out_shape)]).unwrap();
         let mut lse = backend.buffer_of(&vec![RUBBISH; heads * ROWS]).unwrap();
 
         let [new_key, new_value] = &new;
         let mut rows_to_store = Append::new(
-            backend.whole("key", new_key, new_shape).unwrap(),
-            backend.whole("value", new_value, new_shape).unwrap(),
+            backend.whole("key", new_key, new_shapes[0]).unwrap(),
+            backend.whole("value", new_value, new_shapes[1]).unwrap(),
             backend.slice(&places, ..),
         );
         if let (Some(Rope { rotated, interleaved }), Some([cos, sin])) = (rope, &angles) {
@@ -254,18 +279,20 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
                 interleaved,
             });
         }
+        rows_to_store.scales = in_memory();
         store.append(backend, 0, rows_to_store).unwrap();
         backend.update(&mut plan, &batch).unwrap();
-        let inputs = Inputs::new(
+        let mut inputs = Inputs::new(
             backend.whole("query", &query, query_shape).unwrap(),
             store.key(backend, 0).unwrap(),
             store.value(backend, 0).unwrap(),
         );
+        inputs.scales = in_memory();
         backend
             .attend(
                 &mut plan,
                 inputs,
-                backend.whole_mut::<f32>("out", &mut out, query_shape).unwrap(),
+                backend.whole_mut::<f32>("out", &mut out, out_shape).unwrap(),
                 Some(backend.slice_mut(&mut lse, ..)),
                 backend.slice_mut(&mut workspace, ..),
             )
@@ -274,13 +301,18 @@ pub fn an_engine_serves_requests<B: Backend, T: Element>(
         let (mut out, lse) = (backend.read(&out).unwrap(), backend.read(&lse).unwrap());
         for Turn { request, start, len, mask } in turns {
             let tokens = &requests[request].tokens;
-            let query = rows::<T>(0, &tokens[tokens.len() - len..], heads, head_dim);
-            let [mut key, value] = [1, 2].map(|which| rows::<T>(which, tokens, kv_heads, head_dim));
+            let query = rows::<Q>(0, &tokens[tokens.len() - len..], heads, head_dim);
+            let [mut key, value] =
+                [1, 2].map(|which| rows::<Q>(which as u64, tokens, kv_heads, dims[which - 1]));
             if let Some(rope) = rope {
                 key = rope.rotate(&key);
             }
-            let expected = Expected::of(&AttentionConfig::new(mask), &query, &key, &value, false);
-            let own = &mut out[start * heads * head_dim..(start + len) * heads * head_dim];
+            let of = [own_scales.map(|scales| scales.key), own_scales.map(|scales| scales.value)];
+            let [key, value] = [(key, of[0]), (value, of[1])].map(|(rows, of)| cached::<Q, K>(&rows, of));
+            let mut call = Call::new(&query, &key, &value);
+            call.scales = own_scales;
+            let expected = Expected::of_call(&AttentionConfig::new(mask), call, false);
+            let own = &mut out[start * heads * value_dim..(start + len) * heads * value_dim];
             expected.check_out(own.iter().copied())?;
             own.fill(RUBBISH);
             let own_lse = (0..heads).flat_map(|head| &lse[head * ROWS + start..][..len]);

@@ -12,7 +12,9 @@
 //! - a sink, which meets the log-sum-exp `l` of the keys: a few `u (|sink| + |l|)`, and the rounding
 //!   of the sum in `l`;
 //! - the sums over `n` keys, rescaled now and then: `growth(n) u Σ w_j |v_j|`, and rounding the
-//!   output.
+//!   output;
+//! - scales of keys and values: `u |s_j|` for the product with the factor of the scores, and `u
+//!   |out|` for that with the output.
 //!
 //! `growth(n)` is n where the terms repeat and their errors add up (the worst case), and `3 √n`
 //! where they are random: a walk of n steps. (Higham and Mary, A new approach to probabilistic
@@ -20,11 +22,11 @@
 //!
 //! For f16 and bf16 the rule is FlashAttention's: `max|out - ref| <= 2 max|lowp - ref| + atol`,
 //! where `lowp` is the same maths done naively with the probabilities and the output rounded to the
-//! type. Scores and log-sum-exp get no such allowance: they are accumulated in f32 whatever the
-//! type. `atol` is for tensors of so few elements that `lowp` may be exact by luck: four standard
-//! deviations of the rounding of probabilities and output.
+//! type, which is that of the queries. Scores and log-sum-exp get no such allowance: they are
+//! accumulated in f32 whatever the type. `atol` is for tensors of so few elements that `lowp` may be
+//! exact by luck: four standard deviations of the rounding of probabilities and output.
 
-use crate::common::Tensor;
+use crate::common::{Call, Tensor, scale_of, views};
 use proptest::prelude::*;
 use star_attention::cpu::reference::{self, sees};
 use star_attention::{AttentionConfig, DType, Element};
@@ -105,30 +107,36 @@ impl Expected {
         value: &Tensor<T>,
         correlated: bool,
     ) -> Self {
-        Self::with_sinks(config, query, key, value, None, correlated)
+        Self::of_call(config, Call::new(query, key, value), correlated)
     }
 
-    /// With a sink for each head, if given: a key more, whose value is 0.
-    pub fn with_sinks<T: Element>(
+    /// The same with a sink for each head (a key more, whose value is 0) and with scales, if given.
+    pub fn of_call<Q: Element, K: Element>(
         config: &AttentionConfig,
-        query: &Tensor<T>,
-        key: &Tensor<T>,
-        value: &Tensor<T>,
-        sinks: Option<&[f32]>,
+        call: Call<'_, Q, K>,
         correlated: bool,
     ) -> Self {
-        let (q, k, v) = (query.view(), key.view(), value.view());
-        let oracle = reference::attention_with_sinks(config, q, k, v, sinks).unwrap();
-        let shape @ [batch, query_len, heads, dim] = query.shape();
+        let oracle = reference::attention_of(config, views(call)).unwrap();
+        let Call { query, key, value, sinks, scales, .. } = call;
+        let [batch, query_len, heads, dim] = query.shape();
         let [_, key_len, kv_heads, _] = key.shape();
+        let [.., value_dim] = value.shape();
         let (q, k, v) = (Rows::new(query), Rows::new(key), Rows::new(value));
         let scale = f64::from(config.scale_for(dim));
+        let scales_of = |kv_head| {
+            let of_head = |of| f64::from(scale_of(of, kv_head));
+            scales.map_or([1.0; 2], |scales| [scales.key, scales.value].map(of_head))
+        };
+        // Roundings that scales add.
+        let scaled = if scales.is_some() { 1.0 } else { 0.0 };
         let cap = config.softcap.map(f64::from);
         let growth = |n: usize| if correlated { n as f64 } else { 3.0 * (n as f64).sqrt() };
         let norm = |row: &[f64]| dot(row, row).sqrt();
         let key_norms: Vec<f64> = k.data.chunks(dim).map(norm).collect();
-        let low_u = roundoff(T::DTYPE);
-        let round = |x: f64| f64::from(T::from_f32(x as f32).to_f32());
+        let largest_value = (0..kv_heads).map(|head| scales_of(head)[1]).fold(0.0, f64::max)
+            * v.data.iter().map(|v| v.abs()).filter(|v| v.is_finite()).fold(0.0, f64::max);
+        let low_u = roundoff(Q::DTYPE);
+        let round = |x: f64| f64::from(Q::from_f32(x as f32).to_f32());
 
         let mut out_tolerance = vec![0.0; oracle.out.len()];
         let mut lse_tolerance = vec![0.0; oracle.lse.len()];
@@ -139,10 +147,12 @@ impl Expected {
             let n = visible.len();
             for (b, head) in (0..batch).flat_map(|b| (0..heads).map(move |head| (b, head))) {
                 let kv_head = head / (heads / kv_heads);
+                let [key_scale, value_scale] = scales_of(kv_head);
+                let factor = scale * key_scale;
                 let q_row = q.row(b, head, row);
                 let q_norm = norm(q_row);
-                let at = ((b * query_len + row) * heads + head) * dim;
-                let out = &oracle.out[at..at + dim];
+                let at = ((b * query_len + row) * heads + head) * value_dim;
+                let out = &oracle.out[at..at + value_dim];
                 let lse_at = (b * heads + head) * query_len + row;
                 let lse = oracle.lse[lse_at];
                 if !lse.is_finite() {
@@ -151,20 +161,20 @@ impl Expected {
                 let scores: Vec<f64> = visible
                     .iter()
                     .map(|&j| {
-                        let score = scale * dot(q_row, k.row(b, kv_head, j));
+                        let score = factor * dot(q_row, k.row(b, kv_head, j));
                         cap.map_or(score, |cap| cap * (score / cap).tanh())
                     })
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 // Per output element: error through the scores, Σ w|v|, Σ (w v)², and the naive
                 // low-precision sum.
-                let mut through = vec![0.0; dim];
-                let mut magnitude = vec![0.0; dim];
-                let mut squares = vec![0.0; dim];
-                let mut lowp = vec![0.0; dim];
+                let mut through = vec![0.0; value_dim];
+                let mut magnitude = vec![0.0; value_dim];
+                let mut squares = vec![0.0; value_dim];
+                let mut lowp = vec![0.0; value_dim];
                 let (mut score_error, mut largest_error) = (0.0, 0f64);
                 for (&j, &score) in visible.iter().zip(&scores) {
-                    let product = scale * q_norm * key_norms[(b * kv_heads + kv_head) * key_len + j];
+                    let product = factor * q_norm * key_norms[(b * kv_heads + kv_head) * key_len + j];
                     let weight = (score - lse).exp();
                     if weight == 0.0 {
                         continue;
@@ -174,12 +184,14 @@ impl Expected {
                     let error = U
                         * ((growth(dim) + 2.0) * product
                             + 4.0 * (score.abs() + max.abs() + 2.0)
-                            + cap.map_or(0.0, |_| 16.0 * score.abs()));
+                            + cap.map_or(0.0, |_| 16.0 * score.abs())
+                            + scaled * score.abs());
                     let moved = weight * error.exp_m1();
                     let low_weight = round(weight);
                     score_error += moved;
                     largest_error = largest_error.max(error);
                     for (d, &v) in v.row(b, kv_head, j).iter().enumerate() {
+                        let v = value_scale * v;
                         // Where all visible values are the same, no error moves their mean.
                         through[d] += if v == out[d] { 0.0 } else { moved * (v - out[d]).abs() };
                         magnitude[d] += weight * v.abs();
@@ -203,13 +215,14 @@ impl Expected {
                 // No log-sum-exp moves further than the score that moves most.
                 lse_tolerance[lse_at] =
                     score_error.min(largest_error) + U * (growth(n) + 4.0 * lse.abs() + 8.0);
-                for d in 0..dim {
+                for d in 0..value_dim {
                     if !out[d].is_finite() {
                         continue;
                     }
-                    let sums = U * (growth(n) + 8.0) * (magnitude[d] + out[d].abs());
+                    let sums =
+                        U * ((growth(n) + 8.0) * (magnitude[d] + out[d].abs()) + scaled * out[d].abs());
                     // Weights below f32's normal range may become 0.
-                    let underflow = n as f64 * f64::from(f32::MIN_POSITIVE) * 8.0;
+                    let underflow = n as f64 * f64::from(f32::MIN_POSITIVE) * largest_value.max(8.0);
                     out_tolerance[at + d] = through[d] + sums + underflow;
                     let spread = low_u
                         * if correlated {
@@ -222,10 +235,10 @@ impl Expected {
                 }
             }
         }
-        let low_tolerance = if T::DTYPE == DType::F32 { 0.0 } else { 2.0 * lowp_error + atol };
+        let low_tolerance = if Q::DTYPE == DType::F32 { 0.0 } else { 2.0 * lowp_error + atol };
         Self {
-            dtype: T::DTYPE,
-            shape,
+            dtype: Q::DTYPE,
+            shape: [batch, query_len, heads, value_dim],
             out: oracle.out,
             lse: oracle.lse,
             out_tolerance,

@@ -12,6 +12,7 @@ pub mod masks;
 pub mod merge;
 pub mod nonfinite;
 pub mod packed;
+pub mod quantised;
 pub mod query;
 pub mod refusals;
 pub mod separate;

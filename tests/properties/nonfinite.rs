@@ -37,12 +37,12 @@ pub fn spots_stay_in_their_rows<T: Element, O: Element>(
         by.attend(&case.config, None, inputs, &mut out, Some(&mut lse));
         (out, lse)
     };
-    let mut inputs = case.inputs::<T>();
+    let mut inputs = case.inputs::<T, T>();
     let (clean_out, clean_lse) = run(&inputs);
     let places: Vec<(usize, [usize; 4])> = spots
         .iter()
         .map(|spot| {
-            let extents = if spot.tensor == 0 { shape.query_shape() } else { shape.key_shape() };
+            let extents = [shape.query_shape(), shape.key_shape(), shape.value_shape()][spot.tensor];
             (spot.tensor, std::array::from_fn(|axis| spot.index[axis].index(extents[axis])))
         })
         .collect();
@@ -70,7 +70,7 @@ pub fn spots_stay_in_their_rows<T: Element, O: Element>(
                 }
                 let at = (b * shape.query_heads + h) * shape.query_len + row;
                 prop_assert_eq!(clean_lse[at].to_bits(), lse[at].to_bits(), "lse[{}, {}, {}]", b, h, row);
-                for d in 0..shape.head_dim {
+                for d in 0..shape.value_dim {
                     let bits = [&clean_out, &out].map(|out| out.get([b, row, h, d]).to_f32().to_bits());
                     prop_assert_eq!(bits[0], bits[1], "out[{}, {}, {}, {}]", b, row, h, d);
                 }

@@ -15,6 +15,7 @@ pub struct Packed {
     kv_heads: usize,
     group: usize,
     head_dim: usize,
+    value_dim: usize,
     pub config: AttentionConfig,
     /// Of q, k, v and out.
     pub layouts: [Layout; 4],
@@ -38,7 +39,7 @@ impl Packed {
             query_heads: self.kv_heads * self.group,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            value_dim: self.head_dim,
+            value_dim: self.value_dim,
         }
     }
 
@@ -49,13 +50,13 @@ impl Packed {
         Inputs {
             query: tensor("query", shape.query_shape(), query),
             key: tensor("key", shape.key_shape(), key),
-            value: tensor("value", shape.key_shape(), value),
+            value: tensor("value", shape.value_shape(), value),
         }
     }
 
     /// The output tensor, holding rubbish.
     pub fn output<O: Element>(&self) -> Tensor<O> {
-        Tensor::new("out", self.shape().query_shape(), &self.layouts[3], RUBBISH, |_| f32::NAN)
+        Tensor::new("out", self.shape().out_shape(), &self.layouts[3], RUBBISH, |_| f32::NAN)
     }
 }
 
@@ -68,7 +69,7 @@ fn offsets(lens: impl Iterator<Item = usize>) -> Vec<usize> {
 }
 
 /// Up to seven sequences, none among them; one in three lengths is 0 or 1.
-pub fn packed(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = Packed> {
+pub fn packed(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = Packed> {
     let len = || prop_oneof![1 => 0..=1usize, 2 => 0..=90usize];
     let long = prop_oneof![3 => Just((0, 0)), 1 => (0..=3usize, 300..=900usize)];
     let lens = (prop::collection::vec((len(), len()), 0..=6), long).prop_map(|(mut lens, long)| {
@@ -78,12 +79,18 @@ pub fn packed(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
         lens
     });
     let layouts = [layouts(), layouts(), layouts(), layouts()];
-    (lens, 1..=3usize, 1..=4usize, head_dims, configs(), layouts, any::<u64>()).prop_map(
-        |(lens, kv_heads, group, head_dim, config, layouts, seed)| {
+    (lens, 1..=3usize, 1..=4usize, dims, configs(), layouts, any::<u64>()).prop_map(
+        |(mut lens, kv_heads, group, (head_dim, value_dim), config, layouts, seed)| {
             // Keeps the oracle's work small.
-            let (kv_heads, group) =
-                if head_dim > 64 { (1 + kv_heads % 2, group.min(2)) } else { (kv_heads, group) };
-            Packed { lens, kv_heads, group, head_dim, config, layouts, seed }
+            let (kv_heads, group) = match head_dim.midpoint(value_dim) {
+                0..=64 => (kv_heads, group),
+                65..=256 => (1 + kv_heads % 2, group.min(2)),
+                _ => {
+                    lens.truncate(2);
+                    (1, group.min(2))
+                }
+            };
+            Packed { lens, kv_heads, group, head_dim, value_dim, config, layouts, seed }
         },
     )
 }

@@ -5,7 +5,7 @@ use super::Attend;
 use super::cases::Inputs;
 use super::expected::Expected;
 use super::star::Context;
-use crate::common::{Layout, Rng, Tensor, indices, layouts, sinks};
+use crate::common::{Call, Layout, Rng, Tensor, indices, layouts, sinks};
 use proptest::prelude::*;
 use star_attention::{AttentionConfig, Element, Mask};
 
@@ -19,8 +19,9 @@ fn partial<T: Element>(
     layout: &Layout,
 ) -> (Tensor<f32>, Vec<f32>) {
     let [batch, seq, heads, _] = inputs.query.shape();
+    let [.., value_dim] = inputs.value.shape();
     let mask = if holds_query { Mask::Causal } else { Mask::Full };
-    let mut out = Tensor::new("out", inputs.query.shape(), layout, f32::NAN, |_| f32::NAN);
+    let mut out = Tensor::new("out", [batch, seq, heads, value_dim], layout, f32::NAN, |_| f32::NAN);
     let mut lse = vec![f32::NAN; batch * heads * seq];
     by.attend(&AttentionConfig { mask, ..*config }, None, inputs, &mut out, Some(&mut lse));
     (out, lse)
@@ -54,6 +55,7 @@ pub struct Split {
     kv_heads: usize,
     group: usize,
     head_dim: usize,
+    value_dim: usize,
     softcap: Option<f32>,
     /// Factor of the queries: with 1000 the shards' log-sum-exps lie thousands apart.
     factor: f32,
@@ -64,7 +66,7 @@ pub struct Split {
     seed: u64,
 }
 
-pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = Split> {
+pub fn splits(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = Split> {
     let shard = prop_oneof![1 => Just(0usize), 1 => 1..=4usize, 3 => 0..=120usize];
     let query_len = prop_oneof![1 => Just(1usize), 2 => 1..=16usize, 2 => 1..=130usize];
     let softcap = prop_oneof![4 => Just(None), 1 => (1f32..50.0).prop_map(Some)];
@@ -73,7 +75,7 @@ pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
     (
         shards,
         query_len,
-        (1..=2usize, 1..=2usize, 1..=8usize, head_dims),
+        (1..=2usize, 1..=2usize, 1..=8usize, dims),
         softcap,
         factor,
         (layouts(), any::<bool>()),
@@ -83,15 +85,17 @@ pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
             |(
                 (shards, query_rank),
                 query_len,
-                (batch, kv_heads, group, head_dim),
+                (batch, kv_heads, group, (head_dim, value_dim)),
                 softcap,
                 factor,
                 (layout, sinks),
                 seed,
             )| {
                 // Keeps the oracle's work small.
-                let (batch, group) =
-                    if head_dim * query_len > 1000 { (1, group.min(2)) } else { (batch, group) };
+                let dim = head_dim.midpoint(value_dim);
+                let (batch, group) = if dim * query_len > 1000 { (1, group.min(2)) } else { (batch, group) };
+                let (query_len, kv_heads) =
+                    if dim > 256 { (query_len.min(20), 1) } else { (query_len, kv_heads) };
                 Split {
                     shards,
                     query_rank,
@@ -100,6 +104,7 @@ pub fn splits(head_dims: impl Strategy<Value = usize>) -> impl Strategy<Value = 
                     kv_heads,
                     group,
                     head_dim,
+                    value_dim,
                     softcap,
                     factor,
                     layout,
@@ -115,18 +120,20 @@ pub fn merged_shards_equal_dense<T: Element>(
     by: &impl Attend<T>,
     split: &Split,
 ) -> Result<(), TestCaseError> {
-    let Split { query_len, batch, kv_heads, group, head_dim, factor, ref layout, .. } = *split;
+    let Split { query_len, batch, kv_heads, group, head_dim, value_dim, factor, ref layout, .. } = *split;
     let query_rank = split.query_rank.index(split.shards.len());
     let context_len: usize = split.shards.iter().sum();
     let mut rng = Rng::new(split.seed);
     let query_shape = [batch, query_len, kv_heads * group, head_dim];
-    let key_shape = [batch, context_len + query_len, kv_heads, head_dim];
+    let key_shape = |dim: usize| [batch, context_len + query_len, kv_heads, dim];
     let query = Tensor::<T>::contiguous("query", query_shape, |_| factor * rng.normal());
-    let key = Tensor::<T>::normal("key", key_shape, &mut rng);
-    let value = Tensor::<T>::normal("value", key_shape, &mut rng);
+    let key = Tensor::<T>::normal("key", key_shape(head_dim), &mut rng);
+    let value = Tensor::<T>::normal("value", key_shape(value_dim), &mut rng);
     let config = AttentionConfig { mask: Mask::Causal, softcap: split.softcap, ..Default::default() };
     let sinks = split.sinks.then(|| sinks(kv_heads * group, split.seed));
-    let expected = Expected::with_sinks(&config, &query, &key, &value, sinks.as_deref(), false);
+    let mut call = Call::new(&query, &key, &value);
+    call.sinks = sinks.as_deref();
+    let expected = Expected::of_call(&config, call, false);
 
     let mut start = 0;
     let mut partials = Vec::new();

@@ -18,11 +18,12 @@ pub fn minus_infinity_is_no_sink<B: Backend, T: Element, O: Element>(
     case: &BatchCase,
 ) -> Result<(), TestCaseError> {
     let batch = case.batch();
-    let inputs = case.inputs::<T>(&batch);
+    let inputs = case.inputs::<T, T>(&batch);
     let results = |sinks: Option<&[f32]>| {
-        let mut out = Tensor::<O>::contiguous("out", batch.query_shape(), |_| RUBBISH);
+        let mut out = Tensor::<O>::contiguous("out", batch.out_shape(), |_| RUBBISH);
         let mut lse = vec![RUBBISH; batch.lse_len()];
-        by.run_with_sinks(&case.score.into(), &batch, &inputs, sinks, &mut out, Some(&mut lse));
+        let call = inputs.call(sinks, &None);
+        by.run_call(&case.score.into(), &batch, call, &mut out, Some(&mut lse)).unwrap();
         (out.bits(), lse.into_iter().map(f32::to_bits).collect::<Vec<_>>())
     };
     let none = vec![f32::NEG_INFINITY; batch.query_shape()[2]];
@@ -63,7 +64,8 @@ pub fn rows_without_keys_have_their_sink_and_nan_stays<B: Backend, T: Element, O
     for config in [PlanConfig::new(), PlanConfig::new().with_split_keys(96)] {
         let mut out = Tensor::<O>::contiguous("out", query, |_| RUBBISH);
         let mut lse = vec![RUBBISH; batch.lse_len()];
-        by.run_with_sinks(&config, &batch, &inputs, Some(&sinks), &mut out, Some(&mut lse));
+        let call = inputs.call(Some(&sinks), &None);
+        by.run_call(&config, &batch, call, &mut out, Some(&mut lse)).unwrap();
         for (row, head) in (0..query[1]).flat_map(|row| (0..HEADS).map(move |head| (row, head))) {
             let own: Vec<f32> = (0..DIM).map(|d| out.get([0, row, head, d]).to_f32()).collect();
             let lse = lse[head * query[1] + row];

@@ -6,7 +6,7 @@ use crate::common::{Rng, Tensor, indices, sinks};
 use star_attention::comm::{Collective, MergePlan, MergeWay};
 use star_attention::cpu::{flash, reference};
 use star_attention::merge::Partial;
-use star_attention::{AttentionConfig, Element, bf16, f16};
+use star_attention::{AttentionConfig, Element, Inputs, bf16, f16};
 
 pub fn merge(group: &dyn Collective) {
     let mut rng = Rng::new(group.size() as u64);
@@ -79,8 +79,9 @@ impl Case {
 
         let sinks = self.sinks.then(|| sinks(self.heads, self.seed));
         let sinks = sinks.as_deref();
-        let (q, k, v) = (query.view(), key.view(), value.view());
-        let expected = reference::attention_with_sinks(&config, q, k, v, sinks).unwrap();
+        let mut inputs = Inputs::new(query.view(), key.view(), value.view());
+        inputs.sinks = sinks;
+        let expected = reference::attention_of(&config, inputs).unwrap();
         let plan = MergePlan::<T, O>::new(shape, group.size(), &group.link()).unwrap();
         let results = [MergeWay::AllGather, MergeWay::ByRows].map(|way| {
             let plan = plan.with_way(way);

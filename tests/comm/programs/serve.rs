@@ -2,7 +2,7 @@
 //! encoded, asked and answered, and end. One loop serves every backend.
 
 use super::assert_same_everywhere;
-use crate::common::{Rng, Tensor, sinks};
+use crate::common::{Call, Rng, Tensor, sinks};
 use crate::expected::Expected;
 use star_attention::comm::{Collective, Ranks, Staged};
 use star_attention::cpu::Cpu;
@@ -250,5 +250,6 @@ fn rounds<B: Backend, R: Ranks<B> + ?Sized, T: Element>(
 fn expected<T: Element>(mask: Mask, queries: &[u64], keys: &[u64], sinks: &[f32], dim: usize) -> Expected {
     let [key, value] = [1, 2].map(|which| rows::<T>(which, keys, KV_HEADS, dim));
     let query = rows::<T>(0, queries, HEADS, dim);
-    Expected::with_sinks(&AttentionConfig::new(mask), &query, &key, &value, Some(sinks), false)
+    let call = Call::new(&query, &key, &value).with_sinks(sinks);
+    Expected::of_call(&AttentionConfig::new(mask), call, false)
 }
