@@ -132,7 +132,7 @@ impl<Q: Element, T: Element> Call<Q, T> {
         let mut workspace = backend.buffer::<u8>(backend.workspace_bytes(&plan))?;
         let sinks = self.sinks.as_ref().map(|sinks| backend.buffer_of(sinks)).transpose()?;
         let mut scales = None;
-        if let Some(Scales { key, value }) = &self.scales {
+        if let Some(Scales { key, value, .. }) = &self.scales {
             scales = Some([backend.buffer_of(key)?, backend.buffer_of(value)?]);
         }
         let mut inputs = Inputs::new(

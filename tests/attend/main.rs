@@ -110,7 +110,7 @@ fn agrees_with<Q: Bytes, K: Bytes>(
     let (input, output) = (folder.file("in.safetensors"), folder.file("out.safetensors"));
     let mut tensors = vec![entry("q", &q), entry("k", &k), entry("v", &v)];
     tensors.extend(given.sinks.map(sinks_entry));
-    if let Some(Scales { key, value }) = given.scales {
+    if let Some(Scales { key, value, .. }) = given.scales {
         tensors.extend([floats("k_scale", &[key.len()], key), floats("v_scale", &[value.len()], value)]);
     }
     save(&input, &tensors);

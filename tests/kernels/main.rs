@@ -31,6 +31,7 @@ mod oracle;
 mod paged;
 mod phases;
 mod prefix;
+mod quantised;
 mod ranks;
 mod recorder;
 mod recording;

@@ -128,7 +128,7 @@ pub fn each_row_is_in_its_place<B: Backend, T: Element, C: Element>(
         let [places, positions] = [0, 1].map(|i| backend.buffer_of(&numbers(i)).unwrap());
         let [cos, sin] = [&cos, &sin].map(|table| backend.buffer_of(table).unwrap());
         let in_memory =
-            scales.map(|Scales { key, value }| [key, value].map(|s| backend.buffer_of(s).unwrap()));
+            scales.map(|Scales { key, value, .. }| [key, value].map(|s| backend.buffer_of(s).unwrap()));
         let mut rows =
             Append::new(key.view(backend, "key"), value.view(backend, "value"), backend.slice(&places, ..));
         if case.rotated > 0 {

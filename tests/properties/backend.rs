@@ -76,7 +76,7 @@ impl<B: Backend> On<B> {
         let mut workspace = backend.buffer_of(&workspace).unwrap();
         let numbers = |numbers: &[f32]| backend.buffer_of(numbers).unwrap();
         let sinks = call.sinks.map(numbers);
-        let scales = call.scales.map(|Scales { key, value }| [key, value].map(numbers));
+        let scales = call.scales.map(|Scales { key, value, .. }| [key, value].map(numbers));
         let mut inputs = star_attention::Inputs::new(
             query.view(backend, "query"),
             key.view(backend, "key"),

@@ -203,7 +203,7 @@ pub fn an_engine_serves_requests<B: Backend, Q: Element, K: Element>(
     let own_scales = scales::<K>(kv_heads, seed);
     let own_scales = as_slices(&own_scales);
     let stored_scales =
-        own_scales.map(|Scales { key, value }| [key, value].map(|s| backend.buffer_of(s).unwrap()));
+        own_scales.map(|Scales { key, value, .. }| [key, value].map(|s| backend.buffer_of(s).unwrap()));
     let in_memory = || {
         let [key, value] = stored_scales.as_ref()?;
         Some(Scales::new(backend.slice(key, ..), backend.slice(value, ..)))

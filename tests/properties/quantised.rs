@@ -190,7 +190,7 @@ pub fn nan_reaches_the_rows_that_see_it<B: Backend, Q: Element, O: Element>(
 pub fn appended_codes_are_those_of_the_quotients<B: Backend, T: Element>(backend: &B, exact: bool) {
     const ROWS: usize = 60;
     const DIM: usize = 48;
-    const VALUE_DIM: usize = 24;
+    const VALUE_DIM: usize = 32;
     const ROTATED: usize = 32;
     // Beyond the largest, among the smallest, and what is no number.
     const SPECIAL: [f32; 10] =
@@ -281,7 +281,7 @@ pub fn appended_codes_are_those_of_the_quotients<B: Backend, T: Element>(backend
 /// copied, and where the store grows; so does one in rows.
 pub fn a_store_keeps_its_codes<B: Backend>(backend: &B) {
     const DIM: usize = 16;
-    const VALUE_DIM: usize = 24;
+    const VALUE_DIM: usize = 32;
     const ROWS: usize = 11;
     let code = |number: usize| F8E4M3::from_bits(number as u8);
     // Of row `row` as the sequence of `seed` wrote it.

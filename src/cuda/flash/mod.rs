@@ -267,12 +267,12 @@ impl Plan {
 /// # Errors
 /// [`Error::Value`] if there are none.
 fn kernel_dims(head_dim: usize, value_dim: usize) -> Result<Dims> {
-    if !value_dim.is_multiple_of(8) {
-        return Err(Error::value("value_dim", "a multiple of 8", value_dim));
+    let most = DIMS.map(|dims| dims.key).into_iter().max().unwrap_or(0);
+    if !head_dim.is_multiple_of(8) || head_dim > most {
+        return Err(Error::value("head_dim", format!("a multiple of 8, at most {most}"), head_dim));
     }
     let dims = Dims { key: head_dim, value: value_dim }.of_kernel();
-    let most = DIMS.map(|dims| dims.key).into_iter().max().unwrap_or(0);
-    dims.ok_or_else(|| Error::value("head_dim", format!("a multiple of 8, at most {most}"), head_dim))
+    dims.ok_or_else(|| Error::value("value_dim", "a multiple of 8", value_dim))
 }
 
 fn uniform(config: &AttentionConfig, shape: &AttentionShape) -> Result<Batch> {
