@@ -50,8 +50,8 @@ pub fn sees(mask: &Mask, query_len: usize, key_len: usize, row: usize, key: usiz
 /// `value` `[batch, keys, kv_heads, value_dim]`.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Stride`](crate::Error::Stride) or [`Error::Value`] for tensors or a
-/// config that do not fit together.
+/// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] for tensors or a config that do not fit
+/// together.
 pub fn attention<T: Element>(
     config: &AttentionConfig,
     query: TensorView<'_, T>,
@@ -65,10 +65,10 @@ pub fn attention<T: Element>(
 /// sink of `-inf` is none.
 ///
 /// # Errors
-/// As [`attention`]; [`Error::Shape`] for another number of sinks or scales,
-/// [`Error::Value`] for a sink that is NaN or `+inf`, a scale out of range, or inputs with a prefix,
-/// which the oracle takes as the first keys; [`Error::DType`](crate::Error::DType) for scales of
-/// keys that are not [`F8E4M3`](crate::F8E4M3).
+/// As [`attention`]; [`Error::Shape`] for another number of sinks or scales, [`Error::Value`] for a
+/// sink that is NaN or `+inf`, a scale out of range, or inputs with a prefix, which the oracle takes
+/// as the first keys; [`Error::DType`] for scales of keys that are not
+/// [`F8E4M3`](crate::F8E4M3).
 pub fn attention_of<Q: Element, T: Element>(
     config: &AttentionConfig,
     inputs: Inputs<TensorView<'_, Q>, TensorView<'_, T>, &[f32]>,

@@ -311,7 +311,7 @@ fn bad_files() {
     }
     let [query, key, value] = inputs::<F8E4M3>();
     let codes = [entry("k", &key), entry("v", &value)];
-    let of_codes = |scale: Entry| [&[q.clone()], &codes[..], &[scale]].concat();
+    let of_codes = |scale: Entry| [std::slice::from_ref(&q), &codes[..], &[scale]].concat();
     for (scale, message) in [
         (floats("k_scale", &[3], &[1.0; 3]), "k_scale: expected shape [1] or [2], got [3]"),
         (floats("v_scale", &[1, 2], &[1.0; 2]), "v_scale: expected shape [1] or [2], got [1, 2]"),
