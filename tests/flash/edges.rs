@@ -1,10 +1,12 @@
 //! Nothing to see, nothing to do, one of everything, and buffers far larger than what they hold.
 
 use crate::common::{Layout, Rng, Tensor};
+use crate::phases::each_cpu;
 use crate::properties::expected::Expected;
+use crate::properties::models::ratios_and_dims_of_models;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::{self, Plan};
-use star_attention::{AttentionConfig, AttentionShape, Error, Inputs, Mask, TensorView, TensorViewMut};
+use star_attention::{AttentionConfig, AttentionShape, Error, Inputs, Mask, TensorView, TensorViewMut, bf16};
 
 const STAR: Mask = Mask::Star { anchor_len: 3, block_len: 8, first_block_len: 3, left: None };
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
@@ -44,6 +46,14 @@ fn check_dims(
         })
         .collect();
     results.into_iter().next_back().unwrap()
+}
+
+#[test]
+fn ratios_and_dims_of_models_are_right() {
+    for by in each_cpu() {
+        ratios_and_dims_of_models::<_, f32>(&by);
+        ratios_and_dims_of_models::<_, bf16>(&by);
+    }
 }
 
 #[test]

@@ -9,10 +9,12 @@ use crate::properties::Attend;
 use crate::properties::backend::On;
 use crate::properties::cases::Inputs;
 use crate::properties::expected::Expected;
+use crate::properties::models::{normal_values_equal_the_oracle, ratios_and_dims_of_models};
+use crate::properties::quantised::{a_store_keeps_its_codes, appended_codes_are_those_of_the_quotients};
 use star_attention::cuda::flash::{Plan, variants};
 use star_attention::cuda::simt::{self, Simt};
 use star_attention::cuda::{Device, DeviceTensor, HEAD_DIMS, HalfElement};
-use star_attention::{AttentionConfig, AttentionShape, Element, Mask, bf16, f16};
+use star_attention::{AttentionConfig, AttentionShape, Element, F8E4M3, Mask, bf16, f16};
 
 const STAR: Mask = Mask::Star { anchor_len: 33, block_len: 80, first_block_len: 33, left: None };
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
@@ -51,8 +53,21 @@ fn check_by<T: HalfElement>(
     (out.values().collect(), lse)
 }
 
-/// Few rows, some and many on every head dim under every mask.
+/// Few rows, some and many on every head dim under every mask, over keys of 16 bits and of 8.
 fn every_attention_kernel<B: Engine, T: HalfElement>() {
+    let by = On(B::cuda(7));
+    for lens in [[3, 150], [20, 150], [100, 100]] {
+        normal_values_equal_the_oracle::<_, T, T>(&by, &STAR, lens, [4, 2], [192, 128]);
+        normal_values_equal_the_oracle::<_, T, F8E4M3>(&by, &STAR, lens, [4, 2], [192, 128]);
+        for dim in HEAD_DIMS {
+            normal_values_equal_the_oracle::<_, T, F8E4M3>(&by, &STAR, lens, [4, 2], [dim, dim]);
+        }
+    }
+    for lens in [[3, 40], [40, 40]] {
+        normal_values_equal_the_oracle::<_, T, T>(&by, &Mask::Causal, lens, [2, 1], [576, 512]);
+    }
+    appended_codes_are_those_of_the_quotients::<_, T>(&by.0, false);
+    a_store_keeps_its_codes(&by.0);
     for dim in HEAD_DIMS {
         for mask in MASKS {
             for query_len in [3, 20, 70] {
@@ -94,6 +109,11 @@ on_each_device! {
         if std::any::type_name::<B>() == std::any::type_name::<Simt>() {
             assert!(simt::launches().all(|(_, launches)| launches > 0));
         }
+    }
+
+    fn ratios_and_dims_of_models_are_right() {
+        ratios_and_dims_of_models::<_, bf16>(&On(B::cuda(1)));
+        ratios_and_dims_of_models::<_, f16>(&On(B::cuda(2)));
     }
 
     fn no_keys_give_the_identity() {

@@ -10,6 +10,7 @@ pub mod engine;
 pub mod expected;
 pub mod masks;
 pub mod merge;
+pub mod models;
 pub mod nonfinite;
 pub mod packed;
 pub mod quantised;
