@@ -1,4 +1,5 @@
-//! What heads of other extents and keys of 8 bits cost on the CPU. Both sides take turns in one run.
+//! What heads of other extents and keys of 8 bits cost on the CPU. Both sides take turns in one
+//! run.
 //!
 //! `cargo bench --bench heads`, and `-- TEXT` for the rows whose name holds a text.
 

@@ -1,9 +1,10 @@
-// New keys and values to their places in a shard, contiguous or in pages. Keys are rotated on the way where asked (RoPE):
+// New keys and values to their places in a shard, contiguous or in pages. Keys are rotated on the
+// way where asked (RoPE):
 //
 //     (x, y) → (x cos - y sin, x sin + y cos)
 //
-// for the pairs (2 i, 2 i + 1), or (i, i + rotated / 2), at the angle of the row's position and i. In f32, rounded once; to a
-// shard of 8 bits after a division by the head's scale.
+// for the pairs (2 i, 2 i + 1), or (i, i + rotated / 2), at the angle of the row's position and i.
+// In f32, rounded once; to a shard of 8 bits after a division by the head's scale.
 #include "include/e4m3.cuh"
 
 // Eight elements as they lie in memory.

@@ -1,5 +1,6 @@
-// Attention, for one pair of head dims and one division of the work. The CPU names the kernel and gives its policy: `encode` for tiles of many rows
-// (context encoding), `query` for few rows against many keys (query attention).
+// Attention, for one pair of head dims and one division of the work. The CPU names the kernel and
+// gives its policy: `encode` for tiles of many rows (context encoding), `query` for few rows
+// against many keys (query attention).
 #include "include/flash.cuh"
 
 using Division = Policy<HEAD_DIM, VALUE_DIM, STORED_BYTES, ROW_TILES, ROW_WARPS, KEY_WARPS, KEYS, SLOTS, VALUES_FIRST, STAGED_F32>;

@@ -314,9 +314,9 @@ pub trait Backend {
     /// of plans, one call after the other.
     fn workspace_bytes(&self, plan: &Self::Plan) -> usize;
 
-    /// Attention of the plan's batch into `out`, of the shape [`Batch::out_shape`], and, if given, the natural
-    /// log-sum-exp `[batch, query_heads, seq]` into `lse`. A row that sees no key gets 0 and
-    /// `-inf`; one that belongs to no sequence is left alone.
+    /// Attention of the plan's batch into `out`, of the shape [`Batch::out_shape`], and, if given,
+    /// the natural log-sum-exp `[batch, query_heads, seq]` into `lse`. A row that sees no key gets
+    /// 0 and `-inf`; one that belongs to no sequence is left alone.
     ///
     /// Sinks of the inputs ([`Inputs::with_sinks`]) count in every row: leave them out where a
     /// [`merge`](Self::merge) follows, and give them to that.

@@ -161,8 +161,8 @@ pub enum KvRoom {
 }
 
 impl KvConfig {
-    /// One layer of `kv_heads` heads of `head_dim` elements, of keys and of values. Its room is for the caller to say, by
-    /// [`in_pages`](Self::in_pages) or [`in_rows`](Self::in_rows).
+    /// One layer of `kv_heads` heads of `head_dim` elements, of keys and of values. Its room is for
+    /// the caller to say, by [`in_pages`](Self::in_pages) or [`in_rows`](Self::in_rows).
     pub fn new(kv_heads: usize, head_dim: usize) -> Self {
         let room = KvRoom::Pages { pages: 0, page_len: 0 };
         Self { layers: 1, kv_heads, head_dim, value_dim: head_dim, room }

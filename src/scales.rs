@@ -45,7 +45,8 @@ impl Scales<&[f32]> {
     }
 }
 
-/// Refuses scales that are not one for all heads or one for each, or that keys of this type have not.
+/// Refuses scales that are not one for all heads or one for each, or that keys of this type have
+/// not.
 pub(crate) fn check_extents(dtype: DType, kv_heads: usize, counts: [usize; 2]) -> Result<()> {
     if dtype != DType::F8E4M3 {
         return Err(Error::DType { argument: "key", expected: DType::F8E4M3, got: dtype });

@@ -1,4 +1,5 @@
-// What the kernels ask of a GPU, each with the PTX that it wraps. The emulator's stand-ins in simt/device.h have the same names.
+// What the kernels ask of a GPU, each with the PTX that it wraps. The emulator's stand-ins in
+// simt/device.h have the same names.
 //
 // Kernels touch memory through these functions alone: on the emulator each access is checked.
 #pragma once
@@ -82,7 +83,8 @@ DEVICE const T& refer(const T* from) {
     return *from;
 }
 
-// The same value, of which the compiler knows nothing: what follows from it is computed where it is used instead of once and kept.
+// The same value, of which the compiler knows nothing: what follows from it is computed where it is
+// used instead of once and kept.
 DEVICE uint32_t opaque(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -150,8 +152,8 @@ DEVICE void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
 }
 
-// Four 8×8 matrices of 16-bit elements. Lanes 8i..8i+8 give the rows of matrix i; lane l gets of each the elements 2(l % 4) and 2(l % 4) + 1 of
-// row l / 4.
+// Four 8×8 matrices of 16-bit elements. Lanes 8i..8i+8 give the rows of matrix i; lane l gets of
+// each the elements 2(l % 4) and 2(l % 4) + 1 of row l / 4.
 DEVICE void load_matrices(uint32_t (&to)[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

@@ -1,5 +1,5 @@
-// Floats of 8 bits: E4M3, a sign, 4 bits of exponent, 3 of mantissa; all ones but the sign is NaN. To 16-bit ones, which is
-// exact, and from f32.
+// Floats of 8 bits: E4M3, a sign, 4 bits of exponent, 3 of mantissa; all ones but the sign is NaN.
+// To 16-bit ones, which is exact, and from f32.
 #pragma once
 
 #include "eight.cuh"
@@ -48,8 +48,8 @@ DEVICE uint32_t narrow(float x) {
     if (magnitude > 0x7f800000u) {
         return sign | 0x7f;
     }
-    // Below 2^-6 codes count units of 2^-9, which the sum with 3/2 2^23 rounds to; above, all but three bits of mantissa are
-    // rounded off.
+    // Below 2^-6 codes count units of 2^-9, which the sum with 3/2 2^23 rounds to; above, all but
+    // three bits of mantissa are rounded off.
     const uint32_t small = bits_of(absolute(x) * 512 + 12582912.0f) & 15;
     const uint32_t large = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - ((127 - 7) << 3);
     const uint32_t code = magnitude < 0x3c800000u ? small : large;

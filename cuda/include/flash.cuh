@@ -51,8 +51,8 @@ struct Policy {
     static constexpr int wide_bytes = StoredBytes == 1 ? Keys * HeadDim * 2 : 0;
     static constexpr int ring_bytes =
         (Slots == 2 ? key_slot_bytes + Keys * ValueDim * StoredBytes : Slots * key_slot_bytes) + wide_bytes;
-    // What is kept of the list of keys: its ends and border, each row's limit and token, and for each
-    // thread two addresses and whether it zeroed a value.
+    // What is kept of the list of keys: its ends and border, each row's limit and token, and for
+    // each thread two addresses and whether it zeroed a value.
     static constexpr int list_bytes = (48 + (4 + 1) * rows + (16 + 4) * threads + 127) / 128 * 128;
     static constexpr int shared_bytes = list_bytes + query_bytes + KeyWarps * ring_bytes;
     static_assert(KeyWarps == 1 || RowWarps == 1, "warps divide the rows or the keys");

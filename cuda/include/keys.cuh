@@ -5,8 +5,8 @@
 #include "e4m3.cuh"
 #include "shared_tile.cuh"
 
-// The keys and values of a tile's list, of `Bytes` for each element: the first perhaps in the prefix
-// tensors, the others contiguous or in pages.
+// The keys and values of a tile's list, of `Bytes` for each element: the first perhaps in the
+// prefix tensors, the others contiguous or in pages.
 template <int Bytes>
 struct KeyList {
     const StarFlashParams& p;
@@ -128,8 +128,8 @@ struct Ring {
     static constexpr Shared tokens_at = cleared_from + 4 * P::threads;
     static_assert(tokens_at + P::rows <= P::list_bytes, "");
 
-    // Ends of what is contiguous, less than a tile of keys: of a list in pages, of one with a prefix
-    // or of blocks, and of any list whose rows are shorter than a tile's.
+    // Ends of what is contiguous, less than a tile of keys: of a list in pages, of one with a
+    // prefix or of blocks, and of any list whose rows are shorter than a tile's.
     static constexpr uint32_t paged = 0;
     static constexpr uint32_t scattered = 1;
     static constexpr uint32_t narrow = 2;
@@ -388,8 +388,8 @@ struct Ring {
         }
     }
 
-    // Each entry by itself; those from the end on become zeros. `paged` as in KeyList::row. The list
-    // has no prefix.
+    // Each entry by itself; those from the end on become zeros. `paged` as in KeyList::row. The
+    // list has no prefix.
     template <bool Values>
     DEVICE void copy_each(Shared to, uint32_t first, uint32_t end, bool paged) const {
 #pragma unroll 1

@@ -1,6 +1,8 @@
-// The emulator's stand-ins for include/device.cuh: plain C++ over hooks that src/cuda/simt provides.
+// The emulator's stand-ins for include/device.cuh: plain C++ over hooks that src/cuda/simt
+// provides.
 //
-// A lane that calls a hook in which lanes meet (barriers, shuffles, matrices) is set aside until the others have arrived.
+// A lane that calls a hook in which lanes meet (barriers, shuffles, matrices) is set aside until
+// the others have arrived.
 #pragma once
 
 #include <math.h>

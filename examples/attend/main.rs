@@ -2,8 +2,9 @@
 //!
 //! Reads q `[batch, seq, heads, dim]`, k `[batch, keys, kv_heads, dim]` and v `[batch, keys,
 //! kv_heads, value_dim]`: f32, f16 or bf16, k and v of one type, which may be F8_E4M3 too. Writes
-//! `out` `[batch, seq, heads, value_dim]`, of q's type, and `lse` `[batch, heads, seq]`, f32, natural
-//! logarithm. Sequences of a batch may have lengths of their own, by i32 tensors of the same file:
+//! `out` `[batch, seq, heads, value_dim]`, of q's type, and `lse` `[batch, heads, seq]`, f32,
+//! natural logarithm. Sequences of a batch may have lengths of their own, by i32 tensors of the
+//! same file:
 //!
 //! | tensor | shape | |
 //! |---|---|---|
@@ -14,9 +15,9 @@
 //!
 //! Rows of q behind the last offset are padding: their `out` is 0 and their `lse` -inf.
 //!
-//! An f32 tensor `sinks` `[heads]` has the attention sinks of the query heads, if there are any. F32
-//! tensors `k_scale` and `v_scale`, `[1]` or `[kv_heads]`, have what k and v of F8_E4M3 are multiplied
-//! by; one that is missing is 1.
+//! An f32 tensor `sinks` `[heads]` has the attention sinks of the query heads, if there are any.
+//! F32 tensors `k_scale` and `v_scale`, `[1]` or `[kv_heads]`, have what k and v of F8_E4M3 are
+//! multiplied by; one that is missing is 1.
 
 mod compute;
 mod file;
@@ -36,9 +37,9 @@ use std::process::ExitCode;
 struct Args {
     /// File with q [batch, seq, heads, dim], k [batch, keys, kv_heads, dim] and v [batch, keys,
     /// kv_heads, value_dim]: f32, f16 or bf16; k and v may be F8_E4M3, with f32 tensors k_scale and
-    /// v_scale, [1] or [kv_heads]; if sequences have lengths of their own, i32 tensors query_offsets,
-    /// key_offsets, key_lens, page_table; with --mask blocks row_offsets [tiles + 1], row_ranges
-    /// [n, 2]; with attention sinks an f32 tensor sinks [heads]
+    /// v_scale, [1] or [kv_heads]; if sequences have lengths of their own, i32 tensors
+    /// query_offsets, key_offsets, key_lens, page_table; with --mask blocks row_offsets [tiles +
+    /// 1], row_ranges [n, 2]; with attention sinks an f32 tensor sinks [heads]
     #[arg(long)]
     input: PathBuf,
     /// File to write: out [batch, seq, heads, value_dim] (of q's type) and lse [batch, heads, seq]

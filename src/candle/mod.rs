@@ -90,8 +90,8 @@ use by_dtype;
 /// Attention of `query` `[batch, seq, heads, dim]` over `key` `[batch, keys, kv_heads, dim]` and
 /// `value` `[batch, keys, kv_heads, value_dim]`, all f32, f16 or bf16.
 ///
-/// Returns the output `[batch, seq, heads, value_dim]`, of the dtype of `query`, and its log-sum-exp `[batch, heads, seq]`
-/// in f32. Where calls repeat, keep a [`Plan`].
+/// Returns the output `[batch, seq, heads, value_dim]`, of the dtype of `query`, and its
+/// log-sum-exp `[batch, heads, seq]` in f32. Where calls repeat, keep a [`Plan`].
 ///
 /// # Errors
 /// As [`Plan::for_batch`] and [`Plan::attend`].

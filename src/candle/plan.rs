@@ -101,9 +101,9 @@ impl Plan {
         of_plan!(&mut self.0, kept => kept.update(batch))
     }
 
-    /// Attention of the plan's batch: the output, of the batch's [`out_shape`](Batch::out_shape) and
-    /// the dtype of the query, and its log-sum-exp `[batch, query_heads, seq]` in f32. A row that sees no key, or belongs to no
-    /// sequence, gets 0 and `-inf`.
+    /// Attention of the plan's batch: the output, of the batch's [`out_shape`](Batch::out_shape)
+    /// and the dtype of the query, and its log-sum-exp `[batch, query_heads, seq]` in f32. A row
+    /// that sees no key, or belongs to no sequence, gets 0 and `-inf`.
     ///
     /// All are f32, f16 or bf16, keys and values of one dtype. On the CPU queries may be of
     /// another; on a GPU all are f16 or all bf16. Sinks are f32 `[query_heads]`.

@@ -24,10 +24,10 @@ fn elements(shape: [usize; 4]) -> usize {
 /// of both.
 ///
 /// They are `[batch, anchor_len, kv_heads, head_dim]`, already rotated to their positions, and
-/// `[batch, anchor_len, kv_heads, value_dim]`. A rank that received them encodes its own tokens only: queries of its rows
-/// [`kept`](crate::RankLayout::kept), against keys and values of all local rows, under the same
-/// [`mask`](crate::RankLayout::mask), which counts positions from the end. What the scratch holds
-/// does not matter.
+/// `[batch, anchor_len, kv_heads, value_dim]`. A rank that received them encodes its own tokens
+/// only: queries of its rows [`kept`](crate::RankLayout::kept), against keys and values of all
+/// local rows, under the same [`mask`](crate::RankLayout::mask), which counts positions from the
+/// end. What the scratch holds does not matter.
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Workspace`]

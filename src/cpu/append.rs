@@ -13,15 +13,16 @@ const ELEMENTS_PER_TASK: usize = 1 << 15;
 /// `[pages, page_len, kv_heads, value_dim]`, each row at its place.
 ///
 /// The last axes are contiguous. Rows are converted where the cache has another element type, in
-/// f32, rounded once, after a division by the scales if there are any. Places are compared with each other, which takes memory for a copy of them.
+/// f32, rounded once, after a division by the scales if there are any. Places are compared with
+/// each other, which takes memory for a copy of them.
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::Stride`] for tensors that do not fit together, [`Error::Value`] for
 /// a rotation of an odd number of dims or of more than there are, or scales that are not finite or
-/// not above 0, [`Error::DType`] for scales of a cache of another type than [`F8E4M3`](crate::F8E4M3);
-/// [`Error::Sequence`], naming the
-/// index on the batch axis, with [`Error::Value`] for a place outside of the cache, one that
-/// another row has, or a position outside of the rotation's table. Nothing was written then.
+/// not above 0, [`Error::DType`] for scales of a cache of another type than
+/// [`F8E4M3`](crate::F8E4M3); [`Error::Sequence`], naming the index on the batch axis, with
+/// [`Error::Value`] for a place outside of the cache, one that another row has, or a position
+/// outside of the rotation's table. Nothing was written then.
 pub fn append<T: Element, C: Element>(
     new: &Append<TensorView<'_, T>, &[f32], &[u32]>,
     cache_key: TensorViewMut<'_, C>,

@@ -66,8 +66,8 @@ pub fn attention<T: Element>(
 ///
 /// # Errors
 /// As [`attention`]; [`Error::Shape`] for another number of sinks or scales, [`Error::Value`] for a
-/// sink that is NaN or `+inf`, a scale out of range, or inputs with a prefix, which the oracle takes
-/// as the first keys; [`Error::DType`] for scales of keys that are not
+/// sink that is NaN or `+inf`, a scale out of range, or inputs with a prefix, which the oracle
+/// takes as the first keys; [`Error::DType`] for scales of keys that are not
 /// [`F8E4M3`](crate::F8E4M3).
 pub fn attention_of<Q: Element, T: Element>(
     config: &AttentionConfig,

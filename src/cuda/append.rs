@@ -14,12 +14,13 @@ type NewRows<'v, 'f, 'u, D, T> = Append<DeviceTensor<'v, D, T>, Span<'f, D, f32>
 /// Stores new keys and values, f16 or bf16, in a cache of keys `[pages, page_len, kv_heads,
 /// head_dim]` and values `[pages, page_len, kv_heads, value_dim]` of the same type, or of
 /// [`F8E4M3`](crate::F8E4M3). Rows of that type go to a cache of it as they are. Both dims are
-/// multiples of 8, or of 16 in a cache of 8 bits; where keys are rotated, `rotated` is a multiple of
-/// 16.
+/// multiples of 8, or of 16 in a cache of 8 bits; where keys are rotated, `rotated` is a multiple
+/// of 16.
 ///
 /// Places and positions are read by the kernel: a row whose place is outside of the cache, or whose
 /// position is outside of the rotation's table, is left out, which serves rows that another rank
-/// keeps. No two rows may have one place. That scales are finite and above 0 is the caller's promise.
+/// keeps. No two rows may have one place. That scales are finite and above 0 is the caller's
+/// promise.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Stride`] or [`Error::Value`] if they do not fit together,

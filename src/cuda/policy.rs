@@ -119,8 +119,8 @@ impl Policy {
 
     /// For 33 to 64 rows, where tiles of `encode` have 128: as that with half the rows and the same
     /// tiles of keys. The products of a row accumulate in the same order, so both give it the same
-    /// bits. Hopper's shared memory has room for four blocks; d64 comes by as few registers unasked,
-    /// and spills some if asked.
+    /// bits. Hopper's shared memory has room for four blocks; d64 comes by as few registers
+    /// unasked, and spills some if asked.
     pub const fn encode_64(dims: Dims) -> Option<Self> {
         let encode = Self::encode(dims);
         if encode.rows() != 128 {

@@ -11,8 +11,8 @@ use std::ops::Range;
 /// to every call.
 ///
 /// Each layer has a tensor of keys, [`shape`](Self::shape) `[pages, page_len, kv_heads, head_dim]`,
-/// and one of values, [`value_shape`](Self::value_shape). In memory heads come before rows, so that the keys of a head are
-/// contiguous.
+/// and one of values, [`value_shape`](Self::value_shape). In memory heads come before rows, so that
+/// the keys of a head are contiguous.
 ///
 /// What a sequence holds is its length alone, the same in all layers; `extend` and `truncate`
 /// change it. The rows of new tokens hold anything until they are appended.
@@ -96,8 +96,8 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     /// # Errors
     /// [`Error::Pages`] if too few pages are free, [`Error::Capacity`] for a sequence in rows that
     /// has no room; [`Error::Value`], naming `sequence`, for one that is not open; errors of
-    /// [`Backend::buffer`] and [`Backend::append`] for the copy, which is refused in a stream that is
-    /// being captured. The sequence is then as it was.
+    /// [`Backend::buffer`] and [`Backend::append`] for the copy, which is refused in a stream that
+    /// is being captured. The sequence is then as it was.
     pub fn extend(&mut self, backend: &B, id: SequenceId, rows: usize) -> Result<()> {
         let extension = self.table.extension(id, rows)?;
         self.copy(backend, &extension)?;
@@ -270,8 +270,8 @@ impl<B: Backend, T: Element> KvStore<B, T> {
     /// `config` is as it was. Sequences stay as they are, with new places in rows. Memory is taken
     /// for all of `config` before that in use is given back.
     ///
-    /// Plans are made anew, for the new shape. A graph that has captured calls on the store must not
-    /// be launched any more: it has the addresses of memory that was given back.
+    /// Plans are made anew, for the new shape. A graph that has captured calls on the store must
+    /// not be launched any more: it has the addresses of memory that was given back.
     ///
     /// # Errors
     /// [`Error::Value`] for a config that differs in more than room, or has less; as

@@ -1,5 +1,5 @@
-//! New rows go to their places in a cache and nowhere else, keys turned by their positions, and both
-//! divided by their scales where there are any.
+//! New rows go to their places in a cache and nowhere else, keys turned by their positions, and
+//! both divided by their scales where there are any.
 
 use super::backend::Stored;
 use super::cases::RUBBISH;
@@ -64,8 +64,8 @@ impl AppendCase {
             .collect()
     }
 
-    /// The element of a turned key over its scale, and what rounding may change; `angle` gives cosine
-    /// and sine of a pair.
+    /// The element of a turned key over its scale, and what rounding may change; `angle` gives
+    /// cosine and sine of a pair.
     fn turned<T: Element, C: Element>(
         &self,
         key: &Tensor<T>,

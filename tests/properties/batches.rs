@@ -270,7 +270,8 @@ fn gather<T: Element>(from: &Tensor<T>, len: usize, place: impl Fn(usize) -> [us
 }
 
 /// `run` computes attention for a batch, with the case's sinks and scales, into an output and, if
-/// asked for, its log-sum-exp. Each of the sequences gets what it gets alone, and nothing else is written.
+/// asked for, its log-sum-exp. Each of the sequences gets what it gets alone, and nothing else is
+/// written.
 pub fn each_sequence_of_a_batch_stands_alone<Q: Element, K: Element, O: Element>(
     case: &BatchCase,
     run: impl Fn(&Batch, &ScoreConfig, &Inputs<Q, K>, &mut Tensor<O>, Option<&mut [f32]>),

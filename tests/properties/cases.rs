@@ -68,8 +68,8 @@ pub fn dims() -> impl Strategy<Value = (usize, usize)> {
     ]
 }
 
-/// Multiply-adds of QKᵀ, and of the values' sums, in the largest case: what the oracle, one row at a
-/// time in f64, does in some 20 ms.
+/// Multiply-adds of QKᵀ, and of the values' sums, in the largest case: what the oracle, one row at
+/// a time in f64, does in some 20 ms.
 const WORK: usize = 3_000_000;
 
 pub fn shapes(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = AttentionShape> {

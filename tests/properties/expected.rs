@@ -23,8 +23,8 @@
 //! For f16 and bf16 the rule is FlashAttention's: `max|out - ref| <= 2 max|lowp - ref| + atol`,
 //! where `lowp` is the same maths done naively with the probabilities and the output rounded to the
 //! type, which is that of the queries. Scores and log-sum-exp get no such allowance: they are
-//! accumulated in f32 whatever the type. `atol` is for tensors of so few elements that `lowp` may be
-//! exact by luck: four standard deviations of the rounding of probabilities and output.
+//! accumulated in f32 whatever the type. `atol` is for tensors of so few elements that `lowp` may
+//! be exact by luck: four standard deviations of the rounding of probabilities and output.
 
 use crate::common::{Call, Tensor, scale_of, views};
 use proptest::prelude::*;

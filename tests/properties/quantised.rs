@@ -121,8 +121,8 @@ pub fn every_code_counts_for_what_it_says<B: Backend, Q: Element, O: Element>(
 }
 
 /// Under a causal mask a NaN in a key makes NaN of the rows that see it, and one in a value of its
-/// column in these rows; all else keeps its bits. `keys_keep_bits`: also the other rows where the NaN
-/// is in a key, which may move the base of their scores.
+/// column in these rows; all else keeps its bits. `keys_keep_bits`: also the other rows where the
+/// NaN is in a key, which may move the base of their scores.
 pub fn nan_reaches_the_rows_that_see_it<B: Backend, Q: Element, O: Element>(
     by: &On<B>,
     [head_dim, value_dim]: [usize; 2],
@@ -184,8 +184,8 @@ pub fn nan_reaches_the_rows_that_see_it<B: Backend, Q: Element, O: Element>(
     }
 }
 
-/// New rows become the codes of their quotients by the scales, keys after their rotation. `exact`: a
-/// turned key is rounded as a plain loop in f32 does it; else it may be off by what rounding f32
+/// New rows become the codes of their quotients by the scales, keys after their rotation. `exact`:
+/// a turned key is rounded as a plain loop in f32 does it; else it may be off by what rounding f32
 /// otherwise changes.
 pub fn appended_codes_are_those_of_the_quotients<B: Backend, T: Element>(backend: &B, exact: bool) {
     const ROWS: usize = 60;
@@ -342,8 +342,9 @@ pub fn a_store_keeps_its_codes<B: Backend>(backend: &B) {
     }
 }
 
-/// Scales of another count or out of range, and of keys that have not 8 bits, are refused by name, in
-/// attention and in appends; nothing is written. Numbers are looked at where they lie in CPU memory.
+/// Scales of another count or out of range, and of keys that have not 8 bits, are refused by name,
+/// in attention and in appends; nothing is written. Numbers are looked at where they lie in CPU
+/// memory.
 pub fn what_does_not_fit_is_named<B: Backend, Q: Element>(by: &On<B>, in_cpu_memory: bool) {
     const HEADS: usize = 4;
     const SHAPE: [usize; 4] = [1, 2, HEADS, 64];

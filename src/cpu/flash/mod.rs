@@ -239,10 +239,10 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Stride`] for tensors that are not the plan's, [`Error::Value`]
-    /// if a sequence has a prefix and the inputs have none, for a sink that is NaN or `+inf`, or for
-    /// a scale that is not finite or not above 0, [`Error::DType`] for scales of keys that are not
-    /// [`F8E4M3`](crate::F8E4M3), [`Error::Workspace`] for one smaller than [`workspace_bytes`](Self::workspace_bytes).
-    /// Nothing was written then.
+    /// if a sequence has a prefix and the inputs have none, for a sink that is NaN or `+inf`, or
+    /// for a scale that is not finite or not above 0, [`Error::DType`] for scales of keys that are
+    /// not [`F8E4M3`](crate::F8E4M3), [`Error::Workspace`] for one smaller than
+    /// [`workspace_bytes`](Self::workspace_bytes). Nothing was written then.
     pub fn run<'w, Q: Element, T: Element, O: Output>(
         &self,
         inputs: Inputs<TensorView<'_, Q>, TensorView<'_, T>, &[f32]>,

@@ -319,8 +319,8 @@ struct Online<'a> {
     alpha: &'a mut [f32],
 }
 
-/// Which keys of a tile the rows of a panel see: those before `visible`, if they are before `anchor`
-/// or not before `hidden`.
+/// Which keys of a tile the rows of a panel see: those before `visible`, if they are before
+/// `anchor` or not before `hidden`.
 struct Limits {
     visible: [f32; WIDEST_PANEL],
     hidden: [f32; WIDEST_PANEL],

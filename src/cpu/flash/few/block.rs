@@ -188,12 +188,14 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         let whole = head_dim - head_dim % elements;
         let mut sums = [[simd.splat(0.0); BLOCK]; R];
         assert!(query.len() >= R * width && keys.iter().all(|key| key.len() >= whole));
-        // Sums of one row's product, so that there are enough to hide the latency of a multiply-add.
+        // Sums of one row's product, so that there are enough to hide the latency of a
+        // multiply-add.
         let turns = if R < CHAINS { CHAINS / R } else { 1 };
         let in_turns = whole - whole % (turns * elements);
         for (i, key) in keys.into_iter().enumerate() {
             let mut parts = [[simd.splat(0.0); CHAINS]; R];
-            // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted above.
+            // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted
+            // above.
             unsafe {
                 for start in (0..in_turns).step_by(turns * elements) {
                     for turn in 0..turns {
