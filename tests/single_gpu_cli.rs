@@ -45,7 +45,7 @@ fn without_a_gpu_one_line_says_so() {
 #[test]
 fn what_no_kernel_takes_is_refused() {
     for (options, message) in [
-        (&["--head-dim", "80"][..], "head_dim"),
+        (&["--head-dim", "84"][..], "head_dim"),
         (&["--block-len", "0"], "block_len"),
         (&["--anchor-len", "1000"], "anchor_len"),
         (&["--heads", "3"], "heads"),
