@@ -103,17 +103,18 @@ def run_case(rng, index, backends, folder):
     kind = KINDS[index % len(KINDS)]
     backend = backends[index // len(KINDS) % len(backends)]
     dtype = TYPES[rng.choice(["f16", "bf16"] if backend == "simt" else list(TYPES))]
-    dim = rng.choice([64, 128]) if backend == "simt" else rng.choice([16, 40, 64, 128])
+    # Of codes the kernels take multiples of 16.
+    codes = rng.random() < 0.3
+    dim = rng.choice([48, 64, 80, 128, 192]) if backend == "simt" else rng.choice([16, 40, 64, 128])
     batch, kv_heads, group = rng.randint(1, 2), rng.randint(1, 2), rng.randint(1, 4)
     keys = rng.choice([1, 17, 96, 130, 300])
     rows = rng.choice([1, min(3, keys), min(keys, 70), keys])
-    value_dim = rng.choice([8, 32, 64, 96, 128]) if rng.random() < 0.3 else dim
+    value_dim = rng.choice([16 if codes else 8, 32, 64, 96, 128]) if rng.random() < 0.3 else dim
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
     normal = lambda *shape: torch.randn(shape, generator=generator)
     q, k, v = normal(batch, rows, kv_heads * group, dim), normal(batch, keys, kv_heads, dim), normal(batch, keys, kv_heads, value_dim)
     options, tensors, seen = draw_mask(rng, kind, rows, keys)
     q, one = q.to(dtype), torch.ones(1)
-    codes = rng.random() < 0.3
     if codes:
         scales = draw_scales(rng, generator, kv_heads)
         k, v = divided(k, scales.get("k_scale", one)), divided(v, scales.get("v_scale", one))
