@@ -254,23 +254,26 @@ fn workspaces_do_not_depend_on_the_pool() {
     let cpu = Cpu::new();
     let (query, key) = ([1, 64, 8, 64], [1, 2048, 8, 64]);
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-    let mut plan =
-        pool(1).install(|| cpu.plan(&PlanConfig::new(), &Capacity::new(query, key, 1, 64))).unwrap();
-    let mut batch = Batch::new(query, key).unwrap();
-    batch.push(Sequence::new(0, 0..64, Keys::rows(0, 0..2048), Mask::Full)).unwrap();
-    pool(3).install(|| {
-        cpu.update(&mut plan, &batch).unwrap();
-        let (queries, keys) = (vec![1f32; 64 * 8 * 64], vec![1f32; 2048 * 8 * 64]);
-        let (mut out, mut workspace) = (vec![0f32; queries.len()], vec![0; cpu.workspace_bytes(&plan)]);
-        let inputs = Inputs::new(
-            cpu.whole("query", &queries, query).unwrap(),
-            cpu.whole("key", &keys, key).unwrap(),
-            cpu.whole("value", &keys, key).unwrap(),
-        );
-        let to = cpu.whole_mut("out", &mut out, query).unwrap();
-        cpu.attend(&mut plan, inputs, to, None, &mut workspace).unwrap();
-        assert!(out.iter().all(|&x| (x - 1.0).abs() < 1e-6));
-    });
+    for (config, value_dim) in [(PlanConfig::new(), 64), (PlanConfig::new().with_split_keys(64), 300)] {
+        let capacity = Capacity::new(query, key, 1, 64).with_value_dim(value_dim);
+        let mut plan = pool(1).install(|| cpu.plan(&config, &capacity)).unwrap();
+        let mut batch = Batch::new(query, key).unwrap().with_value_dim(value_dim).unwrap();
+        batch.push(Sequence::new(0, 0..64, Keys::rows(0, 0..2048), Mask::Full)).unwrap();
+        pool(3).install(|| {
+            cpu.update(&mut plan, &batch).unwrap();
+            let (queries, keys) = (vec![1f32; 64 * 8 * 64], vec![1f32; 2048 * 8 * 64]);
+            let (values, mut out) = (vec![1f32; 2048 * 8 * value_dim], vec![0f32; 64 * 8 * value_dim]);
+            let mut workspace = vec![0; cpu.workspace_bytes(&plan)];
+            let inputs = Inputs::new(
+                cpu.whole("query", &queries, query).unwrap(),
+                cpu.whole("key", &keys, key).unwrap(),
+                cpu.whole("value", &values, batch.value_shape()).unwrap(),
+            );
+            let to = cpu.whole_mut("out", &mut out, batch.out_shape()).unwrap();
+            cpu.attend(&mut plan, inputs, to, None, &mut workspace).unwrap();
+            assert!(out.iter().all(|&x| (x - 1.0).abs() < 1e-6));
+        });
+    }
 }
 
 /// An engine keeps plans in its own structs, and moves them between threads.

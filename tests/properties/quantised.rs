@@ -3,11 +3,11 @@
 use super::backend::{On, Stored, read_store};
 use super::batches::{BatchCase, each_sequence_of_a_batch_stands_alone};
 use super::cases::{Inputs, RUBBISH};
-use crate::common::{Rng, Tensor, indices, named, scale_of};
+use crate::common::{Layout, Rng, Tensor, indices, named, scale_of};
 use proptest::prelude::*;
 use star_attention::{
-    Append, AttentionShape, Backend, Batch, DType, Element, Error, F8E4M3, KvConfig, KvStore, Mask,
-    PlanConfig, Rotation, Scales,
+    Append, AttentionShape, Backend, Batch, DType, Element, Error, F8E4M3, Keys, KvConfig, KvStore, Mask,
+    PlanConfig, Rotation, Scales, Sequence,
 };
 
 /// Plans that split keys by themselves, at given places, and for any number of rows.
@@ -120,9 +120,10 @@ pub fn every_code_counts_for_what_it_says<B: Backend, Q: Element, O: Element>(
     }
 }
 
-/// Under a causal mask a NaN in a key makes NaN of the rows that see it, and one in a value of its
-/// column in these rows; all else keeps its bits. `keys_keep_bits`: also the other rows where the
-/// NaN is in a key, which may move the base of their scores.
+/// Under a causal mask, and where each row is a sequence over the same keys, of which those of a head
+/// lie apart or side by side, a NaN in a key makes NaN of the rows that see it, and one in a value of
+/// its column in these rows; all else keeps its bits. `keys_keep_bits`: also the other rows of the
+/// mask where the NaN is in a key, which may move the base of their scores.
 pub fn nan_reaches_the_rows_that_see_it<B: Backend, Q: Element, O: Element>(
     by: &On<B>,
     [head_dim, value_dim]: [usize; 2],
@@ -139,47 +140,71 @@ pub fn nan_reaches_the_rows_that_see_it<B: Backend, Q: Element, O: Element>(
         value_dim,
     };
     let mut rng = Rng::new(2);
-    let mut inputs = Inputs::<Q, F8E4M3> {
-        query: Tensor::normal("query", shape.query_shape(), &mut rng),
-        key: Tensor::normal("key", shape.key_shape(), &mut rng),
-        value: Tensor::normal("value", shape.value_shape(), &mut rng),
+    let query = Tensor::<Q>::normal("query", shape.query_shape(), &mut rng);
+    let [key, value] =
+        [shape.key_shape(), shape.value_shape()].map(|s| Tensor::<F8E4M3>::normal("rows", s, &mut rng));
+    let inputs_in = |layout: &Layout| {
+        let [key, value] = [&key, &value].map(|rows| {
+            Tensor::new("rows", rows.shape(), layout, f32::NAN, |index| rows.get(index).to_f32())
+        });
+        Inputs { query: query.clone(), key, value }
     };
     let [_, _, scales] = scales_of_each_kind();
-    let batch = Batch::uniform(&shape, &Mask::Causal).unwrap();
-    let run = |inputs: &Inputs<Q, F8E4M3>| {
+    let together = Batch::uniform(&shape, &Mask::Causal).unwrap();
+    let mut alone = Batch::new(shape.query_shape(), shape.key_shape()).unwrap();
+    alone = alone.with_value_dim(value_dim).unwrap();
+    for row in 0..rows {
+        let keys = Keys::rows(0, 0..keys - rows + row + 1);
+        alone.push(Sequence::new(0, row..row + 1, keys, Mask::Full)).unwrap();
+    }
+    let run = |batch: &Batch, inputs: &Inputs<Q, F8E4M3>| {
         let mut out = Tensor::<O>::contiguous("out", shape.out_shape(), |_| RUBBISH);
         let mut lse = vec![RUBBISH; shape.lse_len()];
-        by.run_call(&PlanConfig::new(), &batch, inputs.call(None, &scales), &mut out, Some(&mut lse))
-            .unwrap();
+        by.run_call(&PlanConfig::new(), batch, inputs.call(None, &scales), &mut out, Some(&mut lse)).unwrap();
         (out, lse)
     };
-    let (clean, clean_lse) = run(&inputs);
-    assert!(clean.values().chain(clean_lse.iter().copied()).all(f32::is_finite));
+    let heads_first = Layout { order: [0, 2, 1], ..Layout::CONTIGUOUS };
+    let forms = [
+        (&together, Layout::CONTIGUOUS, keys_keep_bits),
+        (&alone, Layout::CONTIGUOUS, true),
+        (&alone, heads_first, true),
+    ];
     // In the second KV head.
-    for (in_key, d, code) in
-        [(true, 0, 0x7f), (true, head_dim - 1, 0xff), (false, 0, 0xff), (false, value_dim - 1, 0x7f)]
-    {
-        let tensor = if in_key { &mut inputs.key } else { &mut inputs.value };
-        let before = tensor.get([0, at, 1, d]);
-        tensor.set([0, at, 1, d], F8E4M3::from_bits(code));
-        let (out, lse) = run(&inputs);
-        let tensor = if in_key { &mut inputs.key } else { &mut inputs.value };
-        tensor.set([0, at, 1, d], before);
-        let sees = |row: usize, head: usize| head / shape.group() == 1 && at <= keys - rows + row;
-        for [_, row, head, column] in indices(shape.out_shape()) {
-            let hit = sees(row, head) && (in_key || column == d);
-            let [got, clean] = [&out, &clean].map(|out| out.get([0, row, head, column]).to_f32());
-            let kept = got.to_bits() == clean.to_bits() || (in_key && !keys_keep_bits && got.is_finite());
-            let what = if in_key { "key" } else { "value" };
-            assert!(
-                if hit { got.is_nan() } else { kept },
-                "{got} for {clean} in row {row} of {rows}, head {head}, column {column}; {code:#x} in {what} {at} of {keys}"
-            );
-        }
-        for (row, head) in (0..rows).flat_map(|row| (0..QUERY_HEADS).map(move |head| (row, head))) {
-            let [got, clean] = [&lse, &clean_lse].map(|lse| lse[head * rows + row]);
-            let kept = got.to_bits() == clean.to_bits() || (in_key && !keys_keep_bits && got.is_finite());
-            assert!(if in_key && sees(row, head) { got.is_nan() } else { kept }, "lse {got} for {clean}");
+    let spots = [(true, 0, 0x7f), (true, head_dim - 1, 0xff), (false, 0, 0xff), (false, value_dim - 1, 0x7f)];
+    let sees = |row: usize, head: usize| head / shape.group() == 1 && at <= keys - rows + row;
+    // Single rows of many would be long on the emulator, and show no more.
+    for (batch, layout, keys_keep_bits) in forms.into_iter().take(if rows > 16 { 1 } else { 3 }) {
+        let mut inputs = inputs_in(&layout);
+        let (clean, clean_lse) = run(batch, &inputs);
+        assert!(clean.values().chain(clean_lse.iter().copied()).all(f32::is_finite));
+        for (in_key, d, code) in spots {
+            let place = [0, at, 1, d];
+            let exchange = |inputs: &mut Inputs<Q, F8E4M3>, code| {
+                let tensor = if in_key { &mut inputs.key } else { &mut inputs.value };
+                let before = tensor.get(place);
+                tensor.set(place, code);
+                before
+            };
+            let before = exchange(&mut inputs, F8E4M3::from_bits(code));
+            let (out, lse) = run(batch, &inputs);
+            exchange(&mut inputs, before);
+            let kept = |got: f32, clean: f32| {
+                got.to_bits() == clean.to_bits() || (in_key && !keys_keep_bits && got.is_finite())
+            };
+            for [_, row, head, column] in indices(shape.out_shape()) {
+                let hit = sees(row, head) && (in_key || column == d);
+                let [got, clean] = [&out, &clean].map(|out| out.get([0, row, head, column]).to_f32());
+                let what = if in_key { "key" } else { "value" };
+                assert!(
+                    if hit { got.is_nan() } else { kept(got, clean) },
+                    "{got} for {clean} in row {row} of {rows}, head {head}, column {column}; {code:#x} in {what} {at} of {keys}"
+                );
+            }
+            for (row, head) in (0..rows).flat_map(|row| (0..QUERY_HEADS).map(move |head| (row, head))) {
+                let [got, clean] = [&lse, &clean_lse].map(|lse| lse[head * rows + row]);
+                let right = if in_key && sees(row, head) { got.is_nan() } else { kept(got, clean) };
+                assert!(right, "lse {got} for {clean} in row {row} of {rows}, head {head}");
+            }
         }
     }
 }
