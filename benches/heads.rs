@@ -1,4 +1,4 @@
-//! What heads of other extents and keys of 8 bits cost on the CPU. Both sides take turns in one
+//! What other head dims and fp8 keys cost on the CPU. Both sides take turns in one
 //! run.
 //!
 //! `cargo bench --bench heads`, and `-- TEXT` for the rows whose name holds a text.
@@ -34,7 +34,7 @@ fn shape(query_len: usize, key_len: usize) -> AttentionShape {
 
 /// Decodes over keys of `K`, and the same over keys of bf16.
 fn decode<Q: Element, K: Element>(turns: &mut Turns, keys: usize, group: usize) {
-    let name = format!("decode over {} and {} keys, {} heads on 8", K::DTYPE, bf16::DTYPE, 8 * group);
+    let name = format!("{} decode over {} and bf16 keys, {} heads on 8", Q::DTYPE, K::DTYPE, 8 * group);
     if turns.wants(&name) {
         let shape = AttentionShape { query_heads: 8 * group, ..shape(1, keys) };
         let (mut narrow, mut wide) = (call::<Q, K>(shape), call::<Q, bf16>(shape));
@@ -42,7 +42,7 @@ fn decode<Q: Element, K: Element>(turns: &mut Turns, keys: usize, group: usize) 
     }
 }
 
-/// Causal attention with heads of other extents, and of 128, for as many multiply-adds.
+/// Causal attention with other head dims, and with 128, for as many multiply-adds.
 fn dims<T: Element>(turns: &mut Turns, head_dim: usize, value_dim: usize, len: usize) {
     let name = format!("{} {head_dim}/{value_dim} and 128/128, {len} tokens", T::DTYPE);
     if turns.wants(&name) {

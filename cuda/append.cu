@@ -4,7 +4,7 @@
 //     (x, y) → (x cos - y sin, x sin + y cos)
 //
 // for the pairs (2 i, 2 i + 1), or (i, i + rotated / 2), at the angle of the row's position and i.
-// In f32, rounded once; to a shard of 8 bits after a division by the head's scale.
+// In f32, rounded once; to an fp8 shard after a division by the head's scale.
 #include "include/e4m3.cuh"
 
 // Eight elements as they lie in memory.
@@ -21,16 +21,6 @@ struct Eight<E4M3> {
     static DEVICE uint2 pack(const float (&x)[8]) { return narrow8(x); }
 };
 
-// Of rows that go to another type.
-template <class From, class To>
-struct Conversion {
-    static constexpr bool converts = true;
-};
-template <class Same>
-struct Conversion<Same, Same> {
-    static constexpr bool converts = false;
-};
-
 template <class Element>
 DEVICE typename Eight<Element>::Words* row_of(const StarTensor& tensor, uint64_t batch, uint64_t seq, uint64_t head) {
     using Words = typename Eight<Element>::Words;
@@ -38,14 +28,10 @@ DEVICE typename Eight<Element>::Words* row_of(const StarTensor& tensor, uint64_t
     return reinterpret_cast<Words*>(tensor.data + offset * (sizeof(Words) / 8));
 }
 
-DEVICE float scale_of(uint64_t scales, uint32_t step, uint32_t head) {
-    return scales == 0 ? 1 : load(reinterpret_cast<const float*>(scales) + step * head);
-}
-
-// Stores eight dims, divided by the scale if there is one.
+// Stores eight dims, to an fp8 shard divided by the head's scale.
 template <class To>
 DEVICE void store8(typename Eight<To>::Words* to, float (&x)[8], uint64_t scales, uint32_t step, uint32_t head) {
-    if (scales != 0) {
+    if constexpr (sizeof(*to) == sizeof(uint2)) {
         const float scale = scale_of(scales, step, head);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -107,7 +93,8 @@ DEVICE void append(const StarAppendParams& p) {
     auto* to_key = row_of<To>(p.shard_key, page, row, head) + chunk;
     auto* to_value = row_of<To>(p.shard_value, page, row, head) + chunk;
     const bool has_key = chunk * 8 < p.dim, has_value = chunk * 8 < p.value_dim;
-    if constexpr (!Conversion<From, To>::converts) {
+    // Only rows that become narrower change their type.
+    if constexpr (sizeof(*key) == sizeof(*to_key)) {
         if (has_value) {
             store(to_value, load(value + chunk));
         }

@@ -76,7 +76,7 @@ typedef struct {
     uint64_t lse;
     /* f32 [query_heads], or 0: of rows that are not merged. */
     uint64_t sinks;
-    /* f32 [1] or [kv_heads], or 0: what keys and values of 8 bits are multiplied by. */
+    /* f32 [1] or [kv_heads], or 0: what fp8 keys and values are multiplied by. */
     uint64_t key_scales;
     uint64_t value_scales;
     /* StarTile[]. */
@@ -184,7 +184,7 @@ typedef struct {
     uint64_t positions;
     uint64_t cos;
     uint64_t sin;
-    /* f32 [1] or [kv_heads], or 0: what keys and values are divided by, to a shard of 8 bits. */
+    /* f32 [1] or [kv_heads], or 0: what keys and values are divided by, to an fp8 shard. */
     uint64_t key_scales;
     uint64_t value_scales;
     uint32_t batch;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compares examples/attend with PyTorch under random masks, windows, block lists, sinks, value dims and keys of 8 bits, and prints a table.
+# Compares examples/attend with PyTorch under random masks, windows, block lists, sinks, value dims and fp8 keys, and prints a table.
 #
 #   scripts/check-masks.sh [--cases N] [--seed N] [--backends cpu,simt]
 #

@@ -1,6 +1,6 @@
 """Random calls of examples/attend against PyTorch.
 
-Each case draws a mask, and what goes with it; some have values of another dim than keys, and some keys and values of 8 bits, with scales
+Each case draws a mask, and what goes with it; some have values of another dim than keys, and some fp8 keys and values, with scales
 or without. PyTorch has the mask as an explicit matrix, made here from its definition, and codes times their scales in f64: it computes the
 softmax in f64 step by step, and, where there is neither a softcap nor a sink and every row sees a key, by scaled_dot_product_attention
 too. Outputs may differ by twice what rounding the exact result's weights and output to the type does, and a little for f32.
@@ -166,5 +166,5 @@ print("| mask | backend | cases | largest error, of what is allowed |")
 print("|---|---|---:|---:|")
 for (kind, backend), shares in sorted(table.items()):
     print(f"| {kind} | {backend} | {len(shares)} | {max(shares):.2f} |")
-print(f"\n{of_dims} cases with values of another dim than keys, {of_codes} over keys and values of 8 bits.")
+print(f"\n{of_dims} cases with values of another dim than keys, {of_codes} over fp8 keys and values.")
 print(f"PyTorch {torch.__version__}, {args.cases} cases, all within tolerance.")

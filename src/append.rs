@@ -25,7 +25,7 @@ pub struct Append<V, F, U> {
     pub places: U,
     /// How keys are rotated on the way, if they are.
     pub rotation: Option<Rotation<F, U>>,
-    /// What keys and values are divided by on the way to a cache of 8 bits.
+    /// What keys and values are divided by on the way to an fp8 cache.
     pub scales: Option<Scales<F>>,
 }
 

@@ -20,7 +20,7 @@ pub struct Inputs<Q, K, S> {
     pub prefix: Option<[K; 2]>,
     /// Attention sinks, f32 `[query_heads]`, where rows have one.
     pub sinks: Option<S>,
-    /// What keys and values of 8 bits are multiplied by.
+    /// What fp8 keys and values are multiplied by.
     pub scales: Option<Scales<S>>,
 }
 

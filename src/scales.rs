@@ -1,4 +1,4 @@
-//! What keys and values of 8 bits are multiplied by.
+//! What fp8 keys and values are multiplied by.
 
 use crate::{DType, Error, Result};
 
@@ -32,7 +32,7 @@ impl Scales<&[f32]> {
         [self.key, self.value].map(|scales| scales[if scales.len() == 1 { 0 } else { kv_head }])
     }
 
-    /// Refuses scales out of range, or of keys and values that are not of 8 bits.
+    /// Refuses scales out of range, or of keys and values that are not fp8.
     pub(crate) fn check(&self, dtype: DType, kv_heads: usize) -> Result<()> {
         check_extents(dtype, kv_heads, [self.key.len(), self.value.len()])?;
         for (argument, scales) in NAMES.into_iter().zip([self.key, self.value]) {

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{named, of_sequence};
+use common::{extents, named, of_sequence};
 use star_attention::{AttentionShape, Batch, BlockList, Keys, Mask, Sequence};
 use std::ops::Range;
 
@@ -137,15 +137,7 @@ fn pages_without_rows_hold_no_key() {
 
 #[test]
 fn uniform_and_packed_batches() {
-    let shape = AttentionShape {
-        batch: 2,
-        query_len: 3,
-        key_len: 5,
-        query_heads: 4,
-        kv_heads: 2,
-        head_dim: 8,
-        value_dim: 6,
-    };
+    let shape = extents([2, 3, 5], [4, 2], [8, 6]);
     let uniform = Batch::uniform(&shape, &Mask::Causal).unwrap();
     assert_eq!((uniform.out_shape(), uniform.value_shape()), (shape.out_shape(), shape.value_shape()));
     let expected: Vec<_> =

@@ -4,6 +4,11 @@
 
 #include "eight.cuh"
 
+// What the keys or values of a head are multiplied by: one of `scales`, or 1 if there are none.
+DEVICE float scale_of(uint64_t scales, uint32_t step, uint32_t head) {
+    return scales == 0 ? 1 : load(reinterpret_cast<const float*>(scales) + step * head);
+}
+
 // Whether one of four codes is NaN.
 DEVICE uint32_t nan_codes(uint32_t x) { return ((x & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u; }
 

@@ -196,11 +196,11 @@ struct Flash {
         ring.start(entry);
 
         float out[P::row_tiles][outputs][4] = {};
-        // Of 8 bits: the head's keys are so much larger.
-        const float key_scale = scale_of(p.key_scales, p.key_scale_step, list.kv_head);
-        const bool capped = p.cap_scale != 0;
+        // Of keys of 16 bits 1, as the compiler can tell.
+        constexpr bool scaled = P::stored_bytes == 1;
+        const float key_scale = scaled ? scale_of(p.key_scales, p.key_scale_step, list.kv_head) : 1;
         Softmax<P::row_tiles> softmax(p.scale_log2, p.slack);
-        if (P::stored_bytes == 1 && !capped) {
+        if (scaled && p.cap_scale == 0) {
             softmax.scale_by(key_scale);
         }
         const Walk queries(query, first_row, false);
@@ -215,7 +215,7 @@ struct Flash {
                 values = ring.template next<true, Element>(entry);
             }
             if (p.cap_scale != 0) {
-                cap(scores, P::stored_bytes == 1 ? p.cap_scale * key_scale : p.cap_scale);
+                cap(scores, scaled ? p.cap_scale * key_scale : p.cap_scale);
             }
             if (ring.is_border(entry)) {
                 mask(scores, entry, ring);
@@ -246,7 +246,7 @@ struct Flash {
         // All are done with the rings, or, without any key, with the copy of the queries: their
         // memory is used again.
         const bool cleared = sync_block_any(ring.cleared());
-        const float value_scale = scale_of(p.value_scales, p.value_scale_step, list.kv_head);
+        const float value_scale = scaled ? scale_of(p.value_scales, p.value_scale_step, list.kv_head) : 1;
         if (P::key_warps == 1) {
             write(rows, query, out, softmax, value_scale);
         } else {
@@ -262,11 +262,6 @@ struct Flash {
     // each step: kept, it would displace accumulators.
     static DEVICE uint32_t thread_of_values() {
         return P::value_dim == P::head_dim ? thread_index() : opaque(thread_index());
-    }
-
-    // What the keys or values of a head are multiplied by.
-    static DEVICE float scale_of(uint64_t scales, uint32_t step, uint32_t kv_head) {
-        return P::stored_bytes == 2 || scales == 0 ? 1 : load(reinterpret_cast<const float*>(scales) + step * kv_head);
     }
 
     static DEVICE void cap(float (&scores)[P::row_tiles][columns][4], float cap_scale) {

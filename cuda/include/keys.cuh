@@ -99,7 +99,7 @@ struct KeyList {
 // What a step must know of the list is in shared memory: in registers it would displace
 // accumulators, and the cache is far.
 //
-// Elements of 8 bits are copied to the slots as they are, and widened to one more tile when it is
+// fp8 elements are copied to the slots as they are, and widened to one more tile when it is
 // their turn, by the threads that copied them.
 template <class P>
 struct Ring {

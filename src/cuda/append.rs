@@ -3,9 +3,9 @@
 
 use super::device::{Device, DeviceTensor, DeviceTensorMut, Span, bytes_of};
 use super::params::StarAppendParams;
+use super::scales::ScaleParams;
 use super::{APPEND_THREADS, Launch};
 use crate::batch::with_dim;
-use crate::scales::check_extents;
 use crate::{Append, DType, Element, Error, Result, Scales};
 
 /// New rows in device memory.
@@ -14,7 +14,7 @@ type NewRows<'v, 'f, 'u, D, T> = Append<DeviceTensor<'v, D, T>, Span<'f, D, f32>
 /// Stores new keys and values, f16 or bf16, in a cache of keys `[pages, page_len, kv_heads,
 /// head_dim]` and values `[pages, page_len, kv_heads, value_dim]` of the same type, or of
 /// [`F8E4M3`](crate::F8E4M3). Rows of that type go to a cache of it as they are. Both dims are
-/// multiples of 8, or of 16 in a cache of 8 bits; where keys are rotated, `rotated` is a multiple
+/// multiples of 8, or of 16 in an fp8 cache; where keys are rotated, `rotated` is a multiple
 /// of 16.
 ///
 /// Places and positions are read by the kernel: a row whose place is outside of the cache, or whose
@@ -46,16 +46,13 @@ pub fn append<D: Device, T: Element, C: Element>(
         }
     }
     if let (DType::F8E4M3, Some(_)) = (T::DTYPE, rotation) {
-        return Err(Error::value("rotation", "none of rows of 8 bits", "one"));
+        return Err(Error::value("rotation", "none for fp8 rows", "one"));
     }
-    if let Some(Scales { key, value, .. }) = scales {
-        if T::DTYPE == DType::F8E4M3 {
-            return Err(Error::value("scales", "none of rows of 8 bits", "some"));
-        }
-        check_extents(C::DTYPE, kv_heads, [key.len, value.len])?;
-        key.check_stream("key scales", stream)?;
-        value.check_stream("value scales", stream)?;
+    if let (DType::F8E4M3, Some(_)) = (T::DTYPE, scales) {
+        return Err(Error::value("scales", "none for fp8 rows", "some"));
     }
+    let scales = scales.as_ref().map(|scales| Scales::new(&scales.key, &scales.value));
+    let scales = ScaleParams::new(stream, C::DTYPE, kv_heads, scales.as_ref())?;
     // What the kernel counts in 32 bits. Their products, two at a time, fit 64.
     let narrow = |argument, extents: [usize; 4]| -> Result<[u32; 4]> {
         let narrow = extents.map(|extent| u32::try_from(extent).unwrap_or(u32::MAX));
@@ -104,10 +101,10 @@ pub fn append<D: Device, T: Element, C: Element>(
         kv_heads: extents[2],
         dim: extents[3],
         value_dim: value_extent,
-        key_scales: scales.as_ref().map_or(0, |scales| scales.key.address),
-        value_scales: scales.as_ref().map_or(0, |scales| scales.value.address),
-        key_scale_step: scales.as_ref().map_or(0, |scales| u32::from(scales.key.len > 1)),
-        value_scale_step: scales.as_ref().map_or(0, |scales| u32::from(scales.value.len > 1)),
+        key_scales: scales.key,
+        value_scales: scales.value,
+        key_scale_step: scales.key_step,
+        value_scale_step: scales.value_step,
         pages: stored_extents[0],
         page_len: stored_extents[1],
         ..Default::default()

@@ -23,6 +23,7 @@ mod merge;
 #[rustfmt::skip] // bindgen's output
 mod params;
 mod policy;
+mod scales;
 #[cfg(feature = "simt")]
 pub mod simt;
 mod staging;

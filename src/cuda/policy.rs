@@ -11,7 +11,7 @@ pub struct Dims {
     pub value: usize,
 }
 
-/// All that kernels are built for. Those for the longest keys work off longer values in parts of so
+/// All that kernels are built for. Those for the longest keys compute longer values in parts of so
 /// many columns, each by a block that computes the scores anew: 512, or DeepSeek's 576 and 512.
 pub const DIMS: [Dims; 7] = [
     Dims::same(64),
@@ -28,7 +28,7 @@ impl Dims {
         Self { key: dim, value: dim }
     }
 
-    /// Whether the kernels for these work off values in parts.
+    /// Whether the kernels for these compute values in parts.
     pub const fn in_parts(self) -> bool {
         self.key > 256 && self.value < self.key
     }
@@ -43,7 +43,7 @@ impl Dims {
         DIMS.into_iter().filter(|kernel| multiples && fits(kernel)).min_by_key(work)
     }
 
-    /// In how many parts a kernel works off values.
+    /// In how many parts a kernel computes values.
     pub const fn parts(self, kernel: Self) -> usize {
         self.value.div_ceil(kernel.value)
     }
@@ -171,7 +171,7 @@ impl Policy {
         self
     }
 
-    /// The kernel that does the same with keys and values of 8 bits, so that a plan serves both:
+    /// The kernel that does the same with fp8 keys and values, so that a plan serves both:
     /// its tiles have at least as many rows, and the same keys. For `encode_64` that is the one for
     /// `encode`. None for the longest heads.
     pub fn e4m3(&self) -> Option<Self> {
@@ -210,7 +210,7 @@ impl Policy {
 
     /// What is kept of the list of keys (its ends and border, each row's limit and token, for each
     /// thread two addresses and a flag), then the queries in 16 bits and each ring's slots. Two
-    /// slots are one for keys and one for values, others serve both. Elements of 8 bits are widened
+    /// slots are one for keys and one for values, others serve both. fp8 elements are widened
     /// to one more tile.
     pub const fn shared_bytes(&self) -> usize {
         let Dims { key, value } = self.dims;

@@ -1,6 +1,6 @@
 //! The handshake finds whatever differs between ranks, on every rank.
 
-use crate::common::named;
+use crate::common::{extents, named};
 use crate::threads::all_ranks;
 use star_attention::comm::{Agreement, AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic, agree};
 use star_attention::{AttentionShape, DType, Error, GeneratedKv, StarLayout};
@@ -8,15 +8,7 @@ use star_attention::{AttentionShape, DType, Error, GeneratedKv, StarLayout};
 fn agreement(ranks: usize) -> Agreement {
     Agreement {
         layout: StarLayout::builder(1000).block_len(100).anchor_len(50).ranks(ranks).build().unwrap(),
-        shape: AttentionShape {
-            batch: 1,
-            query_len: 5,
-            key_len: 7,
-            query_heads: 8,
-            kv_heads: 2,
-            head_dim: 64,
-            value_dim: 64,
-        },
+        shape: extents([1, 5, 7], [8, 2], [64, 64]),
         layers: 4,
         dtype: DType::BF16,
         anchor: AnchorKv::Encoded,

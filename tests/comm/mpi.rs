@@ -1,12 +1,12 @@
 //! The engine for processes. Each test starts `mpirun` (or what `MPIRUN` names) on this very
 //! binary, whose ignored test `rank` is one process's share.
 
-use crate::common::named;
+use crate::common::{extents, named};
 use crate::programs::PROGRAMS;
 use star_attention::comm::{
     Agreement, AnchorKv, Collective, GroupConfig, Message, Mpi, Pattern, Traffic, agree, share_anchor,
 };
-use star_attention::{AttentionShape, DType, Error, GeneratedKv, Result, StarLayout, TensorViewMut};
+use star_attention::{DType, Error, GeneratedKv, Result, StarLayout, TensorViewMut};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -347,15 +347,7 @@ fn agreement(group: &dyn Collective, block_len: usize) -> Agreement {
             .generated(GeneratedKv::RoundRobin)
             .build()
             .unwrap(),
-        shape: AttentionShape {
-            batch: 1,
-            query_len: 1,
-            key_len: 1,
-            query_heads: 4,
-            kv_heads: 2,
-            head_dim: 64,
-            value_dim: 64,
-        },
+        shape: extents([1, 1, 1], [4, 2], [64, 64]),
         layers: 1,
         dtype: DType::F32,
         anchor: AnchorKv::Received,

@@ -4,7 +4,7 @@
 #![allow(dead_code)] // every test binary takes what it needs
 
 use proptest::prelude::*;
-use star_attention::{DType, Element, Error, Inputs, Scales, TensorView, TensorViewMut};
+use star_attention::{AttentionShape, DType, Element, Error, Inputs, Scales, TensorView, TensorViewMut};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -42,6 +42,16 @@ impl Rng {
     }
 }
 
+/// The extents of a call: sequences, query rows and keys; query heads and KV heads; head dim and
+/// value dim.
+pub const fn extents(
+    [batch, query_len, key_len]: [usize; 3],
+    [query_heads, kv_heads]: [usize; 2],
+    [head_dim, value_dim]: [usize; 2],
+) -> AttentionShape {
+    AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim }
+}
+
 /// Attention sinks of so many heads: of the size of scores, far above and far below them, and none.
 pub fn sinks(heads: usize, seed: u64) -> Vec<f32> {
     let mut rng = Rng::new(!seed);
@@ -54,7 +64,7 @@ pub fn sinks(heads: usize, seed: u64) -> Vec<f32> {
     (0..heads).map(sink).collect()
 }
 
-/// Scales of keys and values, where these have 8 bits: one for all heads or one for each, from 1e-3
+/// Scales of keys and values, where these are fp8: one for all heads or one for each, from 1e-3
 /// to 1e3; none now and then.
 pub fn scales<K: Element>(kv_heads: usize, seed: u64) -> Option<Scales<Vec<f32>>> {
     if K::DTYPE != DType::F8E4M3 {

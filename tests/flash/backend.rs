@@ -1,6 +1,6 @@
 //! The CPU as a backend: appends, and engines on it.
 
-use crate::common::{Rng, Tensor};
+use crate::common::{Rng, Tensor, extents};
 use crate::properties::append::{appends, each_row_is_in_its_place};
 use crate::properties::engine::{an_engine_serves_requests, histories};
 use crate::properties::refusals::{a_refused_update_leaves_the_plan, writes_stay_inside_buffers};
@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use star_attention::cpu::{Cpu, InstructionSet, flash};
 use star_attention::{
-    Append, AttentionShape, Backend, Batch, Capacity, Error, F8E4M3, Inputs, Keys, LEFT_OUT, Mask,
-    PlanConfig, Rotation, Sequence, bf16, f16,
+    Append, Backend, Batch, Capacity, Error, F8E4M3, Inputs, Keys, LEFT_OUT, Mask, PlanConfig, Rotation,
+    Sequence, bf16, f16,
 };
 
 fn small_dims() -> impl Strategy<Value = (usize, usize)> {
@@ -63,15 +63,7 @@ fn an_engine_on_each_instruction_set_and_one_thread() {
 /// The instructions of a backend are those of its plans: other sets give other bits.
 #[test]
 fn plans_take_the_instructions_of_their_backend() {
-    let shape = AttentionShape {
-        batch: 1,
-        query_len: 40,
-        key_len: 300,
-        query_heads: 2,
-        kv_heads: 1,
-        head_dim: 64,
-        value_dim: 64,
-    };
+    let shape = extents([1, 40, 300], [2, 1], [64, 64]);
     let mut rng = Rng::new(11);
     let query = Tensor::<bf16>::normal("query", shape.query_shape(), &mut rng);
     let [key, value] = ["key", "value"].map(|name| Tensor::<bf16>::normal(name, shape.key_shape(), &mut rng));
@@ -320,15 +312,7 @@ fn absurd_extents() {
     let error = cpu.plan_for(&config.with_row_invariant(), &batch).map(drop).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "split_keys", .. }), "{error}");
 
-    let shape = AttentionShape {
-        batch: MAX,
-        query_len: MAX,
-        key_len: 1,
-        query_heads: 3,
-        kv_heads: 0,
-        head_dim: 1,
-        value_dim: 1,
-    };
+    let shape = extents([MAX, MAX, 1], [3, 0], [1, 1]);
     assert_eq!((shape.group(), shape.lse_len()), (0, MAX));
 }
 
@@ -336,15 +320,7 @@ fn absurd_extents() {
 #[test]
 fn plans_keep_their_instructions() {
     let portable = Cpu::new().with_instructions(InstructionSet::Portable).unwrap();
-    let shape = AttentionShape {
-        batch: 1,
-        query_len: 20,
-        key_len: 200,
-        query_heads: 1,
-        kv_heads: 1,
-        head_dim: 64,
-        value_dim: 64,
-    };
+    let shape = extents([1, 20, 200], [1, 1], [64, 64]);
     let mut rng = Rng::new(12);
     let query = Tensor::<f32>::normal("query", shape.query_shape(), &mut rng);
     let key = Tensor::<f32>::normal("key", shape.key_shape(), &mut rng);

@@ -1,6 +1,6 @@
 //! Nothing to see, nothing to do, one of everything, and buffers far larger than what they hold.
 
-use crate::common::{Layout, Rng, Tensor};
+use crate::common::{Layout, Rng, Tensor, extents};
 use crate::phases::each_cpu;
 use crate::properties::expected::Expected;
 use crate::properties::models::ratios_and_dims_of_models;
@@ -199,8 +199,7 @@ fn extents_that_no_tensor_can_have_are_refused() {
         for (query_heads, kv_heads, head_dim, value_dim) in
             [(MAX, MAX, MAX, MAX), (2, 1, MAX, 1), (2, 1, 1, MAX), (MAX, 1, 64, 64), (4, 2, 8, 8)]
         {
-            let shape =
-                AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim };
+            let shape = extents([batch, query_len, key_len], [query_heads, kv_heads], [head_dim, value_dim]);
             for mask in MASKS {
                 let plan = Plan::new(&AttentionConfig::new(mask.clone()), &shape);
                 assert!(matches!(plan, Err(Error::Shape { .. })), "{shape:?}");

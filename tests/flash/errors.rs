@@ -1,6 +1,6 @@
 //! Bad input: a typed error that names the argument, and nothing written.
 
-use crate::common::named;
+use crate::common::{extents, named};
 use star_attention::cpu::flash::{self, Plan};
 use star_attention::cpu::{InstructionSet, reference};
 use star_attention::{
@@ -8,15 +8,7 @@ use star_attention::{
     TensorViewMut,
 };
 
-const SHAPE: AttentionShape = AttentionShape {
-    batch: 2,
-    query_len: 3,
-    key_len: 5,
-    query_heads: 4,
-    kv_heads: 2,
-    head_dim: 8,
-    value_dim: 8,
-};
+const SHAPE: AttentionShape = extents([2, 3, 5], [4, 2], [8, 8]);
 const QUERY: [usize; 4] = [2, 3, 4, 8];
 const KEY: [usize; 4] = [2, 5, 2, 8];
 const LSE: usize = 24;

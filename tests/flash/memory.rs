@@ -1,6 +1,6 @@
 //! Memory that the caller lends: uninitialised, of any alignment, too small.
 
-use crate::common::{Rng, Tensor};
+use crate::common::{Rng, Tensor, extents};
 use star_attention::cpu::flash::{Plan, Workspace};
 use star_attention::merge::{Partial, merge};
 use star_attention::{AttentionConfig, AttentionShape, Error, Inputs, Mask, Output};
@@ -8,26 +8,8 @@ use star_attention::{TensorViewMut, bf16};
 use std::mem::MaybeUninit;
 
 /// Few rows whose keys are split, and many rows.
-const SHAPES: [AttentionShape; 2] = [
-    AttentionShape {
-        batch: 1,
-        query_len: 1,
-        key_len: 5000,
-        query_heads: 4,
-        kv_heads: 2,
-        head_dim: 40,
-        value_dim: 40,
-    },
-    AttentionShape {
-        batch: 2,
-        query_len: 70,
-        key_len: 90,
-        query_heads: 4,
-        kv_heads: 2,
-        head_dim: 24,
-        value_dim: 40,
-    },
-];
+const SHAPES: [AttentionShape; 2] =
+    [extents([1, 1, 5000], [4, 2], [40, 40]), extents([2, 70, 90], [4, 2], [24, 40])];
 
 struct Call {
     plan: Plan,

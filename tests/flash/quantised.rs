@@ -1,4 +1,4 @@
-//! Keys and values of 8 bits on the CPU.
+//! Keys and values in fp8 on the CPU.
 
 use crate::common::{Tensor, named};
 use crate::phases::each_cpu;

@@ -16,7 +16,7 @@ fn multiplies_pairs(instructions: InstructionSet) -> bool {
     matches!(instructions, InstructionSet::Avx512Bf16 | InstructionSet::Amx | InstructionSet::AmxModel)
 }
 
-/// The bits of an output. Elements of 8 bits are added up times 2⁻⁸, which rounds more where a
+/// The bits of an output. fp8 elements are added up times 2⁻⁸, which rounds more where a
 /// number is hardly above what f32 has.
 fn beyond_underflow<T: Element>(x: f32) -> u32 {
     if T::DTYPE == DType::F8E4M3 && x.abs() < 1e-34 { 0 } else { x.to_bits() }
@@ -58,7 +58,7 @@ fn is_as_good_as_f32<Q: Element, T: Element>(case: &Case) -> Result<(), TestCase
     Ok(())
 }
 
-/// Keys and values of 8 bits with scales: within f32's tolerance of the oracle, whatever the
+/// Keys and values in fp8 with scales: within f32's tolerance of the oracle, whatever the
 /// queries.
 fn scales_are_as_good_as_f32<Q: Element>(case: &Case) -> Result<(), TestCaseError> {
     let Inputs { query, key, value } = case.inputs::<Q, F8E4M3>();

@@ -1,7 +1,7 @@
 //! Calls of the kernels on tensors in CPU memory.
 
 use crate::backend::{Backend, Plain};
-use crate::common::{Call, Tensor, aligned};
+use crate::common::{Call, Tensor, aligned, extents};
 use crate::properties::Attend;
 use crate::properties::cases::{Case, Inputs, RUBBISH, cases_of};
 use proptest::prelude::*;
@@ -167,7 +167,7 @@ fn shape_of<T: Element>(inputs: &Inputs<T>) -> AttentionShape {
     let ([batch, query_len, query_heads, head_dim], [_, key_len, kv_heads, _]) =
         (inputs.query.shape(), inputs.key.shape());
     let [.., value_dim] = inputs.value.shape();
-    AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim }
+    extents([batch, query_len, key_len], [query_heads, kv_heads], [head_dim, value_dim])
 }
 
 /// A variant of the kernel for many rows, by its name.

@@ -3,7 +3,7 @@
 
 use crate::backend::Backend;
 use crate::call::{Memory, Variant, merge_on, on_each_device};
-use crate::common::{Layout, Rng, Tensor};
+use crate::common::{Layout, Rng, Tensor, extents};
 use crate::engine::Engine;
 use crate::properties::Attend;
 use crate::properties::backend::On;
@@ -14,7 +14,7 @@ use crate::properties::quantised::{a_store_keeps_its_codes, appended_codes_are_t
 use star_attention::cuda::flash::{Plan, variants};
 use star_attention::cuda::simt::{self, Simt};
 use star_attention::cuda::{Device, DeviceTensor, HEAD_DIMS, HalfElement};
-use star_attention::{AttentionConfig, AttentionShape, Element, F8E4M3, Mask, bf16, f16};
+use star_attention::{AttentionConfig, Element, F8E4M3, Mask, bf16, f16};
 
 const STAR: Mask = Mask::Star { anchor_len: 33, block_len: 80, first_block_len: 33, left: None };
 const MASKS: [Mask; 3] = [Mask::Full, Mask::Causal, STAR];
@@ -171,8 +171,7 @@ on_each_device! {
         let properties = B::open(0).device().properties();
         for query_len in [1, 2, 16] {
             for mask in MASKS {
-                let shape = AttentionShape {
-                    batch: 1, query_len, key_len: 3000, query_heads: 4, kv_heads: 1, head_dim: 64, value_dim: 64 };
+                let shape = extents([1, query_len, 3000], [4, 1], [64, 64]);
                 let plan = Plan::new(&properties, &AttentionConfig::new(mask.clone()), &shape).unwrap();
                 assert!(mask == STAR || plan.splits() > 1);
                 check::<B, bf16>(&mask, [1, query_len, 3000], [4, 1], 64);
@@ -207,7 +206,7 @@ on_each_device! {
             On(B::cuda(5)).attend(&config, None, &inputs, &mut copied, None);
 
             let [batch, _, query_heads, head_dim] = query.shape();
-            let shape = AttentionShape { batch, query_len, key_len: 40, query_heads, kv_heads: 2, head_dim, value_dim: head_dim };
+            let shape = extents([batch, query_len, 40], [query_heads, 2], [head_dim, head_dim]);
             let plan = Plan::new(&backend.device().properties(), &config, &shape).unwrap();
             let (query, one) = (Memory::of(&backend, &query), Memory::of(&backend, &one));
             let repeated = DeviceTensor::new("key", backend.span(&one.memory), keys.shape(), [0, 128, 64, 1]).unwrap();

@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::call::on_each_device;
-use crate::common::{named, of_sequence};
+use crate::common::{extents, named, of_sequence};
 use crate::properties::cases::RUBBISH;
 use half::{bf16, f16};
 use star_attention::cuda::flash::{PageTable, Plan};
@@ -15,15 +15,7 @@ use star_attention::{
 };
 
 const PROPERTIES: Properties = Properties::new(132, 228 * 1024, 50 << 20);
-const SHAPE: AttentionShape = AttentionShape {
-    batch: 2,
-    query_len: 3,
-    key_len: 5,
-    query_heads: 4,
-    kv_heads: 2,
-    head_dim: 64,
-    value_dim: 64,
-};
+const SHAPE: AttentionShape = extents([2, 3, 5], [4, 2], [64, 64]);
 const QUERY: [usize; 4] = [2, 3, 4, 64];
 const KEY: [usize; 4] = [2, 5, 2, 64];
 const LSE: usize = 24;
@@ -177,15 +169,7 @@ fn configs_and_extents_out_of_range() {
     // The last one has 2³³ heads in few enough blocks.
     let heads = [(4, 3, "query"), (0, 2, "query"), (4, 0, "key"), (1 << 33, 1 << 28, "query")];
     for (query_heads, kv_heads, argument) in heads {
-        let shape = AttentionShape {
-            batch: 1,
-            query_len: 1,
-            key_len: 1,
-            query_heads,
-            kv_heads,
-            head_dim: 64,
-            value_dim: 64,
-        };
+        let shape = extents([1, 1, 1], [query_heads, kv_heads], [64, 64]);
         let got = plan(AttentionConfig::default(), shape);
         assert_eq!(got, ("shape", argument));
     }

@@ -2,13 +2,13 @@
 
 use crate::backend::Backend;
 use crate::call::{Memory, run_plan};
-use crate::common::{Layout, Tensor};
+use crate::common::{Layout, Tensor, extents};
 use crate::properties::cases::{Case, Inputs, RUBBISH, Values};
 use star_attention::cpu::InstructionSet;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::simt::{Fault, Simt};
 use star_attention::cuda::{DeviceTensor, DeviceTensorMut, Span, SpanMut};
-use star_attention::{AttentionConfig, AttentionShape, Element, Error, Mask, Result, bf16};
+use star_attention::{AttentionConfig, Element, Error, Mask, Result, bf16};
 
 #[allow(dead_code, missing_docs)]
 #[rustfmt::skip]
@@ -21,15 +21,7 @@ const STAR: Mask = Mask::Star { anchor_len: 20, block_len: 50, first_block_len: 
 /// A call on one sequence with one pair of heads, small enough that no keys are split.
 fn case(mask: Mask, query_len: usize, key_len: usize, head_dim: usize) -> Case {
     Case {
-        shape: AttentionShape {
-            batch: 1,
-            query_len,
-            key_len,
-            query_heads: 2,
-            kv_heads: 1,
-            head_dim,
-            value_dim: head_dim,
-        },
+        shape: extents([1, query_len, key_len], [2, 1], [head_dim, head_dim]),
         config: AttentionConfig::new(mask),
         layouts: [Layout::CONTIGUOUS; 4],
         values: Values::Normal,

@@ -6,12 +6,12 @@
 
 use crate::backend::Backend;
 use crate::call::{Memory, on_each_device};
-use crate::common::{Rng, Tensor, indices};
+use crate::common::{Rng, Tensor, extents, indices};
 use crate::properties::cases::Inputs;
 use crate::properties::expected::Expected;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{Device, Partials, append, merge};
-use star_attention::{Append, AttentionConfig, AttentionShape, f16};
+use star_attention::{Append, AttentionConfig, f16};
 use std::sync::{Mutex, PoisonError};
 
 /// A tensor's memory.
@@ -67,15 +67,7 @@ fn near<B: Backend>(backend: &B, memory: &Far<B>) -> Tensor<f16> {
 
 /// With whole tiles of keys, also beyond 2³² bytes, and a rest.
 fn attention<B: Backend>(query_len: usize, axis: usize) -> Option<()> {
-    let shape = AttentionShape {
-        batch: 3,
-        query_len,
-        key_len: 400,
-        query_heads: 6,
-        kv_heads: 3,
-        head_dim: 64,
-        value_dim: 64,
-    };
+    let shape = extents([3, query_len, 400], [6, 3], [64, 64]);
     let mut rng = Rng::new(1);
     let inputs = Inputs::<f16> {
         query: Tensor::normal("query", shape.query_shape(), &mut rng),

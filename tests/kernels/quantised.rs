@@ -1,4 +1,4 @@
-//! Keys and values of 8 bits on the kernels.
+//! Keys and values in fp8 on the kernels.
 
 use crate::call::on_each_device;
 use crate::common::Layout;
@@ -21,7 +21,7 @@ fn dims() -> impl Strategy<Value = (usize, usize)> {
     prop_oneof![5 => equal, 2 => prop::sample::select(vec![(192, 128), (80, 80), (16, 48), (112, 32)])]
 }
 
-/// Rows of 8 bits begin at multiples of 16 elements.
+/// fp8 rows begin at multiples of 16 elements.
 fn aligned(layout: &Layout) -> Layout {
     Layout {
         order: layout.order,
@@ -30,7 +30,7 @@ fn aligned(layout: &Layout) -> Layout {
     }
 }
 
-/// Heads that no kernel reads in 8 bits are refused.
+/// Head dims that no fp8 kernel takes are refused.
 fn refused_dims<B: Backend>(backend: &B, head_dim: usize, value_dim: usize) -> Error {
     let (query, key) = ([1, 1, 2, head_dim], [1, 3, 1, head_dim]);
     let mut batch = Batch::new(query, key).unwrap().with_value_dim(value_dim).unwrap();

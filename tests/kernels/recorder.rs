@@ -1,7 +1,7 @@
 //! What is refused before anything is asked of a device: copies while a stream is captured, memory
 //! of another stream, and extents that kernels cannot count.
 
-use crate::common::named;
+use crate::common::{extents, named};
 use star_attention::comm::{DeviceCollective, Staged, ThreadGroup};
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{
@@ -133,15 +133,7 @@ fn tensor_mut<'a, T: Element>(shape: [usize; 4]) -> DeviceTensorMut<'a, Recorder
 #[test]
 fn a_plan_is_not_prepared_on_a_captured_stream() {
     let recorder = Recorder::default();
-    let shape = AttentionShape {
-        batch: 1,
-        query_len: 2,
-        key_len: 3,
-        query_heads: 2,
-        kv_heads: 1,
-        head_dim: 64,
-        value_dim: 64,
-    };
+    let shape = extents([1, 2, 3], [2, 1], [64, 64]);
     for (query_len, copies) in [(2, 1), (0, 0)] {
         let shape = AttentionShape { query_len, ..shape };
         let plan = Plan::new(&recorder.properties(), &AttentionConfig::default(), &shape).unwrap();

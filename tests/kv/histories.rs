@@ -1,6 +1,6 @@
 //! Random histories of a store, beside a list of tokens for each sequence.
 
-use crate::common::{Call, Rng, Tensor};
+use crate::common::{Call, Rng, Tensor, extents};
 use crate::properties::backend::{Stored, read_store};
 use crate::properties::cases::RUBBISH;
 use crate::properties::expected::Expected;
@@ -10,8 +10,8 @@ use star_attention::cpu::Cpu;
 use star_attention::cuda::Cuda;
 use star_attention::cuda::simt::Simt;
 use star_attention::{
-    Append, AttentionConfig, AttentionShape, Backend, Batch, Element, Error, F8E4M3, Inputs, KvConfig,
-    KvRoom, KvStore, LEFT_OUT, Mask, PlanConfig, Sequence, SequenceId, bf16, f16,
+    Append, AttentionConfig, Backend, Batch, Element, Error, F8E4M3, Inputs, KvConfig, KvRoom, KvStore,
+    LEFT_OUT, Mask, PlanConfig, Sequence, SequenceId, bf16, f16,
 };
 
 #[derive(Clone, Debug)]
@@ -257,15 +257,7 @@ impl<B: Backend, T: Element> Kept<'_, B, T> {
             start += len;
 
             if matches!(self.store.config().room, KvRoom::Rows { .. }) {
-                let shape = AttentionShape {
-                    batch: 1,
-                    query_len: *len,
-                    key_len: tokens.len(),
-                    query_heads: heads,
-                    kv_heads,
-                    head_dim,
-                    value_dim,
-                };
+                let shape = extents([1, *len, tokens.len()], [heads, kv_heads], [head_dim, value_dim]);
                 let batch = Batch::uniform(&shape, &Mask::Causal).unwrap();
                 let rows = self.store.rows(backend, layer, *id).unwrap();
                 let (out, lse) = attend(backend, &batch, &own, rows);

@@ -2,11 +2,10 @@
 
 use super::Attend;
 use super::cases::{Inputs, RUBBISH};
-use crate::common::{Call, Layout, Tensor};
+use crate::common::{Call, Layout, Tensor, extents};
 use star_attention::merge::PartialOf;
 use star_attention::{
-    Append, AttentionConfig, AttentionShape, Backend, Batch, Element, KvConfig, KvStore, PlanConfig, Result,
-    Scales,
+    Append, AttentionConfig, Backend, Batch, Element, KvConfig, KvStore, PlanConfig, Result, Scales,
 };
 
 /// A tensor's buffer in a backend's memory.
@@ -121,7 +120,7 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
         let [batch, query_len, query_heads, head_dim] = inputs.query.shape();
         let [_, key_len, kv_heads, _] = inputs.key.shape();
         let [.., value_dim] = inputs.value.shape();
-        let shape = AttentionShape { batch, query_len, key_len, query_heads, kv_heads, head_dim, value_dim };
+        let shape = extents([batch, query_len, key_len], [query_heads, kv_heads], [head_dim, value_dim]);
         let batch = match offsets {
             None => Batch::uniform(&shape, &config.mask),
             Some([query, key]) => Batch::packed(&shape, query, key, &config.mask),

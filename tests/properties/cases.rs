@@ -1,7 +1,9 @@
 //! Random attention calls.
 
 use super::expected::Expected;
-use crate::common::{Call, Layout, Rng, Tensor, as_slices, indices, layouts, scale_of, scales, sinks, views};
+use crate::common::{
+    Call, Layout, Rng, Tensor, as_slices, extents, indices, layouts, scale_of, scales, sinks, views,
+};
 use proptest::prelude::*;
 use star_attention::cpu::InstructionSet;
 use star_attention::cpu::flash::Plan;
@@ -80,15 +82,8 @@ pub fn shapes(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Valu
         |(batch, query_len, key_len, same_len, kv_heads, group, (head_dim, value_dim))| {
             let query_len = if same_len { key_len.min(200) } else { query_len };
             let key_len = if same_len { query_len } else { key_len };
-            let mut shape = AttentionShape {
-                batch,
-                query_len,
-                key_len,
-                query_heads: kv_heads * group,
-                kv_heads,
-                head_dim,
-                value_dim,
-            };
+            let mut shape =
+                extents([batch, query_len, key_len], [kv_heads * group, kv_heads], [head_dim, value_dim]);
             let work = |s: &AttentionShape| {
                 s.batch * s.query_len * s.key_len * s.query_heads * s.head_dim.midpoint(s.value_dim)
             };

@@ -3,15 +3,13 @@
 use super::backend::On;
 use super::cases::Inputs;
 use super::expected::Expected;
-use crate::common::{Rng, Tensor};
-use star_attention::{
-    AttentionConfig, AttentionShape, Backend, Batch, DType, Element, Mask, PlanConfig, Scales,
-};
+use crate::common::{Rng, Tensor, extents};
+use star_attention::{AttentionConfig, Backend, Batch, DType, Element, Mask, PlanConfig, Scales};
 
 /// Lengths of a call: query rows and keys.
 type Lens = [usize; 2];
 
-/// A call on normal values gives what the definition says. Keys of 8 bits have scales.
+/// A call on normal values gives what the definition says. fp8 keys have scales.
 pub fn normal_values_equal_the_oracle<B: Backend, Q: Element, K: Element>(
     by: &On<B>,
     mask: &Mask,
@@ -19,7 +17,7 @@ pub fn normal_values_equal_the_oracle<B: Backend, Q: Element, K: Element>(
     [query_heads, kv_heads]: [usize; 2],
     [head_dim, value_dim]: [usize; 2],
 ) {
-    let shape = AttentionShape { batch: 1, query_len, key_len, query_heads, kv_heads, head_dim, value_dim };
+    let shape = extents([1, query_len, key_len], [query_heads, kv_heads], [head_dim, value_dim]);
     let scales = (K::DTYPE == DType::F8E4M3).then(|| Scales::new(vec![0.02], vec![0.5]));
     let [key_scale, value_scale] =
         scales.as_ref().map_or([1.0; 2], |scales| [scales.key[0], scales.value[0]]);

@@ -3,7 +3,7 @@
 use super::Attend;
 use super::cases::{Inputs, RUBBISH, configs};
 use super::expected::Expected;
-use crate::common::{Layout, Rng, Tensor, layouts};
+use crate::common::{Layout, Rng, Tensor, extents, layouts};
 use proptest::prelude::*;
 use star_attention::{AttentionConfig, AttentionShape, Element};
 
@@ -32,15 +32,11 @@ impl Packed {
     }
 
     pub fn shape(&self) -> AttentionShape {
-        AttentionShape {
-            batch: 1,
-            query_len: self.lens.iter().map(|lens| lens.0).sum(),
-            key_len: self.lens.iter().map(|lens| lens.1).sum(),
-            query_heads: self.kv_heads * self.group,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            value_dim: self.value_dim,
-        }
+        extents(
+            [1, self.lens.iter().map(|lens| lens.0).sum(), self.lens.iter().map(|lens| lens.1).sum()],
+            [self.kv_heads * self.group, self.kv_heads],
+            [self.head_dim, self.value_dim],
+        )
     }
 
     pub fn inputs<T: Element>(&self) -> Inputs<T> {

@@ -1,9 +1,9 @@
-//! Keys and values of 8 bits, and their scales: in attention, on their way to a cache, and in one.
+//! Keys and values in fp8, and their scales: in attention, on their way to a cache, and in one.
 
 use super::backend::{On, Stored, read_store};
 use super::batches::{BatchCase, each_sequence_of_a_batch_stands_alone};
 use super::cases::{Inputs, RUBBISH};
-use crate::common::{Layout, Rng, Tensor, indices, named, scale_of};
+use crate::common::{Layout, Rng, Tensor, extents, indices, named, scale_of};
 use proptest::prelude::*;
 use star_attention::{
     Append, AttentionShape, Backend, Batch, DType, Element, Error, F8E4M3, Keys, KvConfig, KvStore, Mask,
@@ -66,15 +66,7 @@ pub fn every_code_counts_for_what_it_says<B: Backend, Q: Element, O: Element>(
     [head_dim, value_dim]: [usize; 2],
     rows: usize,
 ) {
-    let shape = AttentionShape {
-        batch: 256,
-        query_len: rows,
-        key_len: 1,
-        query_heads: QUERY_HEADS,
-        kv_heads: KV_HEADS,
-        head_dim,
-        value_dim,
-    };
+    let shape = extents([256, rows, 1], [QUERY_HEADS, KV_HEADS], [head_dim, value_dim]);
     let code = |code: usize| F8E4M3::from_bits(code as u8);
     // One element of a key is not 0.
     let place = |code: usize, head: usize| (7 * code + head) % head_dim;
@@ -120,25 +112,17 @@ pub fn every_code_counts_for_what_it_says<B: Backend, Q: Element, O: Element>(
     }
 }
 
-/// Under a causal mask, and where each row is a sequence over the same keys, of which those of a head
-/// lie apart or side by side, a NaN in a key makes NaN of the rows that see it, and one in a value of
-/// its column in these rows; all else keeps its bits. `keys_keep_bits`: also the other rows of the
-/// mask where the NaN is in a key, which may move the base of their scores.
+/// Under a causal mask, and where each row is a sequence over the same keys, of which those of a
+/// head lie apart or side by side, a NaN in a key makes NaN of the rows that see it, and one in a
+/// value of its column in these rows; all else keeps its bits. `keys_keep_bits`: also the other
+/// rows of the mask where the NaN is in a key, which may move the base of their scores.
 pub fn nan_reaches_the_rows_that_see_it<B: Backend, Q: Element, O: Element>(
     by: &On<B>,
     [head_dim, value_dim]: [usize; 2],
     (rows, keys, at): (usize, usize, usize),
     keys_keep_bits: bool,
 ) {
-    let shape = AttentionShape {
-        batch: 1,
-        query_len: rows,
-        key_len: keys,
-        query_heads: QUERY_HEADS,
-        kv_heads: KV_HEADS,
-        head_dim,
-        value_dim,
-    };
+    let shape = extents([1, rows, keys], [QUERY_HEADS, KV_HEADS], [head_dim, value_dim]);
     let mut rng = Rng::new(2);
     let query = Tensor::<Q>::normal("query", shape.query_shape(), &mut rng);
     let [key, value] =
@@ -302,7 +286,7 @@ pub fn appended_codes_are_those_of_the_quotients<B: Backend, T: Element>(backend
     }
 }
 
-/// A store of 8 bits keeps all codes bit for bit where sequences share pages, where one of them is
+/// An fp8 store keeps all codes bit for bit where sequences share pages, where one of them is
 /// copied, and where the store grows; so does one in rows.
 pub fn a_store_keeps_its_codes<B: Backend>(backend: &B) {
     const DIM: usize = 16;
@@ -367,7 +351,7 @@ pub fn a_store_keeps_its_codes<B: Backend>(backend: &B) {
     }
 }
 
-/// Scales of another count or out of range, and of keys that have not 8 bits, are refused by name,
+/// Scales of another count or out of range, and of keys that are not fp8, are refused by name,
 /// in attention and in appends; nothing is written. Numbers are looked at where they lie in CPU
 /// memory.
 pub fn what_does_not_fit_is_named<B: Backend, Q: Element>(by: &On<B>, in_cpu_memory: bool) {

@@ -9,8 +9,8 @@ use crate::cuda::Launch;
 use crate::cuda::device::{Device, DeviceTensor, DeviceTensorMut, SpanMut, bytes_of};
 use crate::cuda::merge::{MergeLaunch, MergedFrom, RowSinks, launch_merge};
 use crate::cuda::params::{StarFlashParams, StarTensor, StarTile};
-use crate::scales::check_extents;
-use crate::{DType, Element, Error, Inputs, Result, Scales};
+use crate::cuda::scales::ScaleParams;
+use crate::{DType, Element, Error, Inputs, Result};
 
 /// Probabilities stay below 2 to this power, far inside the range of 16-bit floats. As a score it
 /// is kept finite, so that it does not cancel a base of -inf.
@@ -58,7 +58,7 @@ fn check_types(query: DType, key: DType, out: DType) -> Result<()> {
     Ok(())
 }
 
-/// Refuses heads for which there are no kernels that read elements of 8 bits.
+/// Refuses heads for which there are no kernels that read fp8 elements.
 fn check_narrow_dims(head_dim: usize, value_dim: usize) -> Result<()> {
     for (argument, dim) in [("head_dim", head_dim), ("value_dim", value_dim)] {
         if !dim.is_multiple_of(16) || dim > 256 {
@@ -108,11 +108,7 @@ impl<D: Device> Call<'_, D> {
                 self.check("prefix", with_dim(plan.prefix, plan.value_dim), value)
             })?,
         ];
-        if let Some(Scales { key, value, .. }) = scales {
-            check_extents(T::DTYPE, plan.key[2], [key.len, value.len])?;
-            key.check_stream("key scales", self.stream)?;
-            value.check_stream("value scales", self.stream)?;
-        }
+        let scales = ScaleParams::new(self.stream, T::DTYPE, plan.key[2], scales.as_ref())?;
         let sinks = RowSinks::new(self.stream, plan.query, sinks)?;
         out.check_rows("out", plan.out())?;
         out.check_stream("out", self.stream)?;
@@ -130,10 +126,10 @@ impl<D: Device> Call<'_, D> {
             out_f32: u32::from(O::DTYPE == DType::F32),
             lse,
             sinks: sinks.address,
-            key_scales: scales.map_or(0, |scales| scales.key.address),
-            value_scales: scales.map_or(0, |scales| scales.value.address),
-            key_scale_step: scales.map_or(0, |scales| u32::from(scales.key.len > 1)),
-            value_scale_step: scales.map_or(0, |scales| u32::from(scales.value.len > 1)),
+            key_scales: scales.key,
+            value_scales: scales.value,
+            key_scale_step: scales.key_step,
+            value_scale_step: scales.value_step,
             ..self.params(tensors)
         };
         for launch in self.launches.iter().filter(|launch| !launch.tiles.is_empty()) {
