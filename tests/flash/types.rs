@@ -11,9 +11,17 @@ fn wide<T: Element>(name: &'static str, tensor: &Tensor<T>) -> Tensor<f32> {
     Tensor::contiguous(name, tensor.shape(), |index| tensor.get(index).to_f32())
 }
 
-/// Whether probabilities are rounded to bf16 where all inputs are.
-fn multiplies_pairs(instructions: InstructionSet) -> bool {
-    matches!(instructions, InstructionSet::Avx512Bf16 | InstructionSet::Amx | InstructionSet::AmxModel)
+/// Whether probabilities of inputs of one low type are rounded: to bf16 where all are bf16, to two
+/// bf16 terms where a matrix unit multiplies f16.
+fn rounds(instructions: InstructionSet, inputs: [DType; 2]) -> bool {
+    use InstructionSet::{Amx, AmxModel, Avx512Bf16, Avx512Bf16Model};
+    match inputs {
+        [DType::BF16, DType::BF16] => {
+            matches!(instructions, Avx512Bf16 | Avx512Bf16Model | Amx | AmxModel)
+        }
+        [DType::F16, DType::F16] => matches!(instructions, Amx | AmxModel),
+        _ => false,
+    }
 }
 
 /// The bits of an output. fp8 elements are added up times 2⁻⁸, which rounds more where a
@@ -23,7 +31,7 @@ fn beyond_underflow<T: Element>(x: f32) -> u32 {
 }
 
 /// Nothing is rounded but what f32 rounds: within f32's tolerance of the oracle, and the bits of a
-/// call on the same numbers in f32. Products of bf16 pairs are the exception.
+/// call on the same numbers in f32. Low types whose probabilities are rounded are the exception.
 fn is_as_good_as_f32<Q: Element, T: Element>(case: &Case) -> Result<(), TestCaseError> {
     let inputs = case.inputs::<Q, T>();
     let sinks = case.sinks();
@@ -40,8 +48,7 @@ fn is_as_good_as_f32<Q: Element, T: Element>(case: &Case) -> Result<(), TestCase
         let mut workspace = vec![0xffu8; plan.workspace_bytes()];
         let (mut out, mut lse) = (case.output::<f32>(), vec![f32::NAN; case.shape.lse_len()]);
         plan.run(views, out.view_mut(), Some(&mut lse), &mut workspace).unwrap();
-        let all_bf16 = (Q::DTYPE, T::DTYPE) == (DType::BF16, DType::BF16);
-        if all_bf16 && multiplies_pairs(instructions) {
+        if rounds(instructions, [Q::DTYPE, T::DTYPE]) {
             let expected = case.expected(&inputs);
             expected.check_out(out.values()).map_err(on)?;
             expected.check_lse(&lse).map_err(on)?;

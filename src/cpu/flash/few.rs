@@ -30,9 +30,9 @@ const KEYS: usize = 32;
 /// From the scores of one row to the next's: the last block of keys may reach beyond the tile.
 const STRIDE: usize = KEYS + BLOCK;
 
-/// Whether this kernel computes the rows of a segment, each of so many heads.
-pub(super) fn suits(segment: &Segment, heads: usize) -> bool {
-    segment.is_uniform() && segment.rows.len() * heads <= ROWS
+/// Whether this kernel computes the rows of a segment, each of so many heads, if it takes `most`.
+pub(super) fn suits(segment: &Segment, heads: usize, most: usize) -> bool {
+    segment.is_uniform() && segment.rows.len() * heads <= most
 }
 
 /// Elements of workspace for one thread.

@@ -10,7 +10,9 @@
 //! The kernels are written once against vectors of f32 and compiled for each [`InstructionSet`].
 //! Products are of f32, to which f16 and bf16 are converted exactly, whatever the types of queries
 //! and keys. Only where all inputs are bf16 and the CPU has fast products of them are they of bf16
-//! pairs with f32 sums (probabilities are then rounded to bf16, as on a GPU).
+//! pairs with f32 sums (probabilities are then rounded to bf16, as on a GPU). A matrix unit
+//! multiplies f32 as sums of bf16 terms, as exactly; where all inputs are f16, probabilities have
+//! 16 bits there.
 //!
 //! **Threads.** A call runs in the rayon pool in which it is made: the global one, or that of
 //! `pool.install(|| plan.run(..))`. [`Plan::with_threads`] limits it to some threads of the pool,
@@ -43,6 +45,7 @@ use crate::{
 use piece::{Operands, Source};
 use rayon::prelude::*;
 use rows::Rows;
+use splits::RowLimits;
 use std::iter;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
@@ -141,7 +144,7 @@ impl Plan {
             }
         }
         let (instructions, threads) = (InstructionSet::best(), OnceLock::new());
-        let work = Work::new(&batch, config, tile_rows(instructions))?;
+        let work = Work::new(&batch, config, RowLimits::new(instructions, config))?;
         Ok(Self { config: *config, batch, instructions, work, limit: usize::MAX, threads })
     }
 
@@ -163,9 +166,9 @@ impl Plan {
     /// [`Error::Value`] if the CPU has not got them.
     pub fn with_instructions(self, instructions: InstructionSet) -> Result<Self> {
         instructions.check()?;
-        let work = match tile_rows(instructions) {
-            rows if rows == tile_rows(self.instructions) => self.work,
-            rows => Work::new(&self.batch, &self.config, rows)?,
+        let work = match RowLimits::new(instructions, &self.config) {
+            limits if limits == self.work.limits() => self.work,
+            limits => Work::new(&self.batch, &self.config, limits)?,
         };
         Ok(Self { instructions, work, threads: OnceLock::new(), ..self })
     }
@@ -186,8 +189,7 @@ impl Plan {
     /// [`workspace_bytes`](Self::workspace_bytes) of plans for any batch within a capacity, on at
     /// most `threads` threads.
     pub(in crate::cpu) fn most_workspace_bytes(&self, capacity: &Capacity, threads: usize) -> usize {
-        let rows =
-            work::most_partial_rows(capacity, self.config.fixed_split_keys(), tile_rows(self.instructions));
+        let rows = work::most_partial_rows(capacity, self.config.fixed_split_keys(), self.work.limits());
         let partials = rows.saturating_mul(capacity.value_dim + 1);
         bytes_for(threads.saturating_mul(self.scratch_len()).saturating_add(partials))
     }
@@ -397,11 +399,6 @@ impl Plan {
             worker(own);
         });
     }
-}
-
-/// Query rows of a tile at most.
-fn tile_rows(instructions: InstructionSet) -> usize {
-    if instructions.has_matrix_unit() { tile::matrix::ROWS } else { tile::ROWS }
 }
 
 /// One call by a plan made for it, with a workspace allocated for it. Where calls repeat, keep

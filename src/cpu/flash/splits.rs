@@ -2,6 +2,7 @@
 
 use super::{few, tile};
 use crate::PlanConfig;
+use crate::cpu::simd::InstructionSet;
 use crate::schedule::Segment;
 use std::ops::Range;
 
@@ -15,14 +16,35 @@ pub(super) const SPLIT_KEYS: usize = 6 * tile::KEYS;
 /// memory of most machines allows; fewer pieces would leave some of them without work.
 pub(super) const PIECES_OF_HEADS: usize = 64;
 
+/// Query rows of pieces at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RowLimits {
+    /// Of a tile.
+    pub tile: usize,
+    /// Of those that the kernel for few rows computes.
+    pub few: usize,
+}
+
+impl RowLimits {
+    /// Those of the kernels of an instruction set. A matrix unit is faster from the rows on that
+    /// fill one register block of vectors; a row-invariant plan has one kernel for all rows.
+    pub fn new(instructions: InstructionSet, config: &PlanConfig) -> Self {
+        let (tile, few) = if instructions.has_matrix_unit() {
+            (tile::matrix::ROWS, few::BLOCK_ROWS)
+        } else {
+            (tile::ROWS, few::ROWS)
+        };
+        Self { tile, few: if config.row_invariant { 0 } else { few } }
+    }
+}
+
 /// How all sequences of a batch are cut.
 pub(super) struct Splits {
     /// The length that the config fixes.
     fixed: Option<usize>,
-    row_invariant: bool,
-    /// Query heads of a tile, and its rows at most.
+    /// Query heads of a tile.
     heads: usize,
-    rows: usize,
+    limits: RowLimits,
     /// Entries of all tasks.
     entries: usize,
     /// KV heads times parts of their query heads.
@@ -32,17 +54,17 @@ pub(super) struct Splits {
 }
 
 impl Splits {
-    /// Those of sequences with these tiles of `heads` query heads and at most `rows` rows.
+    /// Those of sequences with these tiles of `heads` query heads.
     pub fn new(
         config: &PlanConfig,
         sequences: &[Vec<Segment>],
-        [heads, rows]: [usize; 2],
+        heads: usize,
+        limits: RowLimits,
         kv_heads: usize,
         parts: usize,
     ) -> Self {
         let entries = |tiles: &Vec<Segment>| tiles.iter().map(Segment::len).fold(0, usize::saturating_add);
-        let row_invariant = config.row_invariant;
-        let few = sequences.iter().filter(|tiles| !row_invariant && all_few(tiles, heads));
+        let few = sequences.iter().filter(|tiles| all_few(tiles, heads, limits));
         let few_entries = few.map(entries).fold(0, usize::saturating_add);
         let fixed = fixed_len(config);
         let shortest = fixed.unwrap_or(SPLIT_KEYS);
@@ -50,9 +72,8 @@ impl Splits {
         let mut counts = (1..=most.min(few::KV_HEADS)).rev();
         Self {
             fixed,
-            row_invariant,
             heads,
-            rows,
+            limits,
             entries: sequences.iter().map(entries).fold(0, usize::saturating_add),
             planes: kv_heads * parts,
             together: counts.find(|&count| kv_heads.is_multiple_of(count)).unwrap_or(1),
@@ -66,13 +87,13 @@ impl Splits {
 
     /// How a sequence with these tiles is cut.
     pub fn of(&self, tiles: &[Segment]) -> Cut {
-        let few = !self.row_invariant && all_few(tiles, self.heads);
+        let few = all_few(tiles, self.heads, self.limits);
         let kv_heads = if few { self.together } else { 1 };
         if let Some(keys) = self.fixed {
             return Cut { kv_heads, keys, whole: 0, fixed: true };
         }
         // A tile of more rows has larger partials, and less time for each.
-        let shortest = if few { SPLIT_KEYS } else { SPLIT_KEYS * self.rows / tile::ROWS };
+        let shortest = if few { SPLIT_KEYS } else { SPLIT_KEYS * self.limits.tile / tile::ROWS };
         let share = self.entries.saturating_mul(self.planes) / (PIECES * kv_heads);
         let keys = whole_tiles(share.max(shortest));
         // The tiles of a prefill differ by no more than that, and a merge is spared.
@@ -108,8 +129,8 @@ impl Cut {
 }
 
 /// Whether the kernel for few rows computes all these tiles.
-pub(super) fn all_few(tiles: &[Segment], heads: usize) -> bool {
-    tiles.iter().all(|tile| few::suits(tile, heads))
+pub(super) fn all_few(tiles: &[Segment], heads: usize, limits: RowLimits) -> bool {
+    tiles.iter().all(|tile| few::suits(tile, heads, limits.few))
 }
 
 /// The split length that a config fixes, in whole tiles.

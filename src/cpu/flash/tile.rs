@@ -16,15 +16,17 @@
 //! head), so that all heads of a group share one pass over the keys.
 
 pub(super) mod matrix;
+mod softmax;
 mod vectors;
 
 pub(super) use vectors::Vectors;
 
 use super::piece::{Operands, Piece, Source};
-use super::rows::{for_each_special, pack_words};
+use super::rows::{Rows, for_each_special};
 use super::workspace::Scratch;
-use crate::cpu::simd::{Product, Simd, load, store};
+use crate::cpu::simd::{Simd, load};
 use crate::element::sealed::AnySlice;
+use std::ops::Range;
 
 /// Query rows of a tile at most: a tile of keys is copied once for so many rows, and the tile's
 /// outputs stay in L2.
@@ -45,103 +47,226 @@ pub(super) const WIDEST_PANEL: usize = 32;
 pub(super) fn scratch_len([head_dim, value_dim]: [usize; 2]) -> usize {
     let words = head_dim.next_multiple_of(2 * STEP);
     let columns = value_dim.next_multiple_of(WIDEST_PANEL);
-    Buffers::len(ROWS, KEYS, words, columns, 1)
+    Buffers::len(ROWS, &vectors::sizes(words, columns, ROWS, KEYS))
 }
 
-/// Who computes the products of a tile, and how what they take lies in memory.
-pub(super) trait Engine<S: Simd, P: Product<S>> {
+/// Who computes the panels of a tile, and how what it takes lies in memory.
+pub(super) trait Engine {
+    /// Rows of a panel.
+    const PANEL: usize;
     /// Keys of a tile at most.
     const KEYS: usize;
-    /// Keys and words are padded to multiples of this.
+    /// Keys are padded to multiples of this.
     const STEP: usize;
-    /// Rows of scratch memory that it needs.
-    const ROWS_OF_SCRATCH: usize;
 
-    /// Whether scores come with the factor; otherwise the softmax puts it on them.
-    const SCALES: bool;
+    /// The buffers for so many rows (whole panels) and keys (padded).
+    fn sizes(&self, rows: usize, keys: usize) -> Sizes;
 
-    /// `scores[key][row] = key · query`, times the factor if it `SCALES`.
-    fn scores(&mut self, tile: &Tile<S, P>, query: &[f32], key: &[f32], scores: &mut [f32]);
+    /// Packs the queries of a piece; missing rows are zero.
+    fn pack_queries<'a>(
+        &mut self,
+        rows: impl Iterator<Item = AnySlice<'a>>,
+        to: &mut [f32],
+        scratch: &mut [f32],
+    );
 
-    /// Packs the values of a tile of keys, with those that are not finite as zeros; returns whether
-    /// there were none. `value` is as long as the padded tile needs.
-    fn pack_values<'a>(
-        &self,
-        tile: &Tile<S, P>,
-        rows: impl Fn(usize) -> AnySlice<'a>,
+    /// Packs the keys of a tile into `to`, which is as long as the padded tile needs.
+    fn pack_keys(&mut self, source: &TileRows<'_, '_>, count: usize, to: &mut [f32], scratch: &mut [f32]);
+
+    /// Packs the values of a tile in the same way, with those that are not finite as zeros; returns
+    /// whether there were none.
+    fn pack_values(
+        &mut self,
+        source: &TileRows<'_, '_>,
         count: usize,
-        value: &mut [f32],
+        to: &mut [f32],
         scratch: &mut [f32],
     ) -> bool;
 
-    /// `out = alpha · out + probabilitiesᵀ · value`, for a panel of rows.
-    fn accumulate(
-        &mut self,
-        tile: &Tile<S, P>,
-        probabilities: &[f32],
-        value: &[f32],
-        keys: usize,
-        alpha: &[f32],
-        out: &mut [f32],
-    );
+    /// Adds a tile of keys to the outputs of a panel.
+    fn step(&mut self, panel: Panel<'_>, source: &TileRows<'_, '_>);
 
     /// The place of an element in the outputs of all panels.
-    fn place(&self, tile: &Tile<S, P>, row: usize, column: usize) -> usize;
+    fn place(&self, row: usize, column: usize) -> usize;
 
     /// The outputs of a panel, row by row.
-    fn by_rows<'a>(&self, tile: &Tile<S, P>, out: &'a mut [f32], scratch: &'a mut [f32]) -> &'a mut [f32];
+    fn by_rows<'a>(&self, out: &'a mut [f32], scratch: &'a mut [f32]) -> &'a mut [f32];
 }
 
-/// One thread's buffers, for `rows` query rows (whole panels) and tiles of `keys`.
-struct Buffers<'a> {
-    /// `[panel][word][row of the panel]`
-    query: &'a mut [f32],
-    /// `[key][word]`
-    key: &'a mut [f32],
-    /// `[panel of columns][word of keys][column]`
-    value: &'a mut [f32],
-    /// `[key][row]` of one panel; scores, then probabilities as words.
+/// One panel of rows against a tile of keys.
+pub(super) struct Panel<'a> {
+    /// The first row, and how many there are.
+    first: usize,
+    rows: usize,
+    /// Keys of the tile, and of the padded tile.
+    count: usize,
+    padded: usize,
+    /// Keys that a row may see, padded.
+    keys: usize,
+    /// Which of them each row sees, if not all see all.
+    limits: Option<&'a Limits>,
+    /// Of all panels.
+    query: &'a [f32],
+    key: &'a [f32],
+    value: &'a [f32],
     scores: &'a mut [f32],
-    /// `[row][column]`
+    /// The rows' largest scores so far (log2 domain) and their sums.
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    /// Memory for a factor for each row.
+    alpha: &'a mut [f32],
+    out: &'a mut [f32],
+}
+
+/// Which keys of a tile the rows of a panel see: those before `visible`, if they are before
+/// `anchor` or not before `hidden`.
+#[derive(Default)]
+struct Limits {
+    visible: [f32; WIDEST_PANEL],
+    hidden: [f32; WIDEST_PANEL],
+    anchor: usize,
+}
+
+impl Limits {
+    /// Of `rows` rows (the last stands for those that are missing) and the keys `entries`, if not
+    /// all see all of `padded` keys.
+    fn new(
+        piece: &Piece<'_>,
+        rows: Range<usize>,
+        panel: usize,
+        entries: &Range<usize>,
+        padded: usize,
+    ) -> Option<Self> {
+        let (start, count) = (entries.start, entries.len());
+        let last = rows.end - 1;
+        let left = start.max(piece.segment.prefix) < piece.hidden(last).min(entries.end);
+        if piece.visible(rows.start) >= start + padded && count >= padded && !left {
+            return None;
+        }
+        let within = |entry: usize| entry.saturating_sub(start).min(count) as f32;
+        let anchor = piece.segment.prefix.saturating_sub(start);
+        let mut limits = Self { visible: [0.0; WIDEST_PANEL], hidden: [0.0; WIDEST_PANEL], anchor };
+        for lane in 0..panel {
+            let row = (rows.start + lane).min(last);
+            limits.visible[lane] = within(piece.visible(row));
+            limits.hidden[lane] = if left { within(piece.hidden(row)) } else { 0.0 };
+        }
+        Some(limits)
+    }
+
+    /// Whether some row does not see all keys from `first` to `end`.
+    fn hides(&self, first: usize, end: usize) -> bool {
+        let (first, end, left) = (first as f32, end as f32, end > self.anchor);
+        let hides = |(visible, hidden): (&f32, &f32)| *visible < end || (left && *hidden > first);
+        self.visible.iter().zip(&self.hidden).fold(false, |found, lane| found | hides(lane))
+    }
+
+    /// `x` for the rows from `lane` on that see a key, `hidden` for the others.
+    #[inline(always)]
+    fn apply<S: Simd>(&self, simd: S, key: usize, lane: usize, x: S::V, hidden: f32) -> S::V {
+        let (at, hidden) = (simd.splat(key as f32), simd.splat(hidden));
+        let seen = simd.if_greater(load(simd, &self.visible[lane..]), at, x, hidden);
+        if key < self.anchor {
+            return seen;
+        }
+        simd.if_greater(load(simd, &self.hidden[lane..]), at, hidden, seen)
+    }
+}
+
+/// How long an engine's buffers are.
+pub(super) struct Sizes {
+    query: usize,
+    key: usize,
+    value: usize,
+    /// Scores and probabilities of one panel.
+    scores: usize,
+    out: usize,
+    scratch: usize,
+}
+
+/// One thread's buffers.
+struct Buffers<'a> {
+    query: &'a mut [f32],
+    key: &'a mut [f32],
+    value: &'a mut [f32],
+    scores: &'a mut [f32],
     out: &'a mut [f32],
     max: &'a mut [f32],
     sum: &'a mut [f32],
     alpha: &'a mut [f32],
-    /// Rows of words or columns.
-    row: &'a mut [f32],
+    scratch: &'a mut [f32],
 }
 
 impl<'a> Buffers<'a> {
-    fn len(rows: usize, keys: usize, words: usize, columns: usize, scratch_rows: usize) -> usize {
-        rows * (words + columns + 3)
-            + keys * (words + columns + WIDEST_PANEL)
-            + scratch_rows * columns.max(words)
+    fn len(rows: usize, sizes: &Sizes) -> usize {
+        sizes.query + sizes.key + sizes.value + sizes.scores + sizes.out + sizes.scratch + 3 * rows
     }
 
-    fn new(
-        scratch: &'a mut Scratch<'_>,
-        rows: usize,
-        keys: usize,
-        words: usize,
-        columns: usize,
-        scratch_rows: usize,
-    ) -> Self {
-        let mut memory = scratch.first(Self::len(rows, keys, words, columns, scratch_rows));
+    fn new(scratch: &'a mut Scratch<'_>, rows: usize, sizes: &Sizes) -> Self {
+        let mut memory = scratch.first(Self::len(rows, sizes));
         let mut take = |len: usize| {
             let (taken, rest) = std::mem::take(&mut memory).split_at_mut(len);
             memory = rest;
             taken
         };
         Self {
-            query: take(rows * words),
-            key: take(keys * words),
-            value: take(keys * columns),
-            scores: take(keys * WIDEST_PANEL),
-            out: take(rows * columns),
+            query: take(sizes.query),
+            key: take(sizes.key),
+            value: take(sizes.value),
+            scores: take(sizes.scores),
+            out: take(sizes.out),
             max: take(rows),
             sum: take(rows),
             alpha: take(rows),
-            row: take(scratch_rows * columns.max(words)),
+            scratch: take(sizes.scratch),
+        }
+    }
+}
+
+/// The rows that a tile is packed from: queries of a piece, keys and values from an entry on.
+pub(super) struct TileRows<'t, 'a> {
+    inputs: &'t Operands<'a>,
+    piece: &'t Piece<'t>,
+    start: usize,
+    /// Entries from there on that follow each other in memory, as most of them do, and where: they
+    /// are found without a look at the batch.
+    run: usize,
+    keys: Rows<'a>,
+    values: Rows<'a>,
+    place: [usize; 3],
+}
+
+impl<'t, 'a> TileRows<'t, 'a> {
+    #[inline(always)]
+    fn new(inputs: &'t Operands<'a>, piece: &'t Piece<'t>, start: usize) -> Self {
+        let run = piece.run(start, piece.entries.end).len();
+        let (in_prefix, place) = piece.key_place(start);
+        let [keys, values] = [&inputs.key, &inputs.value].map(|source| *source.rows(in_prefix));
+        Self { inputs, piece, start, run, keys, values, place }
+    }
+
+    #[inline(always)]
+    fn query(&self, row: usize) -> AnySlice<'a> {
+        self.inputs.query.row(self.piece.place(row))
+    }
+
+    #[inline(always)]
+    fn key(&self, index: usize) -> AnySlice<'a> {
+        self.row(&self.inputs.key, &self.keys, index)
+    }
+
+    #[inline(always)]
+    fn value(&self, index: usize) -> AnySlice<'a> {
+        self.row(&self.inputs.value, &self.values, index)
+    }
+
+    #[inline(always)]
+    fn row(&self, source: &Source<'a>, rows: &Rows<'a>, index: usize) -> AnySlice<'a> {
+        if index < self.run {
+            let [batch, seq, head] = self.place;
+            rows.row([batch, seq + index, head])
+        } else {
+            self.piece.key_row(source, self.start + index)
         }
     }
 }
@@ -149,9 +274,7 @@ impl<'a> Buffers<'a> {
 /// Computes one piece. `write(row, out, lse)` gets each row's result; `out` has `value_dim`
 /// elements.
 #[inline(always)]
-pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
-    simd: S,
-    product: P,
+pub(super) fn attend<E: Engine>(
     mut engine: E,
     inputs: &Operands<'_>,
     piece: &Piece<'_>,
@@ -159,24 +282,21 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
     mut write: impl FnMut(usize, &[f32], f32),
 ) {
     debug_assert_eq!(piece.kv_heads.len(), 1);
-    let panel_rows = 2 * S::LANES;
-    let words = inputs.head_dim.div_ceil(P::ELEMENTS).next_multiple_of(E::STEP);
-    let columns = inputs.value_dim.next_multiple_of(panel_rows);
     let rows = piece.rows();
-    let panels = rows.div_ceil(panel_rows);
-    let (factor, softcap) = inputs.factors(piece.kv_heads.start, 1.0);
+    let panels = rows.div_ceil(E::PANEL);
     let [_, value_scale] = inputs.scales_of(piece.kv_heads.start);
-    let tile = Tile { simd, product, words, columns, factor, softcap };
     let most_keys = piece.entries.len().min(E::KEYS).next_multiple_of(E::STEP);
-    let padded_rows = panels * panel_rows;
-    let scratch = Buffers::new(scratch, padded_rows, most_keys, words, columns, E::ROWS_OF_SCRATCH);
+    let padded_rows = panels * E::PANEL;
+    let sizes = engine.sizes(padded_rows, most_keys);
+    let buffers = Buffers::new(scratch, padded_rows, &sizes);
+    let columns = sizes.out / padded_rows;
 
-    pack_queries::<S, P>(inputs, piece, words, scratch.query, scratch.row);
-    scratch.out.fill(0.0);
-    scratch.max.fill(f32::NEG_INFINITY);
-    scratch.sum.fill(0.0);
+    let queries = (0..rows).map(|row| inputs.query.row(piece.place(row)));
+    engine.pack_queries(queries, buffers.query, buffers.scratch);
+    buffers.out.fill(0.0);
+    buffers.max.fill(f32::NEG_INFINITY);
+    buffers.sum.fill(0.0);
 
-    let visible = |row: usize| piece.visible(row);
     for start in piece.entries.clone().step_by(E::KEYS) {
         let count = E::KEYS.min(piece.entries.end - start);
         let entries = start..start + count;
@@ -184,65 +304,46 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
             continue;
         }
         let padded = count.next_multiple_of(E::STEP);
-        let [key_row, value_row] = [&inputs.key, &inputs.value].map(|source| rows_from(piece, source, start));
-        for i in 0..padded {
-            let to = &mut scratch.key[i * words..][..words];
-            if i < count { pack_row::<P, S>(key_row(i), to) } else { to.fill(0.0) }
-        }
-        let value = &mut scratch.value[..padded / P::ELEMENTS * columns];
-        let finite = engine.pack_values(&tile, &value_row, count, value, scratch.row);
+        let source = TileRows::new(inputs, piece, start);
+        let key = &mut buffers.key[..sizes.key / most_keys * padded];
+        let value = &mut buffers.value[..sizes.value / most_keys * padded];
+        engine.pack_keys(&source, count, key, buffers.scratch);
+        let finite = engine.pack_values(&source, count, value, buffers.scratch);
 
         for panel in 0..panels {
-            let (first, last) = (panel * panel_rows, ((panel + 1) * panel_rows).min(rows) - 1);
-            let seen = visible(last).saturating_sub(start).min(count);
+            let first = panel * E::PANEL;
+            let end = rows.min(first + E::PANEL);
+            let seen = piece.visible(end - 1).saturating_sub(start).min(count);
             if seen == 0 || piece.hides(&entries, first) {
                 continue;
             }
             let keys = seen.next_multiple_of(E::STEP);
-            let scores = &mut scratch.scores[..panel_rows * keys];
-            let state = first..first + panel_rows;
-            engine.scores(&tile, &scratch.query[first * words..], &scratch.key[..keys * words], scores);
-            let mut limits = Limits { visible: [0.0; WIDEST_PANEL], hidden: [0.0; WIDEST_PANEL], anchor: 0 };
-            let left = start.max(piece.segment.prefix) < piece.hidden(last).min(start + count);
-            let boundary = visible(first) < start + keys || count < keys || left;
-            if boundary {
-                limits.anchor = piece.segment.prefix.saturating_sub(start);
-                for lane in 0..panel_rows {
-                    let row = (first + lane).min(last);
-                    let within = |entry: usize| entry.saturating_sub(start).min(count) as f32;
-                    limits.visible[lane] = within(visible(row));
-                    limits.hidden[lane] = if left { within(piece.hidden(row)) } else { 0.0 };
-                }
-            }
-            let online = Online {
-                max: &mut scratch.max[state.clone()],
-                sum: &mut scratch.sum[state.clone()],
-                alpha: &mut scratch.alpha[state],
+            let limits = Limits::new(piece, first..end, E::PANEL, &entries, keys);
+            let state = first..first + E::PANEL;
+            let panel = Panel {
+                first,
+                rows: end - first,
+                count,
+                padded,
+                keys,
+                limits: limits.as_ref(),
+                query: buffers.query,
+                key,
+                value,
+                scores: buffers.scores,
+                max: &mut buffers.max[state.clone()],
+                sum: &mut buffers.sum[state.clone()],
+                alpha: &mut buffers.alpha[state],
+                out: &mut buffers.out[first * columns..][..E::PANEL * columns],
             };
-            // Maxima of scores with the factor need a positive one, and a softcap follows the
-            // factor.
-            let scales = E::SCALES || softcap.is_some() || factor <= 0.0;
-            if scales && !E::SCALES {
-                tile.scale(scores);
-            }
-            match (boundary, softcap.is_some()) {
-                (false, false) if scales => tile.softmax::<false, false, true>(scores, &limits, online),
-                (true, false) if scales => tile.softmax::<true, false, true>(scores, &limits, online),
-                (false, false) => tile.softmax::<false, false, false>(scores, &limits, online),
-                (true, false) => tile.softmax::<true, false, false>(scores, &limits, online),
-                (false, true) => tile.softmax::<false, true, true>(scores, &limits, online),
-                (true, true) => tile.softmax::<true, true, true>(scores, &limits, online),
-            }
-            let out = &mut scratch.out[first * columns..][..panel_rows * columns];
-            let alpha = &scratch.alpha[first..][..panel_rows];
-            engine.accumulate(&tile, scores, value, keys, alpha, out);
+            engine.step(panel, &source);
         }
         if !finite {
             // They are packed as zeros; a row's weight of a key it sees is above 0, of others 0.
             for i in 0..count {
-                for_each_special(value_row(i), |column, x| {
+                for_each_special(source.value(i), |column, x| {
                     for row in (0..rows).filter(|&row| piece.sees(row, start + i)) {
-                        scratch.out[engine.place(&tile, row, column)] += x;
+                        buffers.out[engine.place(row, column)] += x;
                     }
                 });
             }
@@ -250,11 +351,11 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
     }
 
     for panel in 0..panels {
-        let first = panel * panel_rows;
-        let out = &mut scratch.out[first * columns..][..panel_rows * columns];
-        let out = engine.by_rows(&tile, out, scratch.row);
+        let first = panel * E::PANEL;
+        let out = &mut buffers.out[first * columns..][..E::PANEL * columns];
+        let out = engine.by_rows(out, buffers.scratch);
         for (row, out) in (first..rows).zip(out.chunks_exact_mut(columns)) {
-            let (max, sum) = (scratch.max[row], scratch.sum[row]);
+            let (max, sum) = (buffers.max[row], buffers.sum[row]);
             let out = &mut out[..inputs.value_dim];
             if sum == 0.0 {
                 out.fill(0.0);
@@ -265,154 +366,6 @@ pub(super) fn attend<S: Simd, P: Product<S>, E: Engine<S, P>>(
                 out.iter_mut().for_each(|x| *x = *x * scale + 0.0);
             }
             write(row, out, (max + sum.log2()) * std::f32::consts::LN_2);
-        }
-    }
-}
-
-/// The rows of keys or values of the entries from `start` on. Most of them follow each other in
-/// memory, and are found without a look at the batch.
-#[inline(always)]
-fn rows_from<'a>(piece: &Piece<'_>, source: &Source<'a>, start: usize) -> impl Fn(usize) -> AnySlice<'a> {
-    let run = piece.run(start, piece.entries.end).len();
-    let (in_prefix, [batch, seq, head]) = piece.key_place(start);
-    let rows = *source.rows(in_prefix);
-    move |i| {
-        if i < run { rows.row([batch, seq + i, head]) } else { piece.key_row(source, start + i) }
-    }
-}
-
-/// Packs the query rows of a piece panel by panel, rows across; missing rows are zero.
-#[inline(always)]
-fn pack_queries<S: Simd, P: Product<S>>(
-    inputs: &Operands<'_>,
-    piece: &Piece<'_>,
-    words: usize,
-    packed: &mut [f32],
-    row_words: &mut [f32],
-) {
-    let panel_rows = 2 * S::LANES;
-    let rows = piece.rows();
-    for row in 0..rows.next_multiple_of(panel_rows) {
-        if row < rows {
-            pack_row::<P, S>(inputs.query.row(piece.place(row)), &mut row_words[..words]);
-        } else {
-            row_words[..words].fill(0.0);
-        }
-        let (panel, lane) = (row / panel_rows, row % panel_rows);
-        let to = &mut packed[panel * panel_rows * words..][..panel_rows * words];
-        for (word, to) in row_words[..words].iter().zip(to.chunks_exact_mut(panel_rows)) {
-            to[lane] = *word;
-        }
-    }
-}
-
-#[inline(always)]
-fn pack_row<P: Product<S>, S: Simd>(row: AnySlice<'_>, to: &mut [f32]) {
-    if P::ELEMENTS == 1 { pack_words::<1>(row, to) } else { pack_words::<2>(row, to) }
-}
-
-/// The running maximum (log2 domain) and sum of a panel's rows, and the factor that the last tile
-/// put on them.
-struct Online<'a> {
-    max: &'a mut [f32],
-    sum: &'a mut [f32],
-    alpha: &'a mut [f32],
-}
-
-/// Which keys of a tile the rows of a panel see: those before `visible`, if they are before
-/// `anchor` or not before `hidden`.
-struct Limits {
-    visible: [f32; WIDEST_PANEL],
-    hidden: [f32; WIDEST_PANEL],
-    anchor: usize,
-}
-
-/// The steps of one tile.
-#[derive(Clone, Copy)]
-pub(super) struct Tile<S, P> {
-    simd: S,
-    product: P,
-    words: usize,
-    columns: usize,
-    factor: f32,
-    softcap: Option<f32>,
-}
-
-impl<S: Simd, P: Product<S>> Tile<S, P> {
-    /// Puts the factor on scores.
-    #[inline(always)]
-    fn scale(&self, scores: &mut [f32]) {
-        let factor = self.simd.splat(self.factor);
-        for scores in scores.chunks_exact_mut(S::LANES) {
-            store(self.simd, self.simd.mul(load(self.simd, scores), factor), scores);
-        }
-    }
-
-    /// Turns scores, which have the factor if `SCALED`, into probabilities and updates the rows'
-    /// state.
-    #[inline(always)]
-    fn softmax<const BOUNDARY: bool, const SOFTCAP: bool, const SCALED: bool>(
-        &self,
-        scores: &mut [f32],
-        limits: &Limits,
-        online: Online<'_>,
-    ) {
-        let simd = self.simd;
-        let (zero, none) = (simd.splat(0.0), simd.splat(f32::NEG_INFINITY));
-        let cap = simd.splat(self.softcap.unwrap_or(0.0));
-        let (panel, keys) = (2 * S::LANES, scores.len() / (2 * S::LANES));
-        for half in [0, S::LANES] {
-            let visible = load(simd, &limits.visible[half..]);
-            let hidden = load(simd, &limits.hidden[half..]);
-            let before = load(simd, &online.max[half..]);
-            let factor = simd.splat(self.factor);
-            let mut max = if SCALED { before } else { none };
-            for (key, scores) in scores.chunks_exact_mut(panel).enumerate() {
-                let scores = &mut scores[half..][..S::LANES];
-                let mut score = load(simd, scores);
-                if SOFTCAP {
-                    score = simd.mul(cap, simd.tanh(score));
-                }
-                if BOUNDARY {
-                    let at = simd.splat(key as f32);
-                    score = simd.if_greater(visible, at, score, none);
-                    if key >= limits.anchor {
-                        score = simd.if_greater(hidden, at, none, score);
-                    }
-                }
-                if SOFTCAP || BOUNDARY {
-                    store(simd, score, scores);
-                }
-                max = simd.max(score, max);
-            }
-            if !SCALED {
-                max = simd.max(simd.mul(max, factor), before);
-            }
-            // Where nothing has been seen there is nothing to shift by, and -inf - -inf would be
-            // NaN.
-            let shift = simd.if_greater(max, none, max, zero);
-            let below = simd.sub(zero, shift);
-            let alpha = simd.exp2(simd.sub(before, shift));
-            let mut sum = zero;
-            for pair in 0..keys / 2 {
-                let (first, second) = (2 * pair * panel + half, (2 * pair + 1) * panel + half);
-                let (first, second) = (load(simd, &scores[first..]), load(simd, &scores[second..]));
-                let (first, second) = if SCALED {
-                    (simd.sub(first, shift), simd.sub(second, shift))
-                } else {
-                    (simd.fma(first, factor, below), simd.fma(second, factor, below))
-                };
-                let (first, second) = (simd.exp2(first), simd.exp2(second));
-                sum = simd.add(sum, simd.add(first, second));
-                let to = &mut scores[2 * pair / P::ELEMENTS * panel + half..];
-                assert!(to.len() >= if P::ELEMENTS == 1 { panel + S::LANES } else { S::LANES });
-                // SAFETY: the words end inside `to`, as just asserted.
-                unsafe { self.product.store_pair(first, second, to.as_mut_ptr(), panel) };
-            }
-            let total = simd.fma(load(simd, &online.sum[half..]), alpha, sum);
-            store(simd, total, &mut online.sum[half..]);
-            store(simd, max, &mut online.max[half..]);
-            store(simd, alpha, &mut online.alpha[half..]);
         }
     }
 }

@@ -8,7 +8,7 @@
 //! memory.
 
 use super::piece::Piece;
-use super::splits::{Cut, PIECES, Splits, fixed_len};
+use super::splits::{Cut, PIECES, RowLimits, Splits, fixed_len};
 use super::{few, tile};
 use crate::schedule::{self, Grid, Segment};
 use crate::{Batch, Capacity, Error, PlanConfig, Result};
@@ -48,6 +48,7 @@ pub(super) struct Work {
     pieces: usize,
     /// Query heads that are worked on together: all of a KV head's, or as many as fill a tile.
     heads: usize,
+    limits: RowLimits,
     /// Parts of the query heads of a KV head.
     parts: usize,
     kv_heads: usize,
@@ -80,27 +81,28 @@ impl Place {
 impl Work {
     /// The tasks of a batch. With a fixed split length the keys of each row are cut at multiples of
     /// that, whatever else is in the batch; otherwise so that there are enough pieces for many
-    /// threads. Tiles have at most `rows` rows.
+    /// threads.
     ///
     /// # Errors
     /// [`Error::Value`] for a split length that leaves 2³¹ partial rows or more.
-    pub fn new(batch: &Batch, config: &PlanConfig, rows: usize) -> Result<Self> {
+    pub fn new(batch: &Batch, config: &PlanConfig, limits: RowLimits) -> Result<Self> {
         let heads = batch.group().min(tile::ROWS);
         let parts = batch.group().div_ceil(heads);
         let kv_heads = batch.key_shape()[2];
         let mut sequences: Vec<Vec<Segment>> =
-            batch.sequences().iter().map(|s| tiles(s, config, [heads, rows])).collect();
+            batch.sequences().iter().map(|s| tiles(s, config, heads, limits)).collect();
         sequences.iter_mut().for_each(|tiles| tiles.sort_by_key(|tile| Reverse(tile.len())));
         let longest = |index: &usize| sequences[*index].first().map_or(0, Segment::len);
         let mut order: Vec<usize> = (0..sequences.len()).collect();
         order.sort_by_key(|index| Reverse(longest(index)));
 
-        let splits = Splits::new(config, &sequences, [heads, rows], kv_heads, parts);
+        let splits = Splits::new(config, &sequences, heads, limits, kv_heads, parts);
         let mut work = Self {
             tasks: Vec::with_capacity(sequences.iter().map(Vec::len).sum()),
             groups: Vec::new(),
             pieces: 0,
             heads,
+            limits,
             parts,
             kv_heads,
             entries: splits.entries(),
@@ -169,6 +171,16 @@ impl Work {
         self.pieces
     }
 
+    /// Query rows of pieces at most.
+    pub fn limits(&self) -> RowLimits {
+        self.limits
+    }
+
+    /// Whether the kernel for few rows computes a piece.
+    pub fn is_few(&self, piece: &Piece<'_>) -> bool {
+        few::suits(&piece.segment, piece.heads.len(), self.limits.few)
+    }
+
     /// Rows of keys that are read, each as often as a tile of rows reads it.
     pub fn key_rows(&self) -> usize {
         self.entries.saturating_mul(self.planes())
@@ -235,13 +247,13 @@ impl Work {
 }
 
 /// Rows of all partials at most, for any batch within a capacity.
-pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>, rows: usize) -> usize {
+pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>, limits: RowLimits) -> usize {
     let (kv_heads, group) = (capacity.key[2], capacity.query[2] / capacity.key[2]);
     let heads = group.min(tile::ROWS);
     let planes = kv_heads * group.div_ceil(heads);
     let Some(split_keys) = split_keys else {
-        let tile_rows = capacity.most_rows().min(rows / heads) * heads;
-        let few_rows = capacity.most_rows().min(few::ROWS / heads) * heads;
+        let tile_rows = capacity.most_rows().min(limits.tile / heads) * heads;
+        let few_rows = capacity.most_rows().min(limits.few / heads) * heads;
         // The keys of all tasks are less than this many splits long, and a task that is split has
         // at least one whole one: no more than twice as many splits.
         let [whole, whole_few] = [PIECES.div_ceil(planes) + 1, PIECES + 1];
@@ -252,16 +264,16 @@ pub(super) fn most_partial_rows(capacity: &Capacity, split_keys: Option<usize>, 
     splits.saturating_mul(heads * planes)
 }
 
-/// The tiles of a sequence, of so many heads and rows at most: tokens that share their keys.
-fn tiles(sequence: &crate::Sequence, config: &PlanConfig, [heads, rows]: [usize; 2]) -> Vec<Segment> {
-    let tokens = rows / heads;
+/// The tiles of a sequence, of so many heads: tokens that share their keys.
+fn tiles(sequence: &crate::Sequence, config: &PlanConfig, heads: usize, limits: RowLimits) -> Vec<Segment> {
+    let tokens = limits.tile / heads;
     let split = fixed_len(config);
     let mut tiles = Vec::with_capacity(sequence.rows.len().div_ceil(tokens));
     schedule::segments(&sequence.mask, sequence.rows.len(), sequence.key_len(), |segment| {
         for start in segment.rows.clone().step_by(tokens) {
             let tile = segment.part(start..segment.rows.end.min(start + tokens));
             // The kernel for few rows needs no whole tiles.
-            let few = few::suits(&tile, heads) && !config.row_invariant;
+            let few = few::suits(&tile, heads, limits.few);
             tiles.push(tile.skipping(Grid { tile: if few { 1 } else { tile::GRID }, split }));
         }
     });
@@ -276,6 +288,8 @@ mod tests {
     use crate::cpu::flash::Plan;
     use crate::{Keys, Mask, PlanConfig, Sequence};
     use proptest::prelude::*;
+
+    const LIMITS: RowLimits = RowLimits { tile: tile::ROWS, few: few::ROWS };
 
     proptest! {
         #[test]
@@ -303,8 +317,8 @@ mod tests {
                 batch.push(Sequence::new(index, 0..rows, keys, Mask::Full)).unwrap();
             }
             let capacity = Capacity::new(query, key, sequences, rows);
-            let most = most_partial_rows(&capacity, config.fixed_split_keys(), tile::ROWS);
-            let rows = Work::new(&batch, &config, tile::ROWS).unwrap().partial_rows();
+            let most = most_partial_rows(&capacity, config.fixed_split_keys(), LIMITS);
+            let rows = Work::new(&batch, &config, LIMITS).unwrap().partial_rows();
             assert!(rows <= most && rows as f64 > 0.9 * most as f64, "{rows} of {most}");
         }
     }
@@ -317,7 +331,7 @@ mod tests {
         for (index, len) in lens.into_iter().enumerate() {
             batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Causal)).unwrap();
         }
-        let work = Work::new(&batch, &PlanConfig::new(), tile::ROWS).unwrap();
+        let work = Work::new(&batch, &PlanConfig::new(), LIMITS).unwrap();
         let mut entries = [0; 4];
         let longest = (0..work.pieces())
             .map(|index| {
@@ -339,7 +353,7 @@ mod tests {
             let mut batch = Batch::new([1, rows, kv_heads, 128], [1, len, kv_heads, 128]).unwrap();
             batch.push(Sequence::new(0, 0..rows, Keys::rows(0, 0..len), Mask::Full)).unwrap();
             let config = split_keys.map_or(PlanConfig::new(), |keys| PlanConfig::new().with_split_keys(keys));
-            let work = Work::new(&batch, &config, tile::ROWS).unwrap();
+            let work = Work::new(&batch, &config, LIMITS).unwrap();
             let (piece, _) = work.piece(&batch, work.pieces() - 1);
             assert_eq!(piece.kv_heads.end, kv_heads);
             piece.kv_heads.len()
@@ -357,7 +371,7 @@ mod tests {
         for index in 0..32 {
             batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..1152), Mask::Causal)).unwrap();
         }
-        let work = Work::new(&batch, &PlanConfig::new(), tile::ROWS).unwrap();
+        let work = Work::new(&batch, &PlanConfig::new(), LIMITS).unwrap();
         assert_eq!((work.piece(&batch, 0).0.kv_heads, work.pieces()), (0..2, PIECES_OF_HEADS));
         let enough = PIECES_OF_HEADS * tile::KEYS;
         assert_eq!(heads(8, 1, enough, Some(tile::KEYS)), 8);
@@ -370,7 +384,7 @@ mod tests {
     fn a_prefill_of_enough_tiles_is_not_split() {
         let mut batch = Batch::new([1, 2048, 8, 64], [1, 2048, 8, 64]).unwrap();
         batch.push(Sequence::new(0, 0..2048, Keys::rows(0, 0..2048), Mask::Causal)).unwrap();
-        assert_eq!(Work::new(&batch, &PlanConfig::new(), tile::ROWS).unwrap().partial_rows(), 0);
+        assert_eq!(Work::new(&batch, &PlanConfig::new(), LIMITS).unwrap().partial_rows(), 0);
     }
 
     /// With a fixed length the borders are its multiples, whatever is in the batch.
@@ -382,7 +396,7 @@ mod tests {
                 let len = if index == 0 { 2500 } else { 100 * index };
                 batch.push(Sequence::new(index, 0..1, Keys::rows(index, 0..len), Mask::Full)).unwrap();
             }
-            let work = Work::new(&batch, &PlanConfig::new().with_split_keys(960), tile::ROWS).unwrap();
+            let work = Work::new(&batch, &PlanConfig::new().with_split_keys(960), LIMITS).unwrap();
             let mut entries: Vec<_> = (0..work.pieces())
                 .map(|index| work.piece(&batch, index).0)
                 .filter(|piece| piece.sequence.batch == 0)

@@ -4,7 +4,7 @@ use super::piece::{Operands, Piece};
 use super::work::Place;
 use super::workspace::Scratch;
 use super::{Plan, few, tile};
-use crate::cpu::simd::{F32Product, Product, Simd, Task};
+use crate::cpu::simd::{Product, Simd, Task};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Gets a row's result: the piece and where its result goes, the row, out and lse.
@@ -36,26 +36,21 @@ impl Task for Worker<'_> {
             let write = |head: usize, row: usize, out: &[f32], lse: f32| {
                 (self.write)(&piece.of_head(head), place.of_head(head), row, out, lse);
             };
-            if few::suits(&piece.segment, piece.heads.len()) && !self.plan.config.row_invariant {
-                // Where there is a unit, products of pairs by vectors are no faster than those of
-                // f32, for which keys are converted once for each register block of rows.
-                if unit.is_some() && piece.rows() <= few::BLOCK_ROWS {
-                    let product = F32Product(simd);
-                    few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
-                } else {
-                    few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
-                }
+            if self.plan.work.is_few(&piece) {
+                few::attend(simd, product, self.inputs, &piece, &mut self.scratch, write);
                 continue;
             }
             let write = |row: usize, out: &[f32], lse: f32| write(0, row, out, lse);
+            let kv_head = piece.kv_heads.start;
             if let Some(unit) = &mut unit {
-                let unit = tile::matrix::Unit(unit);
-                tile::attend(simd, product, unit, self.inputs, &piece, &mut self.scratch, write);
+                let unit = tile::matrix::Unit::new(simd, unit, self.inputs, kv_head);
+                tile::attend(unit, self.inputs, &piece, &mut self.scratch, write);
                 continue;
             }
             for (first, part) in piece.parts(tile::ROWS) {
                 let write = |row: usize, out: &[f32], lse: f32| write(first + row, out, lse);
-                tile::attend(simd, product, tile::Vectors, self.inputs, &part, &mut self.scratch, write);
+                let vectors = tile::Vectors::new(simd, product, self.inputs, kv_head);
+                tile::attend(vectors, self.inputs, &part, &mut self.scratch, write);
             }
         }
     }

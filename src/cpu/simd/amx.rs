@@ -3,8 +3,9 @@
 //! Its instructions are written as assembly, since their intrinsics are not stable. The compiler
 //! does not use tiles itself, so what a tile holds stays from one instruction to the next.
 
-use super::avx512::Avx512;
+use super::avx512::{Avx512, round_pair};
 use super::matrix::{Matrix, TILE};
+use super::{F32Product, Product, Simd, Task};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -56,6 +57,47 @@ impl Drop for Amx {
     }
 }
 
+/// A CPU with AMX, beside which vectors multiply f32.
+#[derive(Clone, Copy)]
+pub(crate) struct AmxProduct(Avx512);
+
+impl AmxProduct {
+    pub(crate) fn new() -> Option<Self> {
+        Avx512::new().filter(|_| Amx::is_available()).map(Self)
+    }
+
+    /// As [`Simd::run`], with the unit.
+    pub(crate) fn run<T: Task>(self, task: T) -> T::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+        fn enter<T: Task>(product: AmxProduct, task: T) -> T::Output {
+            task.run(product.0, product)
+        }
+        // SAFETY: `self` proves that the CPU has these instructions.
+        unsafe { enter(self, task) }
+    }
+}
+
+impl Product<Avx512> for AmxProduct {
+    type Unit = Amx;
+    const ELEMENTS: usize = 1;
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
+        self.0.fma(a, b, sum)
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair(self, first: __m512, second: __m512, to: *mut f32, next: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { F32Product(self.0).store_pair(first, second, to, next) }
+    }
+
+    #[inline(always)]
+    fn unit(self) -> Option<Amx> {
+        Amx::new()
+    }
+}
+
 /// Whether the CPU has tiles and their products of bf16, and the system saves them.
 fn has_tiles() -> bool {
     /// Bits of EDX of leaf 7: products of bf16, and tiles.
@@ -103,7 +145,7 @@ fn is_permitted() -> bool {
     false
 }
 
-impl Matrix for Amx {
+impl Matrix<Avx512> for Amx {
     #[inline(always)]
     fn zero<const T: usize>(&mut self) {
         // SAFETY: `self` proves that the tiles are set up.
@@ -131,6 +173,18 @@ impl Matrix for Amx {
         // SAFETY: `self` proves that the tiles are set up.
         unsafe {
             asm!("tdpbf16ps tmm{}, tmm{}, tmm{}", const C, const A, const B, options(nostack, nomem));
+        }
+    }
+
+    #[inline(always)]
+    fn round_pair(&self, first: __m512, second: __m512) -> (__m512, [__m512; 2]) {
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            let words = _mm512_castps_si512(round_pair(first, second));
+            let low = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words));
+            let high = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(!0xffff)));
+            let rest = [_mm512_sub_ps(first, low), _mm512_sub_ps(second, high)];
+            (_mm512_castsi512_ps(words), rest)
         }
     }
 

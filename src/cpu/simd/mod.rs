@@ -17,6 +17,8 @@ mod neon;
 mod portable;
 
 use matrix::NoUnit;
+#[cfg(test)]
+pub(crate) use matrix::{FAULT, Fault};
 pub(crate) use matrix::{Matrix, TILE};
 
 use crate::{Error, F8E4M3, Result};
@@ -36,9 +38,13 @@ pub enum InstructionSet {
     Avx512,
     /// AVX-512 with BF16 dot products, for bf16 inputs; as `Avx512` for others.
     Avx512Bf16,
-    /// AMX, the matrix unit, for many rows of bf16 inputs; as `Avx512` for others.
+    /// AMX, the matrix unit, for more than a few rows: f16 and f32 as sums of bf16 terms. As
+    /// `Avx512` for few rows.
     Amx,
-    /// What AMX computes in plain Rust, on any CPU: slow, to test the code that runs on AMX.
+    /// What `Avx512Bf16` computes in plain Rust, on any CPU: slow, to test the code that runs on
+    /// it.
+    Avx512Bf16Model,
+    /// What `Amx` computes in plain Rust, on any CPU: slow, to test the code that runs on it.
     AmxModel,
 }
 
@@ -47,6 +53,7 @@ impl InstructionSet {
     pub fn available() -> Vec<Self> {
         let all = [
             Self::AmxModel,
+            Self::Avx512Bf16Model,
             Self::Portable,
             Self::Neon,
             Self::Avx2,
@@ -67,7 +74,7 @@ impl InstructionSet {
 
     fn is_available(self) -> bool {
         match self {
-            Self::Portable | Self::AmxModel => true,
+            Self::Portable | Self::Avx512Bf16Model | Self::AmxModel => true,
             #[cfg(target_arch = "aarch64")]
             Self::Neon => neon::Neon::new().is_some(),
             #[cfg(target_arch = "x86_64")]
@@ -75,7 +82,7 @@ impl InstructionSet {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::Avx512::new().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => avx512::Bf16Product::new(false).is_some(),
+            Self::Avx512Bf16 => avx512::Bf16Product::new().is_some(),
             #[cfg(target_arch = "x86_64")]
             Self::Amx => amx::Amx::is_available(),
             #[allow(unreachable_patterns)]
@@ -83,7 +90,7 @@ impl InstructionSet {
         }
     }
 
-    /// Whether a matrix unit (or its model) computes many rows of bf16.
+    /// Whether a matrix unit (or its model) computes more than a few rows.
     pub(crate) fn has_matrix_unit(self) -> bool {
         matches!(self, Self::Amx | Self::AmxModel)
     }
@@ -163,6 +170,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Runs `task` compiled for this instruction set.
     fn run<T: Task>(self, task: T) -> T::Output;
 
+    /// `Σ_i terms[i] · x^i`
+    #[inline(always)]
+    fn polynomial<const N: usize>(self, terms: [f32; N], x: Self::V) -> Self::V {
+        let mut y = self.splat(terms[N - 1]);
+        for i in (0..N - 1).rev() {
+            y = self.fma(y, x, self.splat(terms[i]));
+        }
+        y
+    }
+
     /// `2^x` for `x <= 127` (`0` for `x < -126`), within 2 units in the last place; NaN stays.
     #[inline(always)]
     fn exp2(self, x: Self::V) -> Self::V {
@@ -177,11 +194,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             0.000_153_458_12,
         ];
         let (fraction, exponent) = self.split_exponent(self.max(self.splat(-200.0), x));
-        let mut y = self.splat(POLYNOMIAL[6]);
-        for i in (0..6).rev() {
-            y = self.fma(y, fraction, self.splat(POLYNOMIAL[i]));
-        }
-        self.scale_exponent(y, exponent)
+        self.scale_exponent(self.polynomial(POLYNOMIAL, fraction), exponent)
+    }
+
+    /// `2^x` for any `x` (`0` for `x < -126`, some number above 2^126 for `x > 127`), as exact as
+    /// its `TERMS` bf16 terms need it: within 2e-7 of its magnitude, or of three terms as
+    /// [`exp2`](Self::exp2). NaN stays.
+    #[inline(always)]
+    fn exp2_of_terms<const TERMS: usize>(self, x: Self::V) -> Self::V {
+        let most = self.splat(127.0);
+        self.exp2(self.if_greater(x, most, most, x))
     }
 
     /// `tanh(x)`, within 4e-7 of its magnitude; NaN stays.
@@ -213,7 +235,7 @@ pub(crate) trait Task {
 /// A product of 32-bit words into f32 sums: one f32 each, or two bf16.
 pub(crate) trait Product<S: Simd>: Copy + Send + Sync + 'static {
     /// The matrix unit that may come with it.
-    type Unit: Matrix;
+    type Unit: Matrix<S>;
     /// Elements of a word.
     const ELEMENTS: usize;
     /// `sum + a · b`, word by word.
@@ -262,9 +284,11 @@ pub(crate) fn dispatch<T: Task>(set: InstructionSet, bf16: bool, task: T) -> T::
     match set {
         #[cfg(target_arch = "x86_64")]
         InstructionSet::Avx512 | InstructionSet::Avx512Bf16 | InstructionSet::Amx => {
-            let pairs = bf16 && set != InstructionSet::Avx512;
-            let product = avx512::Bf16Product::new(set == InstructionSet::Amx);
-            if let Some(product) = product.filter(|_| pairs) {
+            if let Some(product) = amx::AmxProduct::new().filter(|_| set == InstructionSet::Amx) {
+                return product.run(task);
+            }
+            let pairs = bf16 && set == InstructionSet::Avx512Bf16;
+            if let Some(product) = avx512::Bf16Product::new().filter(|_| pairs) {
                 return product.run(task);
             }
             if let Some(simd) = avx512::Avx512::new() {
@@ -283,7 +307,8 @@ pub(crate) fn dispatch<T: Task>(set: InstructionSet, bf16: bool, task: T) -> T::
                 return simd.run(task);
             }
         }
-        InstructionSet::AmxModel if bf16 => return portable::PortablePairs::run(task),
+        InstructionSet::Avx512Bf16Model if bf16 => return portable::PortablePairs::run(task),
+        InstructionSet::AmxModel => return portable::PortableUnit::run(task),
         _ => {}
     }
     portable::Portable::<8>.run(task)

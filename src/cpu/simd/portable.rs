@@ -1,6 +1,6 @@
 //! Plain Rust, for any CPU: lanes that the compiler may vectorise.
 
-use super::matrix::{Model, TILE, add_pair};
+use super::matrix::{Model, NoUnit, TILE, add_pair};
 use super::{F32Product, Product, Simd, Task};
 use crate::F8E4M3;
 use half::{bf16, f16};
@@ -128,19 +128,19 @@ impl<const LANES: usize> Simd for Portable<LANES> {
     }
 }
 
-/// Products of bf16 pairs, and a [`Model`] of a matrix unit.
+/// Products of bf16 pairs.
 #[derive(Clone, Copy)]
 pub(crate) struct PortablePairs;
 
 impl PortablePairs {
-    /// Runs `task` with as many lanes as a tile has words in a row.
+    /// Runs `task` with as many lanes as AVX-512 has.
     pub(crate) fn run<T: Task>(task: T) -> T::Output {
-        task.run(Portable::<TILE>, Self)
+        task.run(Portable::<16>, Self)
     }
 }
 
-impl Product<Portable<TILE>> for PortablePairs {
-    type Unit = Model;
+impl Product<Portable<16>> for PortablePairs {
+    type Unit = NoUnit;
     const ELEMENTS: usize = 2;
 
     #[inline(always)]
@@ -156,6 +156,37 @@ impl Product<Portable<TILE>> for PortablePairs {
         };
         // SAFETY: the caller's promise.
         unsafe { to.cast::<[f32; TILE]>().write_unaligned(std::array::from_fn(word)) }
+    }
+
+    fn unit(self) -> Option<NoUnit> {
+        None
+    }
+}
+
+/// Products of f32 beside a [`Model`] of a matrix unit.
+#[derive(Clone, Copy)]
+pub(crate) struct PortableUnit;
+
+impl PortableUnit {
+    /// Runs `task` with as many lanes as a tile has words in a row.
+    pub(crate) fn run<T: Task>(task: T) -> T::Output {
+        task.run(Portable::<TILE>, Self)
+    }
+}
+
+impl Product<Portable<TILE>> for PortableUnit {
+    type Unit = Model;
+    const ELEMENTS: usize = 1;
+
+    #[inline(always)]
+    fn fma(self, a: [f32; TILE], b: [f32; TILE], sum: [f32; TILE]) -> [f32; TILE] {
+        Portable::<TILE>.fma(a, b, sum)
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair(self, first: [f32; TILE], second: [f32; TILE], to: *mut f32, next: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { F32Product(Portable::<TILE>).store_pair(first, second, to, next) }
     }
 
     fn unit(self) -> Option<Model> {

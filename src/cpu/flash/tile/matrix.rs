@@ -1,4 +1,4 @@
-//! The products of a tile by a matrix unit.
+//! A tile by a matrix unit.
 //!
 //! ```text
 //! S = K Qᵀ      A: 16 keys, as they lie       B: words of the queries, 16 rows across
@@ -6,181 +6,495 @@
 //! ```
 //!
 //! So only the values are transposed, once for all rows of the piece. Outputs are kept transposed,
-//! `[column][row]`, until the end.
+//! `[column][row]`, until the end. The unit multiplies bf16; other types are sums of bf16 [`terms`].
+//!
+//! While the unit multiplies a block of keys, vectors compute the probabilities of the block
+//! before.
 
-use super::{Buffers, Engine, Tile, WIDEST_PANEL};
-use crate::cpu::flash::rows::{clear_special, pack_value_words};
-use crate::cpu::simd::{Matrix, Product, Simd, TILE, load, store};
+mod multiply;
+mod softmax;
+mod terms;
+#[cfg(test)]
+mod tests;
+
+use super::{Buffers, Engine, Panel, Sizes, TileRows};
+use crate::cpu::flash::piece::Operands;
+use crate::cpu::flash::rows::{clear_special, for_each_special, pack_value_words, pack_words};
+use crate::cpu::simd::{Matrix, Simd, TILE, load, store};
 use crate::element::sealed::AnySlice;
+use multiply::{Factor, Meanwhile, Multiplier, Nothing};
+use softmax::{Softmax, cap};
+use std::array;
+use terms::{Products, Terms, finite_f32, take_pairs, take_rows};
 
 /// Keys of a tile: outputs are loaded and stored once for so many, and a panel of scores stays in
 /// L1.
 pub(in crate::cpu::flash) const KEYS: usize = 256;
 /// Query rows of a tile at most: values are transposed once for so many.
 pub(in crate::cpu::flash) const ROWS: usize = 512;
-/// Rows of a register block: two tiles.
+/// Rows of a register block, and of a panel: two tiles.
 const PAIR: usize = 2 * TILE;
 
 /// Elements of workspace for one thread at most.
-pub(in crate::cpu::flash) fn scratch_len([head_dim, value_dim]: [usize; 2]) -> usize {
-    let words = head_dim.div_ceil(2).next_multiple_of(PAIR);
-    Buffers::len(ROWS, KEYS, words, value_dim.next_multiple_of(PAIR), WIDEST_PANEL)
+pub(in crate::cpu::flash) fn scratch_len(dims: [usize; 2]) -> usize {
+    Buffers::len(ROWS, &sizes(dims, Terms::MOST, ROWS, KEYS))
 }
 
-/// A matrix unit. Values lie `[column][word of keys]`, outputs of a panel `[column][row]`.
-pub(in crate::cpu::flash) struct Unit<'a, M>(pub &'a mut M);
+/// Words of a row of queries or keys, and columns of values.
+fn padded([head_dim, value_dim]: [usize; 2]) -> [usize; 2] {
+    [head_dim.div_ceil(2).next_multiple_of(TILE), value_dim.next_multiple_of(PAIR)]
+}
 
-impl<S: Simd, P: Product<S>, M: Matrix> Engine<S, P> for Unit<'_, M> {
+fn sizes(dims: [usize; 2], terms: Terms, rows: usize, keys: usize) -> Sizes {
+    let [words, columns] = padded(dims);
+    Sizes {
+        query: rows * words * terms.query,
+        key: keys * words * terms.key,
+        value: keys / 2 * columns * terms.key,
+        scores: keys * PAIR + keys / 2 * PAIR * terms.probability,
+        out: rows * columns,
+        scratch: (PAIR * columns).max((2 + terms.query) * words).max((TILE * terms.key + 2) * columns),
+    }
+}
+
+/// A matrix unit. Keys lie `[term][key][word]`, queries `[panel][term][word][row]`, values
+/// `[term][column][word of keys]`, outputs of a panel `[column][row]`.
+pub(in crate::cpu::flash) struct Unit<'a, S, M> {
+    simd: S,
+    unit: &'a mut M,
+    terms: Terms,
+    scores: Products,
+    outputs: Products,
+    dims: [usize; 2],
+    words: usize,
+    columns: usize,
+    factor: f32,
+    softcap: Option<f32>,
+    /// Whether queries, and keys of the tile, have elements that are not finite and packed as 0.
+    special_queries: bool,
+    special_keys: bool,
+}
+
+impl<'a, S: Simd, M: Matrix<S>> Unit<'a, S, M> {
+    /// For one KV head.
+    pub fn new(simd: S, unit: &'a mut M, inputs: &Operands<'_>, kv_head: usize) -> Self {
+        assert!(S::LANES == TILE);
+        let terms = Terms::new(inputs.query.elements(), inputs.key.others.elements());
+        let (factor, softcap) = inputs.factors(kv_head, 1.0);
+        let dims = [inputs.head_dim, inputs.value_dim];
+        let [words, columns] = padded(dims);
+        Self {
+            simd,
+            unit,
+            terms,
+            scores: terms.scores(),
+            outputs: terms.outputs(),
+            dims,
+            words,
+            columns,
+            factor,
+            softcap,
+            special_queries: false,
+            special_keys: false,
+        }
+    }
+
+    /// Writes the terms of a row, `next` words apart from each other; returns whether all elements
+    /// were finite. Where scores are one product, elements that are not are written as they are.
+    #[inline(always)]
+    fn pack_row(
+        &self,
+        row: AnySlice<'_>,
+        terms: usize,
+        to: &mut [f32],
+        next: usize,
+        scratch: &mut [f32],
+    ) -> bool {
+        if let AnySlice::BF16(_) = row
+            && !self.terms.are_several()
+        {
+            pack_words::<2>(row, &mut to[..self.words]);
+            return true;
+        }
+        let rest = &mut scratch[..2 * self.words];
+        let finite = finite_f32(row, rest);
+        for term in 0..terms {
+            take_pairs(rest, &mut to[term * next..][..self.words]);
+        }
+        finite
+    }
+
+    fn query(&self, panel: &Panel<'_>) -> Factor {
+        let term = self.words * PAIR;
+        let query = &panel.query[panel.first * self.words * self.terms.query..][..term * self.terms.query];
+        Factor { at: query.as_ptr(), stride: PAIR, term }
+    }
+
+    /// The keys of a block.
+    fn key(&self, panel: &Panel<'_>, block: usize) -> Factor {
+        let term = panel.padded * self.words;
+        let at = block * PAIR * self.words;
+        assert!(panel.key.len() >= term * self.terms.key && at + PAIR * self.words <= term);
+        Factor { at: panel.key[at..].as_ptr(), stride: self.words, term }
+    }
+
+    /// The scores of a panel, ready for the factor of the softmax.
+    #[inline(always)]
+    fn scores_at_once(&mut self, panel: &Panel<'_>, source: &TileRows<'_, '_>, scores: &mut [f32]) {
+        let query = self.query(panel);
+        for (block, scores) in scores.chunks_exact_mut(PAIR * PAIR).enumerate() {
+            let key = self.key(panel, block);
+            let mut product = Multiplier::new(&mut *self.unit, is_wide(panel));
+            // SAFETY: the factors hold what was packed, `scores` PAIR rows of PAIR.
+            unsafe {
+                let to = scores.as_mut_ptr();
+                product.multiply::<false>(key, query, self.words, &self.scores, to, Nothing);
+                product.finish();
+            }
+        }
+        if self.special_queries || self.special_keys {
+            patch_scores(panel, source, self.dims[0], scores);
+        }
+        if let Some(softcap) = self.softcap {
+            cap(self.simd, self.factor, softcap, scores);
+        }
+    }
+
+    /// Scores and probabilities: while the unit multiplies a block of keys, vectors compute the
+    /// probabilities of the block before.
+    #[inline(always)]
+    fn overlapped<const TERMS: usize>(
+        &mut self,
+        panel: &Panel<'_>,
+        softmax: &mut Softmax<'_, S>,
+        scores: &mut [f32],
+        probabilities: Probabilities,
+    ) {
+        let query = self.query(panel);
+        let keys: [Factor; KEYS / PAIR] =
+            array::from_fn(|block| self.key(panel, block.min(panel.keys / PAIR - 1)));
+        let turns = Multiplier::<S, M>::turns(self.words, &self.scores);
+        let mut product = Multiplier::new(&mut *self.unit, is_wide(panel));
+        let scores = scores[..PAIR * PAIR].as_mut_ptr();
+        for (block, &key) in keys[..panel.keys / PAIR].iter().enumerate() {
+            let before = block.checked_sub(1);
+            let work = Turns::<_, TERMS>::new(softmax, panel, before, scores, probabilities, turns);
+            // SAFETY: the factors hold what was packed, `scores` PAIR rows of PAIR.
+            unsafe { product.multiply::<false>(key, query, self.words, &self.scores, scores, work) };
+        }
+        // SAFETY: the last block's scores have room.
+        unsafe { product.finish() };
+        let last = Some(panel.keys / PAIR - 1);
+        Turns::<_, TERMS>::new(softmax, panel, last, scores, probabilities, 2).run(product.unit, 1);
+    }
+
+    /// `out += probabilities · value`
+    #[inline(always)]
+    fn accumulate(&mut self, panel: &mut Panel<'_>, probabilities: Probabilities) {
+        let words = panel.keys / 2;
+        let stride = panel.padded / 2;
+        let term = stride * self.columns;
+        assert!(panel.value.len() >= term * self.terms.key && words <= stride);
+        let probability = Factor { at: probabilities.words, stride: PAIR, term: probabilities.next };
+        let mut product = Multiplier::new(&mut *self.unit, is_wide(panel));
+        for (value, out) in
+            panel.value[..term].chunks_exact(PAIR * stride).zip(panel.out.chunks_exact_mut(PAIR * PAIR))
+        {
+            let value = Factor { at: value.as_ptr(), stride, term };
+            // SAFETY: the factors hold what was packed, `out` PAIR rows of PAIR until all is stored.
+            unsafe {
+                let to = out.as_mut_ptr();
+                product.multiply::<true>(value, probability, words, &self.outputs, to, Nothing);
+            }
+        }
+        // SAFETY: the last block's outputs have room.
+        unsafe { product.finish() };
+    }
+
+    /// One panel, with probabilities of `TERMS` terms.
+    #[inline(always)]
+    fn step_by<const TERMS: usize>(&mut self, mut panel: Panel<'_>, source: &TileRows<'_, '_>) {
+        let lanes = if is_wide(&panel) { PAIR } else { TILE };
+        let (scores, words) = std::mem::take(&mut panel.scores).split_at_mut(panel.padded * PAIR);
+        let scores = &mut scores[..panel.keys * PAIR];
+        let probabilities = Probabilities::new(words, panel.padded, TERMS);
+        let factor = if self.softcap.is_some() { 1.0 } else { self.factor };
+        let mut softmax = Softmax::new(self.simd, factor, panel.limits, lanes / TILE, panel.max);
+
+        // The softmax of a first tile, and of what is rare, needs all scores.
+        let unseen: [bool; PAIR] = array::from_fn(|row| row < lanes && panel.max[row] == f32::NEG_INFINITY);
+        let special = self.special_queries || self.special_keys || self.softcap.is_some();
+        let at_once = special || unseen.contains(&true);
+        let mut to_raise = if at_once {
+            self.scores_at_once(&panel, source, scores);
+            Some(unseen)
+        } else {
+            self.overlapped::<TERMS>(&panel, &mut softmax, scores, probabilities);
+            softmax.too_large()
+        };
+        let (mut raised, mut complete) = ([false; PAIR], at_once);
+        while let Some(rows) = to_raise {
+            if !complete {
+                self.scores_at_once(&panel, source, scores);
+                complete = true;
+            }
+            let before: [f32; PAIR] = array::from_fn(|row| panel.max[row]);
+            softmax.raise(scores, &rows, panel.max);
+            if before
+                .iter()
+                .zip(&*panel.max)
+                .any(|(&before, &max)| before != max && before > f32::NEG_INFINITY)
+            {
+                let alpha = array::from_fn(|row| {
+                    if before[row] == panel.max[row] { 1.0 } else { (before[row] - panel.max[row]).exp2() }
+                });
+                rescale(self.simd, &alpha, panel.sum);
+                panel.out.chunks_exact_mut(PAIR).for_each(|column| rescale(self.simd, &alpha, column));
+            }
+            softmax.start(panel.max);
+            for pair in 0..panel.keys / 2 {
+                // SAFETY: there are the scores of all pairs of keys, and the words.
+                unsafe {
+                    let (scores, words) = (scores[2 * pair * PAIR..].as_ptr(), probabilities.of_pair(pair));
+                    softmax.pair::<M, true, TERMS>(self.unit, scores, 2 * pair, words, probabilities.next);
+                }
+            }
+            // A maximum is raised once: a row of NaN stays too large.
+            raised.iter_mut().zip(rows).for_each(|(raised, row)| *raised |= row);
+            let large = softmax.too_large();
+            to_raise = large.map(|large| array::from_fn(|row| large[row] && !raised[row]));
+            to_raise = to_raise.filter(|rows| rows.contains(&true));
+        }
+        softmax.add_sums(panel.sum);
+        self.accumulate(&mut panel, probabilities);
+    }
+}
+
+/// Where the probabilities of a panel lie: `[term][pair of keys][row]`.
+#[derive(Clone, Copy)]
+struct Probabilities {
+    words: *mut f32,
+    /// Words from one term to the next.
+    next: usize,
+}
+
+impl Probabilities {
+    fn new(words: &mut [f32], keys: usize, terms: usize) -> Self {
+        let next = keys / 2 * PAIR;
+        Self { words: words[..next * terms].as_mut_ptr(), next }
+    }
+
+    /// # Safety
+    /// The pair must be one of the padded keys'.
+    #[inline(always)]
+    unsafe fn of_pair(self, pair: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.words.add(pair * PAIR) }
+    }
+}
+
+/// The probabilities of a block of keys, computed in turns between the products of the next.
+struct Turns<'s, 'a, S: Simd, const TERMS: usize> {
+    softmax: &'s mut Softmax<'a, S>,
+    scores: *const f32,
+    probabilities: Probabilities,
+    /// The block's first key, and whether some row does not see all of its keys.
+    key: usize,
+    masked: bool,
+    /// Pairs of keys, those that are done, and the turns that there are for them.
+    pairs: usize,
+    done: usize,
+    turns: usize,
+}
+
+impl<'s, 'a, S: Simd, const TERMS: usize> Turns<'s, 'a, S, TERMS> {
+    #[inline(always)]
+    fn new(
+        softmax: &'s mut Softmax<'a, S>,
+        panel: &Panel<'_>,
+        block: Option<usize>,
+        scores: *const f32,
+        probabilities: Probabilities,
+        turns: usize,
+    ) -> Self {
+        let key = block.unwrap_or(0) * PAIR;
+        let pairs = if block.is_some() { PAIR / 2 } else { 0 };
+        let masked = panel.limits.is_some_and(|limits| limits.hides(key, key + PAIR));
+        Self { softmax, scores, probabilities, key, masked, pairs, done: 0, turns }
+    }
+}
+
+impl<S: Simd, M: Matrix<S>, const TERMS: usize> Meanwhile<M> for Turns<'_, '_, S, TERMS> {
+    #[inline(always)]
+    fn run(&mut self, unit: &M, turn: usize) {
+        // The scores are stored before the second turn.
+        let due = self.pairs * turn / (self.turns - 1);
+        for pair in self.done..due {
+            let key = self.key + 2 * pair;
+            // SAFETY: the block's scores are stored, and there are the words of all pairs of keys.
+            unsafe {
+                let (scores, words) = (self.scores.add(2 * pair * PAIR), self.probabilities.of_pair(key / 2));
+                let next = self.probabilities.next;
+                if self.masked {
+                    self.softmax.pair::<M, true, TERMS>(unit, scores, key, words, next);
+                } else {
+                    self.softmax.pair::<M, false, TERMS>(unit, scores, key, words, next);
+                }
+            }
+        }
+        self.done = due;
+    }
+}
+
+/// Whether a panel has more rows than one tile.
+fn is_wide(panel: &Panel<'_>) -> bool {
+    panel.rows > TILE
+}
+
+/// Puts a factor on each row of a panel.
+#[inline(always)]
+fn rescale<S: Simd>(simd: S, alpha: &[f32; PAIR], rows: &mut [f32]) {
+    for (alpha, rows) in alpha.chunks_exact(TILE).zip(rows.chunks_exact_mut(TILE)) {
+        store(simd, simd.mul(load(simd, alpha), load(simd, rows)), rows);
+    }
+}
+
+/// Writes the scores of queries and keys that have elements that are not finite.
+#[cold]
+fn patch_scores(panel: &Panel<'_>, source: &TileRows<'_, '_>, head_dim: usize, scores: &mut [f32]) {
+    let is_special = |row: AnySlice<'_>| {
+        let mut found = false;
+        for_each_special(row, |_, _| found = true);
+        found
+    };
+    let special: Vec<bool> = (0..panel.rows).map(|row| is_special(source.query(panel.first + row))).collect();
+    let (mut key, mut query) = (vec![0.0; head_dim], vec![0.0; head_dim]);
+    for index in 0..panel.keys.min(panel.count) {
+        pack_words::<1>(source.key(index), &mut key);
+        let special_key = is_special(source.key(index));
+        for row in (0..panel.rows).filter(|&row| special_key || special[row]) {
+            pack_words::<1>(source.query(panel.first + row), &mut query);
+            scores[index * PAIR + row] = key.iter().zip(&query).map(|(a, b)| a * b).sum();
+        }
+    }
+}
+
+impl<S: Simd, M: Matrix<S>> Engine for Unit<'_, S, M> {
+    const PANEL: usize = PAIR;
     const KEYS: usize = KEYS;
     const STEP: usize = PAIR;
-    const ROWS_OF_SCRATCH: usize = WIDEST_PANEL;
-    const SCALES: bool = false;
+
+    fn sizes(&self, rows: usize, keys: usize) -> Sizes {
+        sizes(self.dims, self.terms, rows, keys)
+    }
 
     #[inline(always)]
-    fn scores(&mut self, tile: &Tile<S, P>, query: &[f32], key: &[f32], scores: &mut [f32]) {
-        let words = tile.words;
-        assert!(S::LANES == TILE && P::ELEMENTS == 2 && words.is_multiple_of(TILE));
-        assert!(query.len() >= words * PAIR);
-        for (key, scores) in key.chunks_exact(PAIR * words).zip(scores.chunks_exact_mut(PAIR * PAIR)) {
-            // SAFETY: `key` holds PAIR rows of `words`, `query` that many rows of PAIR words.
-            unsafe {
-                self.multiply::<false>(key.as_ptr(), words, query.as_ptr(), words, scores.as_mut_ptr());
+    fn pack_queries<'k>(
+        &mut self,
+        rows: impl Iterator<Item = AnySlice<'k>>,
+        to: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let (words, terms) = (self.words, self.terms.query);
+        let (row_words, scratch) = scratch.split_at_mut(terms * words);
+        to.fill(0.0);
+        for (index, row) in rows.enumerate() {
+            let finite = self.pack_row(row, terms, row_words, words, scratch);
+            self.special_queries |= !finite;
+            let to = &mut to[index / PAIR * (terms * words * PAIR)..][..terms * words * PAIR];
+            for (word, to) in row_words.iter().zip(to.chunks_exact_mut(PAIR)) {
+                to[index % PAIR] = *word;
             }
         }
     }
 
     #[inline(always)]
-    fn pack_values<'a>(
-        &self,
-        tile: &Tile<S, P>,
-        rows: impl Fn(usize) -> AnySlice<'a>,
+    fn pack_keys(&mut self, source: &TileRows<'_, '_>, count: usize, to: &mut [f32], scratch: &mut [f32]) {
+        let (words, terms) = (self.words, self.terms.key);
+        let term = to.len() / terms;
+        self.special_keys = false;
+        for index in 0..count {
+            let finite = self.pack_row(source.key(index), terms, &mut to[index * words..], term, scratch);
+            self.special_keys |= !finite;
+        }
+        for term in to.chunks_exact_mut(term) {
+            term[count * words..].fill(0.0);
+        }
+    }
+
+    #[inline(always)]
+    fn pack_values(
+        &mut self,
+        source: &TileRows<'_, '_>,
         count: usize,
-        value: &mut [f32],
+        to: &mut [f32],
         scratch: &mut [f32],
     ) -> bool {
-        let columns = tile.columns;
-        let words = value.len() / columns;
-        let block = &mut scratch[..TILE * columns];
+        let (columns, terms) = (self.columns, self.terms.key);
+        let term = to.len() / terms;
+        let words = term / columns;
+        let (block, rest) = scratch.split_at_mut(TILE * columns * terms);
+        let (low, high) = rest[..2 * columns].split_at_mut(columns);
         let mut finite = true;
         for first in (0..words).step_by(TILE) {
-            for (word, row) in block.chunks_exact_mut(columns).enumerate() {
-                finite &= pack_value_words::<2>(&rows, count, first + word, row);
+            for word in 0..TILE {
+                let index = 2 * (first + word);
+                if index < count && matches!(source.value(index), AnySlice::BF16(_)) {
+                    let row = &mut block[word * columns..][..columns];
+                    finite &= pack_value_words::<2>(&|i| source.value(i), count, first + word, row);
+                    continue;
+                }
+                for (i, row) in [&mut *low, &mut *high].into_iter().enumerate() {
+                    let value = if index + i < count { source.value(index + i) } else { AnySlice::F32(&[]) };
+                    finite &= finite_f32(value, row);
+                }
+                for term in block.chunks_exact_mut(TILE * columns) {
+                    take_rows(low, high, &mut term[word * columns..][..columns]);
+                }
             }
-            for column in (0..columns).step_by(TILE) {
-                let to = &mut value[column * words + first..][..(TILE - 1) * words + TILE];
-                // SAFETY: `block` holds TILE rows of `columns`, and TILE rows of `to` are `words`
-                // apart.
-                unsafe { self.0.transpose(block.as_ptr().add(column), columns, to.as_mut_ptr(), words) };
+            for (block, to) in block.chunks_exact(TILE * columns).zip(to.chunks_exact_mut(term)) {
+                for column in (0..columns).step_by(TILE) {
+                    let to = &mut to[column * words + first..][..(TILE - 1) * words + TILE];
+                    // SAFETY: `block` holds TILE rows of `columns`, and TILE rows of `to` are
+                    // `words` apart.
+                    unsafe {
+                        self.unit.transpose(block.as_ptr().add(column), columns, to.as_mut_ptr(), words)
+                    };
+                }
             }
         }
-        if !finite {
-            clear_special::<2>(value);
+        if !finite && terms == 1 {
+            clear_special::<2>(to);
         }
         finite
     }
 
     #[inline(always)]
-    fn accumulate(
-        &mut self,
-        tile: &Tile<S, P>,
-        probabilities: &[f32],
-        value: &[f32],
-        keys: usize,
-        alpha: &[f32],
-        out: &mut [f32],
-    ) {
-        let simd = tile.simd;
-        if alpha.iter().any(|&alpha| alpha != 1.0) {
-            let [low, high] = [load(simd, alpha), load(simd, &alpha[TILE..])];
-            for column in out.chunks_exact_mut(PAIR) {
-                let (first, second) = column.split_at_mut(TILE);
-                store(simd, simd.mul(low, load(simd, first)), first);
-                store(simd, simd.mul(high, load(simd, second)), second);
-            }
-        }
-        let (stride, words) = (value.len() / tile.columns, keys / 2);
-        assert!(probabilities.len() >= words * PAIR && words.is_multiple_of(TILE) && words <= stride);
-        for (value, out) in value.chunks_exact(PAIR * stride).zip(out.chunks_exact_mut(PAIR * PAIR)) {
-            // SAFETY: `value` holds PAIR rows of `stride` words, `probabilities` `words` rows of
-            // PAIR.
-            unsafe {
-                self.multiply::<true>(
-                    value.as_ptr(),
-                    stride,
-                    probabilities.as_ptr(),
-                    words,
-                    out.as_mut_ptr(),
-                );
-            }
+    fn step(&mut self, panel: Panel<'_>, source: &TileRows<'_, '_>) {
+        match self.terms.probability {
+            1 => self.step_by::<1>(panel, source),
+            2 => self.step_by::<2>(panel, source),
+            _ => self.step_by::<3>(panel, source),
         }
     }
 
     #[inline(always)]
-    fn place(&self, tile: &Tile<S, P>, row: usize, column: usize) -> usize {
-        (row / PAIR * tile.columns + column) * PAIR + row % PAIR
+    fn place(&self, row: usize, column: usize) -> usize {
+        (row / PAIR * self.columns + column) * PAIR + row % PAIR
     }
 
     #[inline(always)]
-    fn by_rows<'a>(&self, tile: &Tile<S, P>, out: &'a mut [f32], scratch: &'a mut [f32]) -> &'a mut [f32] {
-        let columns = tile.columns;
+    fn by_rows<'o>(&self, out: &'o mut [f32], scratch: &'o mut [f32]) -> &'o mut [f32] {
+        let columns = self.columns;
         let rows = &mut scratch[..PAIR * columns];
         for column in (0..columns).step_by(TILE) {
             for row in [0, TILE] {
                 let from = &out[column * PAIR + row..][..(TILE - 1) * PAIR + TILE];
                 let to = &mut rows[row * columns + column..][..(TILE - 1) * columns + TILE];
                 // SAFETY: TILE rows of `from` are PAIR apart, those of `to` `columns`.
-                unsafe { self.0.transpose(from.as_ptr(), PAIR, to.as_mut_ptr(), columns) };
+                unsafe { self.unit.transpose(from.as_ptr(), PAIR, to.as_mut_ptr(), columns) };
             }
         }
         rows
-    }
-}
-
-impl<M: Matrix> Unit<'_, M> {
-    /// `c[i][j] = Σ_w a[i][w] · b[w][j]` of PAIR rows i, `stride` words apart, and PAIR columns j;
-    /// added to what is there if `ADD`.
-    ///
-    /// # Safety
-    /// `a` must hold PAIR rows of `words`, `b` `words` rows of PAIR, and `c` PAIR rows of PAIR
-    /// words; `words` must be a multiple of TILE.
-    #[inline(always)]
-    unsafe fn multiply<const ADD: bool>(
-        &mut self,
-        a: *const f32,
-        stride: usize,
-        b: *const f32,
-        words: usize,
-        c: *mut f32,
-    ) {
-        let unit = &mut *self.0;
-        // SAFETY: the caller's promise.
-        unsafe {
-            let below = c.add(TILE * PAIR);
-            if ADD {
-                unit.load::<0>(c, PAIR);
-                unit.load::<1>(c.add(TILE), PAIR);
-                unit.load::<2>(below, PAIR);
-                unit.load::<3>(below.add(TILE), PAIR);
-            } else {
-                unit.zero::<0>();
-                unit.zero::<1>();
-                unit.zero::<2>();
-                unit.zero::<3>();
-            }
-            for word in (0..words).step_by(TILE) {
-                unit.load::<4>(a.add(word), stride);
-                unit.load::<6>(b.add(word * PAIR), PAIR);
-                unit.add_product::<0, 4, 6>();
-                unit.load::<7>(b.add(word * PAIR + TILE), PAIR);
-                unit.add_product::<1, 4, 7>();
-                unit.load::<5>(a.add(TILE * stride + word), stride);
-                unit.add_product::<2, 5, 6>();
-                unit.add_product::<3, 5, 7>();
-            }
-            unit.store::<0>(c, PAIR);
-            unit.store::<1>(c.add(TILE), PAIR);
-            unit.store::<2>(below, PAIR);
-            unit.store::<3>(below.add(TILE), PAIR);
-        }
     }
 }

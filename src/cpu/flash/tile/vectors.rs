@@ -1,41 +1,101 @@
 //! The products of a tile by vectors, in registers.
 
-use super::{Engine, Tile};
-use crate::cpu::flash::rows::{clear_special, pack_value_words};
+use super::softmax::softmax;
+use super::{Engine, Panel, STEP, Sizes, TileRows, WIDEST_PANEL};
+use crate::cpu::flash::piece::Operands;
+use crate::cpu::flash::rows::{clear_special, pack_value_words, pack_words};
 use crate::cpu::simd::{Product, Simd, load, store};
 use crate::element::sealed::AnySlice;
 
-/// Multiply-adds of vectors. Outputs lie row by row, values `[panel of columns][word of
-/// keys][column]`.
-pub(in crate::cpu::flash) struct Vectors;
+/// Multiply-adds of vectors. Keys lie `[key][word]`, queries `[panel][word][row]`, values `[panel
+/// of columns][word of keys][column]`, outputs row by row.
+#[derive(Clone, Copy)]
+pub(in crate::cpu::flash) struct Vectors<S, P> {
+    pub(super) simd: S,
+    pub(super) product: P,
+    words: usize,
+    columns: usize,
+    factor: f32,
+    pub(super) softcap: Option<f32>,
+}
 
-impl<S: Simd, P: Product<S>> Engine<S, P> for Vectors {
+impl<S: Simd, P: Product<S>> Vectors<S, P> {
+    /// For one KV head.
+    pub fn new(simd: S, product: P, inputs: &Operands<'_>, kv_head: usize) -> Self {
+        let (factor, softcap) = inputs.factors(kv_head, 1.0);
+        let words = inputs.head_dim.div_ceil(P::ELEMENTS).next_multiple_of(STEP);
+        let columns = inputs.value_dim.next_multiple_of(2 * S::LANES);
+        Self { simd, product, words, columns, factor, softcap }
+    }
+}
+
+/// The buffers for heads of so many words and columns.
+pub(super) fn sizes(words: usize, columns: usize, rows: usize, keys: usize) -> Sizes {
+    Sizes {
+        query: rows * words,
+        key: keys * words,
+        value: keys * columns,
+        scores: keys * WIDEST_PANEL,
+        out: rows * columns,
+        scratch: columns.max(words),
+    }
+}
+
+/// Writes a row as words.
+#[inline(always)]
+fn pack_row<P: Product<S>, S: Simd>(row: AnySlice<'_>, to: &mut [f32]) {
+    if P::ELEMENTS == 1 { pack_words::<1>(row, to) } else { pack_words::<2>(row, to) }
+}
+
+impl<S: Simd, P: Product<S>> Engine for Vectors<S, P> {
+    const PANEL: usize = 2 * S::LANES;
     const KEYS: usize = super::KEYS;
-    const STEP: usize = super::STEP;
-    const ROWS_OF_SCRATCH: usize = 1;
-    const SCALES: bool = true;
+    const STEP: usize = STEP;
+
+    fn sizes(&self, rows: usize, keys: usize) -> Sizes {
+        sizes(self.words, self.columns, rows, keys)
+    }
 
     #[inline(always)]
-    fn scores(&mut self, tile: &Tile<S, P>, query: &[f32], key: &[f32], scores: &mut [f32]) {
-        match S::TILE_ROWS {
-            8 => scores_by::<S, P, 8>(tile, query, key, scores),
-            4 => scores_by::<S, P, 4>(tile, query, key, scores),
-            _ => scores_by::<S, P, 2>(tile, query, key, scores),
+    fn pack_queries<'a>(
+        &mut self,
+        rows: impl Iterator<Item = AnySlice<'a>>,
+        to: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let (words, panel_rows) = (self.words, Self::PANEL);
+        let row_words = &mut scratch[..words];
+        to.fill(0.0);
+        for (index, row) in rows.enumerate() {
+            pack_row::<P, S>(row, row_words);
+            let to = &mut to[index / panel_rows * (panel_rows * words)..][..panel_rows * words];
+            for (word, to) in row_words.iter().zip(to.chunks_exact_mut(panel_rows)) {
+                to[index % panel_rows] = *word;
+            }
         }
     }
 
     #[inline(always)]
-    fn pack_values<'a>(
-        &self,
-        tile: &Tile<S, P>,
-        rows: impl Fn(usize) -> AnySlice<'a>,
+    fn pack_keys(&mut self, source: &TileRows<'_, '_>, count: usize, to: &mut [f32], _: &mut [f32]) {
+        for (index, to) in to.chunks_exact_mut(self.words).enumerate() {
+            if index < count { pack_row::<P, S>(source.key(index), to) } else { to.fill(0.0) }
+        }
+    }
+
+    #[inline(always)]
+    fn pack_values(
+        &mut self,
+        source: &TileRows<'_, '_>,
         count: usize,
-        value: &mut [f32],
+        to: &mut [f32],
         scratch: &mut [f32],
     ) -> bool {
-        let panel = 2 * S::LANES;
-        let words = value.len() / tile.columns;
-        let row = &mut scratch[..tile.columns];
+        let panel = Self::PANEL;
+        let len = to.len() / P::ELEMENTS;
+        let to = &mut to[..len];
+        let words = to.len() / self.columns;
+        let row = &mut scratch[..self.columns];
+        let rows = |index| source.value(index);
         let mut finite = true;
         for word in 0..words {
             finite &= if P::ELEMENTS == 1 {
@@ -44,46 +104,49 @@ impl<S: Simd, P: Product<S>> Engine<S, P> for Vectors {
                 pack_value_words::<2>(&rows, count, word, row)
             };
             for (p, columns) in row.chunks_exact(panel).enumerate() {
-                value[(p * words + word) * panel..][..panel].copy_from_slice(columns);
+                to[(p * words + word) * panel..][..panel].copy_from_slice(columns);
             }
         }
         if !finite {
-            if P::ELEMENTS == 1 { clear_special::<1>(value) } else { clear_special::<2>(value) }
+            if P::ELEMENTS == 1 { clear_special::<1>(to) } else { clear_special::<2>(to) }
         }
         finite
     }
 
     #[inline(always)]
-    fn accumulate(
-        &mut self,
-        tile: &Tile<S, P>,
-        probabilities: &[f32],
-        value: &[f32],
-        keys: usize,
-        alpha: &[f32],
-        out: &mut [f32],
-    ) {
+    fn step(&mut self, mut panel: Panel<'_>, _: &TileRows<'_, '_>) {
+        let scores = &mut std::mem::take(&mut panel.scores)[..Self::PANEL * panel.keys];
+        let query = &panel.query[panel.first * self.words..];
+        let key = &panel.key[..panel.keys * self.words];
         match S::TILE_ROWS {
-            8 => accumulate_by::<S, P, 8>(tile, probabilities, value, keys, alpha, out),
-            4 => accumulate_by::<S, P, 4>(tile, probabilities, value, keys, alpha, out),
-            _ => accumulate_by::<S, P, 2>(tile, probabilities, value, keys, alpha, out),
+            8 => scores_by::<S, P, 8>(self, query, key, scores),
+            4 => scores_by::<S, P, 4>(self, query, key, scores),
+            _ => scores_by::<S, P, 2>(self, query, key, scores),
+        }
+        softmax(self, &mut panel, scores);
+        let value = &panel.value[..panel.value.len() / P::ELEMENTS];
+        let (keys, alpha, out) = (panel.keys, &*panel.alpha, panel.out);
+        match S::TILE_ROWS {
+            8 => accumulate_by::<S, P, 8>(self, scores, value, keys, alpha, out),
+            4 => accumulate_by::<S, P, 4>(self, scores, value, keys, alpha, out),
+            _ => accumulate_by::<S, P, 2>(self, scores, value, keys, alpha, out),
         }
     }
 
     #[inline(always)]
-    fn place(&self, tile: &Tile<S, P>, row: usize, column: usize) -> usize {
-        row * tile.columns + column
+    fn place(&self, row: usize, column: usize) -> usize {
+        row * self.columns + column
     }
 
     #[inline(always)]
-    fn by_rows<'a>(&self, _: &Tile<S, P>, out: &'a mut [f32], _: &'a mut [f32]) -> &'a mut [f32] {
+    fn by_rows<'o>(&self, out: &'o mut [f32], _: &'o mut [f32]) -> &'o mut [f32] {
         out
     }
 }
 
 #[inline(always)]
 fn scores_by<S: Simd, P: Product<S>, const R: usize>(
-    tile: &Tile<S, P>,
+    tile: &Vectors<S, P>,
     query: &[f32],
     key: &[f32],
     scores: &mut [f32],
@@ -106,7 +169,7 @@ fn scores_by<S: Simd, P: Product<S>, const R: usize>(
 
 #[inline(always)]
 fn accumulate_by<S: Simd, P: Product<S>, const R: usize>(
-    tile: &Tile<S, P>,
+    tile: &Vectors<S, P>,
     probabilities: &[f32],
     value: &[f32],
     keys: usize,
@@ -148,7 +211,7 @@ fn accumulate_by<S: Simd, P: Product<S>, const R: usize>(
 /// All these words must be readable; `steps` must be a multiple of 4.
 #[inline(always)]
 unsafe fn multiply<S: Simd, P: Product<S>, const R: usize>(
-    tile: &Tile<S, P>,
+    tile: &Vectors<S, P>,
     a: *const f32,
     a_row: usize,
     a_step: usize,
