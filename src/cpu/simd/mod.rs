@@ -124,8 +124,24 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Rows of the register tile of a product, two vectors wide: enough independent sums to hide
     /// the latency of a multiply-add, few enough to stay in registers. Divides `2 * LANES`.
     const TILE_ROWS: usize;
+    /// Whether a multiply-add takes one lane of a vector for all lanes: products then read words
+    /// four at a time, by [`splat_four`](Self::splat_four), and broadcast none.
+    const LANE_OPERANDS: bool = false;
+    /// Keys that a register block of few rows takes together, 1 or 4. One key after the other is
+    /// read from memory in order. Four share the loads of the queries, which are instructions of
+    /// their own on some CPUs, and have more sums under way.
+    const KEYS_AT_ONCE: usize = 1;
 
     fn splat(self, x: f32) -> Self::V;
+    /// Four words, each in all lanes.
+    ///
+    /// # Safety
+    /// 4 f32 must be readable at `from`, of any alignment.
+    #[inline(always)]
+    unsafe fn splat_four(self, from: *const f32) -> [Self::V; 4] {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[f32; 4]>().read_unaligned() }.map(|x| self.splat(x))
+    }
     /// # Safety
     /// `LANES` f32 must be readable at `from`, of any alignment.
     unsafe fn load(self, from: *const f32) -> Self::V;

@@ -1,10 +1,10 @@
 //! NEON: 4 lanes.
 
-use super::portable::as_f16;
 use super::{F32Product, Simd, Task};
 use crate::F8E4M3;
 use half::{bf16, f16};
 use std::arch::aarch64::*;
+use std::arch::asm;
 
 /// A CPU with NEON.
 #[derive(Clone, Copy)]
@@ -20,11 +20,29 @@ impl Simd for Neon {
     type V = float32x4_t;
     const LANES: usize = 4;
     const TILE_ROWS: usize = 8;
+    const LANE_OPERANDS: bool = true;
+    const KEYS_AT_ONCE: usize = 4;
 
     #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {
         // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { vdupq_n_f32(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_four(self, from: *const f32) -> [float32x4_t; 4] {
+        // One load: the compiler makes lanes of it operands of the multiply-adds.
+        // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
+        // promise.
+        unsafe {
+            let x = vld1q_f32(from);
+            [
+                vdupq_laneq_f32::<0>(x),
+                vdupq_laneq_f32::<1>(x),
+                vdupq_laneq_f32::<2>(x),
+                vdupq_laneq_f32::<3>(x),
+            ]
+        }
     }
 
     #[inline(always)]
@@ -36,27 +54,51 @@ impl Simd for Neon {
 
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> float32x4_t {
-        // Half-precision vectors are not stable in Rust yet: convert lane by lane.
-        // SAFETY: the caller's promise.
-        let x = unsafe { from.cast::<[f16; 4]>().read_unaligned() }.map(f16::to_f32);
-        // SAFETY: `self` proves that the CPU has the instruction; `x` is 4 f32.
-        unsafe { vld1q_f32(x.as_ptr()) }
+        // Rust 1.89 has no vectors of f16, so the instruction is written out.
+        let wide;
+        // SAFETY: `self` proves that the CPU has the instructions, which are part of NEON; the
+        // memory is the caller's promise.
+        unsafe {
+            asm!(
+                "fcvtl {wide:v}.4s, {x:v}.4h",
+                x = in(vreg) vld1_u16(from.cast()),
+                wide = lateout(vreg) wide,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        wide
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> float32x4_t {
         // SAFETY: `self` proves that the CPU has the instructions; the memory is the caller's
         // promise.
-        unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(from.cast()))) }
+        unsafe {
+            // Zeros below each: many CPUs have more units for this than for shifts.
+            let x = vld1_u16(from.cast());
+            vreinterpretq_f32_u16(vzip1q_u16(vdupq_n_u16(0), vcombine_u16(x, x)))
+        }
     }
 
     #[inline(always)]
     unsafe fn load_f8e4m3(self, from: *const F8E4M3) -> float32x4_t {
-        // As f16: lane by lane.
         // SAFETY: the caller's promise.
-        let x = unsafe { from.cast::<[F8E4M3; 4]>().read_unaligned() }.map(|x| as_f16(x).to_f32());
-        // SAFETY: `self` proves that the CPU has the instruction; `x` is 4 f32.
-        unsafe { vld1q_f32(x.as_ptr()) }
+        let codes = unsafe { from.cast::<u32>().read_unaligned() };
+        let wide;
+        // The sign comes to two places, of which the lower one is the exponent's highest bit.
+        // SAFETY: `self` proves that the CPU has the instructions, which are part of NEON and touch
+        // nothing but their operands.
+        unsafe {
+            asm!(
+                "sshll {x:v}.8h, {x:v}.8b, #7",
+                "bic {x:v}.4h, #0x40, lsl #8",
+                "fcvtl {wide:v}.4s, {x:v}.4h",
+                x = inout(vreg) vdup_n_u32(codes) => _,
+                wide = lateout(vreg) wide,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        wide
     }
 
     #[inline(always)]

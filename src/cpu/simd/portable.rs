@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 /// An element times 2⁻⁸.
 #[inline(always)]
-pub(super) fn as_f16(x: F8E4M3) -> f16 {
+fn as_f16(x: F8E4M3) -> f16 {
     let bits = u16::from(x.to_bits());
     f16::from_bits((bits & 0x80) << 8 | (bits & 0x7f) << 7)
 }

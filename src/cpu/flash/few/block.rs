@@ -178,8 +178,7 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         unsafe { if P::ELEMENTS == 1 { T::load(self.simd, from) } else { self.simd.load(from.cast()) } }
     }
 
-    /// `scores[r][i] = query[r] · keys[i]`, one key after the other, so that they stream from
-    /// memory in order.
+    /// `scores[r][i] = query[r] · keys[i]`, [`Simd::KEYS_AT_ONCE`] keys at a time.
     #[inline(always)]
     fn block_scores<const R: usize>(&self, query: &[f32], keys: [&[T]; BLOCK], scores: &mut [f32]) {
         let simd = self.simd;
@@ -192,39 +191,42 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         // multiply-add.
         let turns = if R < CHAINS { CHAINS / R } else { 1 };
         let in_turns = whole - whole % (turns * elements);
-        for (i, key) in keys.into_iter().enumerate() {
-            let mut parts = [[simd.splat(0.0); CHAINS]; R];
-            // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted
-            // above.
+        for first in (0..BLOCK).step_by(S::KEYS_AT_ONCE) {
+            let keys = &keys[first..first + S::KEYS_AT_ONCE];
+            let mut parts = [[[simd.splat(0.0); CHAINS]; R]; BLOCK];
+            // SAFETY: keys hold `whole` elements and `query` R rows of `width`, as asserted above.
             unsafe {
                 for start in (0..in_turns).step_by(turns * elements) {
                     for turn in 0..turns {
-                        self.add_words(query, key, start + turn * elements, turn, &mut parts);
+                        self.add_words(query, keys, start + turn * elements, turn, &mut parts);
                     }
                 }
                 for at in (in_turns..whole).step_by(elements) {
-                    self.add_words(query, key, at, 0, &mut parts);
+                    self.add_words(query, keys, at, 0, &mut parts);
                 }
             }
-            let mut products = [simd.splat(0.0); R];
-            for r in 0..R {
-                products[r] = parts[r][0];
-                for turn in 1..turns {
-                    products[r] = simd.add(products[r], parts[r][turn]);
-                }
-            }
-            if whole < head_dim {
-                let mut tail = [T::default(); 2 * WIDEST];
-                tail[..head_dim - whole].copy_from_slice(&key[whole..head_dim]);
-                // SAFETY: `tail` holds the longest vector of words.
-                let key = unsafe { self.load_words(tail.as_ptr()) };
+            for (i, key) in keys.iter().enumerate() {
+                let parts = &parts[i];
+                let mut products = [simd.splat(0.0); R];
                 for r in 0..R {
-                    let query = load(simd, &query[r * width + whole / P::ELEMENTS..]);
-                    products[r] = self.product.fma(query, key, products[r]);
+                    products[r] = parts[r][0];
+                    for turn in 1..turns {
+                        products[r] = simd.add(products[r], parts[r][turn]);
+                    }
                 }
-            }
-            for r in 0..R {
-                sums[r][i] = products[r];
+                if whole < head_dim {
+                    let mut tail = [T::default(); 2 * WIDEST];
+                    tail[..head_dim - whole].copy_from_slice(&key[whole..head_dim]);
+                    // SAFETY: `tail` holds the longest vector of words.
+                    let key = unsafe { self.load_words(tail.as_ptr()) };
+                    for r in 0..R {
+                        let query = load(simd, &query[r * width + whole / P::ELEMENTS..]);
+                        products[r] = self.product.fma(query, key, products[r]);
+                    }
+                }
+                for r in 0..R {
+                    sums[r][first + i] = products[r];
+                }
             }
         }
         for (r, sums) in sums.iter().enumerate() {
@@ -232,25 +234,31 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         }
     }
 
-    /// Adds the products of a key's words from the element `at` on to one of each row's sums.
+    /// Adds the products of [`Simd::KEYS_AT_ONCE`] keys' words from the element `at` on to one of
+    /// each row's sums.
     ///
     /// # Safety
-    /// So many elements must be in `key`, and in each of `R` rows of `query`.
+    /// So many elements must be in each of `keys`, and in each of `R` rows of `query`.
     #[inline(always)]
     unsafe fn add_words<const R: usize>(
         &self,
         query: &[f32],
-        key: &[T],
+        keys: &[&[T]],
         at: usize,
         turn: usize,
-        parts: &mut [[S::V; CHAINS]; R],
+        parts: &mut [[[S::V; CHAINS]; R]; BLOCK],
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let key = self.load_words(key.as_ptr().add(at));
+            let mut words = [self.simd.splat(0.0); BLOCK];
+            for i in 0..S::KEYS_AT_ONCE {
+                words[i] = self.load_words(keys[i].as_ptr().add(at));
+            }
             for r in 0..R {
                 let query = self.simd.load(query.as_ptr().add(r * self.widths[0] + at / P::ELEMENTS));
-                parts[r][turn] = self.product.fma(query, key, parts[r][turn]);
+                for i in 0..S::KEYS_AT_ONCE {
+                    parts[i][r][turn] = self.product.fma(query, words[i], parts[i][r][turn]);
+                }
             }
         }
     }
@@ -294,7 +302,9 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
                 sums[r][i] = simd.mul(simd.splat(alpha[r]), load(simd, out));
             }
         }
-        for key in 0..values.len {
+        let fours =
+            if FULL && S::LANE_OPERANDS { self.add_fours(probabilities, values, at, &mut sums) } else { 0 };
+        for key in fours..values.len {
             let row = values.row(key, value_dim);
             let mut p = [simd.splat(0.0); R];
             for r in 0..R {
@@ -312,5 +322,43 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
                 store(simd, sums[r][i], &mut out[r * width + at + i * S::LANES..]);
             }
         }
+    }
+
+    /// The sums of [`accumulate_columns`](Self::accumulate_columns) for as many keys as there are
+    /// fours of them, probabilities being read four at a time; returns how many keys.
+    #[inline(always)]
+    fn add_fours<const R: usize, const C: usize>(
+        &self,
+        probabilities: &[f32],
+        values: Run<'_, T>,
+        at: usize,
+        sums: &mut [[S::V; C]; R],
+    ) -> usize {
+        let fours = values.len - values.len % 4;
+        if fours == 0 {
+            return 0;
+        }
+        assert!(probabilities.len() >= (R - 1) * self.stride + fours);
+        assert!(values.data.len() >= (fours - 1) * values.stride + at + C * S::LANES);
+        for first in (0..fours).step_by(4) {
+            // SAFETY: `probabilities` holds `fours` of each row, and `values` as many rows of which
+            // `C` vectors from `at` on are read, as asserted above.
+            unsafe {
+                let mut p = [[self.simd.splat(0.0); 4]; R];
+                for r in 0..R {
+                    p[r] = self.simd.splat_four(probabilities.as_ptr().add(r * self.stride + first));
+                }
+                for key in 0..4 {
+                    let row = values.data.as_ptr().add((first + key) * values.stride + at);
+                    for i in 0..C {
+                        let column = T::load(self.simd, row.add(i * S::LANES));
+                        for r in 0..R {
+                            sums[r][i] = self.simd.fma(p[r][key], column, sums[r][i]);
+                        }
+                    }
+                }
+            }
+        }
+        fours
     }
 }

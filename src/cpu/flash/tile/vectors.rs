@@ -219,6 +219,10 @@ unsafe fn multiply<S: Simd, P: Product<S>, const R: usize>(
     steps: usize,
     mut sums: [[S::V; 2]; R],
 ) -> [[S::V; 2]; R] {
+    if S::LANE_OPERANDS {
+        // SAFETY: the caller's promise.
+        return unsafe { multiply_by_lanes(tile, a, a_row, a_step, b, steps, sums) };
+    }
     let simd = tile.simd;
     for step in (0..steps).step_by(4) {
         for step in step..step + 4 {
@@ -230,6 +234,57 @@ unsafe fn multiply<S: Simd, P: Product<S>, const R: usize>(
                     let a = simd.splat(*a.add(r * a_row + step * a_step));
                     sums[0] = tile.product.fma(a, b0, sums[0]);
                     sums[1] = tile.product.fma(a, b1, sums[1]);
+                }
+            }
+        }
+    }
+    sums
+}
+
+/// [`multiply`] with the words of `a` read four at a time: of one row, or of one step for four
+/// rows.
+///
+/// # Safety
+/// As for [`multiply`].
+// Arrays of registers are indexed by constants once the loops are unrolled.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+unsafe fn multiply_by_lanes<S: Simd, P: Product<S>, const R: usize>(
+    tile: &Tile<S, P>,
+    a: *const f32,
+    a_row: usize,
+    a_step: usize,
+    b: *const f32,
+    steps: usize,
+    mut sums: [[S::V; 2]; R],
+) -> [[S::V; 2]; R] {
+    let simd = tile.simd;
+    assert!(R.is_multiple_of(4) && (a_row == 1 || a_step == 1));
+    for step in (0..steps).step_by(4) {
+        // SAFETY: the caller's promise; words of one row, or of four rows, lie side by side.
+        unsafe {
+            let mut words = [[simd.splat(0.0); R]; 4];
+            if a_step == 1 {
+                for r in 0..R {
+                    let of_row = simd.splat_four(a.add(r * a_row + step));
+                    for i in 0..4 {
+                        words[i][r] = of_row[i];
+                    }
+                }
+            } else {
+                for i in 0..4 {
+                    for r in (0..R).step_by(4) {
+                        let of_step = simd.splat_four(a.add(r + (step + i) * a_step));
+                        words[i][r..r + 4].copy_from_slice(&of_step);
+                    }
+                }
+            }
+            for i in 0..4 {
+                let b = b.add((step + i) * 2 * S::LANES);
+                let (b0, b1) = (simd.load(b), simd.load(b.add(S::LANES)));
+                for r in 0..R {
+                    sums[r][0] = tile.product.fma(words[i][r], b0, sums[r][0]);
+                    sums[r][1] = tile.product.fma(words[i][r], b1, sums[r][1]);
                 }
             }
         }
