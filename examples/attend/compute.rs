@@ -94,15 +94,8 @@ fn check_gpu() -> star_attention::Result<()> {
 }
 
 fn instructions(name: &str) -> Result<InstructionSet> {
-    let all = [
-        InstructionSet::Portable,
-        InstructionSet::Neon,
-        InstructionSet::Avx2,
-        InstructionSet::Avx512,
-        InstructionSet::Avx512Bf16,
-    ];
-    let known = all.into_iter().find(|set| format!("{set:?}").eq_ignore_ascii_case(name));
-    known.ok_or_else(|| {
+    let known = InstructionSet::ALL.iter().find(|set| format!("{set:?}").eq_ignore_ascii_case(name));
+    known.copied().ok_or_else(|| {
         format!("--instructions: expected one of {:?}, got {name}", InstructionSet::available())
     })
 }

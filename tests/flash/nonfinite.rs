@@ -3,6 +3,7 @@
 use crate::phases::each_cpu;
 use crate::properties::backend::On;
 use crate::properties::cases::{cases, dims};
+use crate::properties::extremes::extremes_are_exact;
 use crate::properties::nonfinite::{
     PLACES, spots_stay_in_their_rows, spotted, values_reach_the_rows_that_see_them,
 };
@@ -43,6 +44,15 @@ fn values_reach_the_rows_that_see_them_alone() {
             values_reach_the_rows_that_see_them::<f32, f32>(&by, 64, place);
             values_reach_the_rows_that_see_them::<bf16, bf16>(&by, 40, place);
         }
+    }
+}
+
+#[test]
+fn numbers_at_the_ends_of_their_types() {
+    for by in each_cpu() {
+        extremes_are_exact::<f32>(&by);
+        extremes_are_exact::<f16>(&by);
+        extremes_are_exact::<bf16>(&by);
     }
 }
 

@@ -4,6 +4,7 @@ use crate::call::{kernel_cases, kernel_dims, on_each_device};
 use crate::common::aligned;
 use crate::engine::Engine;
 use crate::properties::backend::On;
+use crate::properties::extremes::extremes_are_exact;
 use crate::properties::nonfinite::{
     PLACES, spots_stay_in_their_rows, spotted, values_reach_the_rows_that_see_them,
 };
@@ -54,6 +55,12 @@ on_each_device! {
         for place in PLACES {
             values_reach_the_rows_that_see_them::<f16, f32>(&by, 64, place);
         }
+    }
+
+    fn numbers_at_the_ends_of_their_types() {
+        let by = On(B::cuda(2));
+        extremes_are_exact::<f16>(&by);
+        extremes_are_exact::<bf16>(&by);
     }
 
     fn softcaps_of_any_size() {

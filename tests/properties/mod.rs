@@ -8,6 +8,7 @@ pub mod batches;
 pub mod cases;
 pub mod engine;
 pub mod expected;
+pub mod extremes;
 pub mod masks;
 pub mod merge;
 pub mod models;

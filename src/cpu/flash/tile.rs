@@ -24,7 +24,7 @@ pub(super) use vectors::Vectors;
 use super::piece::{Operands, Piece, Source};
 use super::rows::{Rows, for_each_special};
 use super::workspace::Scratch;
-use crate::cpu::simd::{Simd, load};
+use crate::cpu::simd::{Simd, load, prefetch};
 use crate::element::sealed::AnySlice;
 use std::ops::Range;
 
@@ -231,6 +231,8 @@ pub(super) struct TileRows<'t, 'a> {
     /// Entries from there on that follow each other in memory, as most of them do, and where: they
     /// are found without a look at the batch.
     run: usize,
+    /// How far ahead rows are asked for; 0 where they are in a cache.
+    ahead: usize,
     keys: Rows<'a>,
     values: Rows<'a>,
     place: [usize; 3],
@@ -238,11 +240,12 @@ pub(super) struct TileRows<'t, 'a> {
 
 impl<'t, 'a> TileRows<'t, 'a> {
     #[inline(always)]
-    fn new(inputs: &'t Operands<'a>, piece: &'t Piece<'t>, start: usize) -> Self {
+    fn new(inputs: &'t Operands<'a>, piece: &'t Piece<'t>, start: usize, tile: usize) -> Self {
         let run = piece.run(start, piece.entries.end).len();
         let (in_prefix, place) = piece.key_place(start);
         let [keys, values] = [&inputs.key, &inputs.value].map(|source| *source.rows(in_prefix));
-        Self { inputs, piece, start, run, keys, values, place }
+        let ahead = if inputs.cold { tile } else { 0 };
+        Self { inputs, piece, start, run, ahead, keys, values, place }
     }
 
     #[inline(always)]
@@ -250,14 +253,32 @@ impl<'t, 'a> TileRows<'t, 'a> {
         self.inputs.query.row(self.piece.place(row))
     }
 
+    /// The row of a key. Asks for the one in its place of the next tile.
     #[inline(always)]
     fn key(&self, index: usize) -> AnySlice<'a> {
+        self.prefetch(&self.inputs.key, &self.keys, index);
         self.row(&self.inputs.key, &self.keys, index)
     }
 
+    /// The row of a value, in the same way.
     #[inline(always)]
     fn value(&self, index: usize) -> AnySlice<'a> {
+        self.prefetch(&self.inputs.value, &self.values, index);
         self.row(&self.inputs.value, &self.values, index)
+    }
+
+    /// Asks for a row of the next tile.
+    #[inline(always)]
+    fn prefetch(&self, source: &Source<'a>, rows: &Rows<'a>, index: usize) {
+        let next = index + self.ahead;
+        if self.ahead > 0 && self.start + next < self.piece.entries.end {
+            match self.row(source, rows, next) {
+                AnySlice::F32(row) => prefetch::<true, _>(row),
+                AnySlice::F16(row) => prefetch::<true, _>(row),
+                AnySlice::BF16(row) => prefetch::<true, _>(row),
+                AnySlice::F8E4M3(row) => prefetch::<true, _>(row),
+            }
+        }
     }
 
     #[inline(always)]
@@ -304,7 +325,7 @@ pub(super) fn attend<E: Engine>(
             continue;
         }
         let padded = count.next_multiple_of(E::STEP);
-        let source = TileRows::new(inputs, piece, start);
+        let source = TileRows::new(inputs, piece, start, E::KEYS);
         let key = &mut buffers.key[..sizes.key / most_keys * padded];
         let value = &mut buffers.value[..sizes.value / most_keys * padded];
         engine.pack_keys(&source, count, key, buffers.scratch);

@@ -49,19 +49,21 @@ pub enum InstructionSet {
 }
 
 impl InstructionSet {
+    /// All of them, the models first and then from the least to the most.
+    pub const ALL: &[Self] = &[
+        Self::AmxModel,
+        Self::Avx512Bf16Model,
+        Self::Portable,
+        Self::Neon,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+        Self::Amx,
+    ];
+
     /// Those that this CPU can run.
     pub fn available() -> Vec<Self> {
-        let all = [
-            Self::AmxModel,
-            Self::Avx512Bf16Model,
-            Self::Portable,
-            Self::Neon,
-            Self::Avx2,
-            Self::Avx512,
-            Self::Avx512Bf16,
-            Self::Amx,
-        ];
-        all.into_iter().filter(|set| set.is_available()).collect()
+        Self::ALL.iter().copied().filter(|set| set.is_available()).collect()
     }
 
     /// The fastest of this CPU. AMD's dot products of bf16 pairs do twice the work of multiply-adds
@@ -346,14 +348,17 @@ pub(crate) fn store<S: Simd>(simd: S, x: S::V, to: &mut [f32]) {
     unsafe { simd.store(x, to.as_mut_ptr()) }
 }
 
-/// Asks for the cache lines of a slice; only a hint.
+/// Asks for the cache lines of a slice, in L1 or only in `L2`; a hint.
 #[inline(always)]
-pub(crate) fn prefetch<T>(data: &[T]) {
+pub(crate) fn prefetch<const L2: bool, T>(data: &[T]) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..size_of_val(data)).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
         // SAFETY: a prefetch reads nothing, and the line lies inside `data`.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().add(line)) };
+        unsafe {
+            let line = data.as_ptr().cast::<i8>().add(line);
+            if L2 { _mm_prefetch::<_MM_HINT_T1>(line) } else { _mm_prefetch::<_MM_HINT_T0>(line) }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = data;

@@ -250,7 +250,7 @@ unsafe fn multiply<S: Simd, P: Product<S>, const R: usize>(
 #[allow(clippy::needless_range_loop)]
 #[inline(always)]
 unsafe fn multiply_by_lanes<S: Simd, P: Product<S>, const R: usize>(
-    tile: &Tile<S, P>,
+    tile: &Vectors<S, P>,
     a: *const f32,
     a_row: usize,
     a_step: usize,
