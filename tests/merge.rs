@@ -172,3 +172,32 @@ fn what_does_not_fit_is_named_and_nothing_is_written() {
     }
     assert_eq!((out, lse), ([7.0; 8], [7.0; 2]));
 }
+
+#[test]
+fn partials_are_summed_in_the_order_given_however_many_there_are() {
+    // Rows that fill blocks and rows that do not, vectors and their rest; some see no key.
+    for (count, shape) in
+        [(1, [1, 3, 2, 128]), (3, [2, 40, 3, 20]), (4, [1, 70, 2, 129]), (9, [2, 33, 5, 64])]
+    {
+        let mut parts = Data::several(shape, count);
+        for (i, part) in parts.iter_mut().enumerate() {
+            part.lse.iter_mut().skip(i).step_by(5).for_each(|lse| *lse = f32::NEG_INFINITY);
+        }
+        let result = merged(&parts.iter().collect::<Vec<_>>(), shape);
+        for index in 0..result.lse.len() {
+            let seen = || parts.iter().filter(|part| part.lse[index] != f32::NEG_INFINITY);
+            let max = seen().map(|part| part.lse[index]).fold(f32::NEG_INFINITY, f32::max);
+            let (mut sum, mut total) = (0.0, vec![0f32; shape[3]]);
+            for part in seen() {
+                let weight = (part.lse[index] - max).exp();
+                sum += weight;
+                total.iter_mut().zip(part.row(index)).for_each(|(total, x)| *total += weight * x);
+            }
+            let (scale, lse) = if seen().count() == 0 { (0.0, max) } else { (1.0 / sum, max + sum.ln()) };
+            assert_eq!(result.lse[index].to_bits(), lse.to_bits());
+            for (got, total) in result.row(index).iter().zip(total) {
+                assert_eq!(got.to_bits(), (scale * total).to_bits());
+            }
+        }
+    }
+}

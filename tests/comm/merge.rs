@@ -3,7 +3,7 @@
 use crate::common::named;
 use crate::threads::all_ranks;
 use star_attention::comm::{Collective, Link, MergePlan, MergeWay, Traffic};
-use star_attention::merge::Partial;
+use star_attention::merge::{Partial, merge_with_sinks};
 use star_attention::{TensorView, TensorViewMut};
 
 const LINK: Link = Link { latency: 1e-5, bandwidth: 1e9 };
@@ -36,6 +36,45 @@ fn a_merge_that_does_not_fit_sends_nothing() {
             assert_eq!((to, to_lse), ([7.0; 12], [7.0; 3]));
             assert_eq!(group.traffic(), Traffic::default());
         });
+    }
+}
+
+#[test]
+fn either_way_gives_the_bits_of_a_merge_of_all_partials() {
+    // Rows of a rank that do not fill their last block, and ranks of fewer rows.
+    for (ranks, shape) in [(2, [1, 40, 3, 20]), (5, [2, 151, 3, 20]), (6, [1, 7, 1, 130])] {
+        let [batch, seq, heads, dim] = shape;
+        let rows = batch * seq * heads;
+        let number = |i: usize| (i as u32).wrapping_mul(2_654_435_769) as f32 / 2f32.powi(32) - 0.5;
+        let parts: Vec<(Vec<f32>, Vec<f32>)> = (0..ranks)
+            .map(|rank| {
+                let out = (0..rows * dim).map(|i| number(rank * rows * dim + i)).collect();
+                let lse =
+                    (0..rows).map(|i| if (i + rank) % 5 == 0 { f32::NEG_INFINITY } else { number(i + rank) });
+                (out, lse.collect())
+            })
+            .collect();
+        let view = |rank: usize| {
+            let (out, lse): &(Vec<f32>, Vec<f32>) = &parts[rank];
+            Partial { out: TensorView::contiguous("partial", out, shape).unwrap(), lse }
+        };
+        let sinks: Vec<f32> = (0..heads).map(number).collect();
+        let (mut expected, mut expected_lse) = (vec![0f32; rows * dim], vec![0f32; rows]);
+        let out = TensorViewMut::contiguous("out", &mut expected, shape).unwrap();
+        let all: Vec<_> = (0..ranks).map(view).collect();
+        merge_with_sinks(&all, &sinks, out, &mut expected_lse).unwrap();
+        for way in [MergeWay::AllGather, MergeWay::ByRows] {
+            all_ranks(ranks, |group| {
+                let plan = MergePlan::<f32, f32>::new(shape, ranks, &LINK).unwrap().with_way(way);
+                let (mut out, mut lse) = (vec![f32::NAN; rows * dim], vec![f32::NAN; rows]);
+                let to = TensorViewMut::contiguous("out", &mut out, shape).unwrap();
+                let mut merge = plan.on_cpu();
+                let merge = merge.with_sinks(Some(&sinks)).unwrap();
+                merge.merge(&group, &view(group.rank()), to, Some(&mut lse)).unwrap();
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!((bits(&out), bits(&lse)), (bits(&expected), bits(&expected_lse)));
+            });
+        }
     }
 }
 

@@ -4,7 +4,11 @@ use super::{LSE, MergePlan, OUT};
 use crate::comm::message::{Message, Pattern, Pool, Received, Started};
 use crate::comm::{Collective, MergeWay};
 use crate::config::{check_rows, check_sinks};
-use crate::merge::{Partial, ROWS_PER_TASK, check_lse, for_each_row, merge_row, merge_rows, sink_of};
+use crate::cpu::InstructionSet;
+use crate::merge::{
+    Block, Partial, ROWS_PER_TASK, block_rows, check_lse, for_each_row, merge_row, merge_rows, one_by_one,
+    sink_of, totals,
+};
 use crate::{Element, Error, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
 
@@ -266,10 +270,36 @@ impl<T: Element, O: Element> MergePlan<T, O> {
         };
         let parts = (0..self.ranks).map(part).collect::<Result<Vec<_>>>()?;
         let (lses, outs) = two_regions::<O>(share);
-        let rows = outs.par_chunks_exact_mut(dim).zip(lses).take(rows);
-        rows.with_min_len(ROWS_PER_TASK).enumerate().for_each(|(row, (out, lse))| {
-            let parts = parts.iter().map(|(outs, lses)| (&outs[row * dim..][..dim], lses[row]));
-            *lse = merge_row(parts, sink_of(sinks, (first + row) / seq % heads), out);
+        let (lses, outs) = (&mut lses[..rows], &mut outs[..rows * dim]);
+        let instructions = InstructionSet::best();
+        let row = |rank: usize, row: usize| &parts[rank].0[row * dim..][..dim];
+        let sink = |row: usize| sink_of(sinks, (first + row) / seq % heads);
+        if one_by_one(self.ranks, dim) {
+            let rows = outs.par_chunks_exact_mut(dim).zip(lses).enumerate();
+            rows.with_min_len(ROWS_PER_TASK).for_each(|(index, (out, lse))| {
+                let parts = (0..self.ranks).map(|rank| (row(rank, index), parts[rank].1[index]));
+                *lse = merge_row(parts, sink(index), out);
+            });
+            return Ok(());
+        }
+        let block = block_rows(dim);
+        let blocks = outs.par_chunks_mut(block * dim).zip(lses.par_chunks_mut(block)).enumerate();
+        let blocks = blocks.with_min_len(ROWS_PER_TASK.div_ceil(block));
+        blocks.for_each_init(totals, |totals, (index, (outs, lses))| {
+            let start = index * block;
+            let block = Block {
+                partials: self.ranks,
+                rows: lses.len(),
+                dim,
+                row: |rank, index| row(rank, start + index),
+                lse: |rank: usize, index: usize| parts[rank].1[start + index],
+                sink: |index| sink(start + index),
+            };
+            block.merge(instructions, totals, |index, total, scale, lse| {
+                let out = &mut outs[index * dim..][..dim];
+                out.iter_mut().zip(total).for_each(|(out, total)| *out = O::from_f32(scale * total));
+                lses[index] = lse;
+            });
         });
         Ok(())
     }
