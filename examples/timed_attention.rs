@@ -7,9 +7,16 @@
 //!   "kv_heads": K, "query_len": T, "key_len": S, "head_dim": D}` reads the tensors `F/query`,
 //!   `F/key` and `F/value`, row-major `[heads, seq, dim]`; answers `ready` and the FLOPs of a call;
 //! - `run` computes once, the plan included; answers the seconds;
-//! - `save` writes the last output to `F/out` in f32; answers `saved`.
+//! - `save` writes the last output to `F/out` in f32; answers `saved`;
+//! - `peaks` measures what the machine can do at best, on the threads that attention has; answers
+//!   `{"f32": .., "bf16": .., "amx": .., "read": .., "copy": ..}`: FLOP/s, `null` where the CPU has
+//!   no such instructions, and bytes per second.
 
-use serde_json::Value;
+#[path = "../benches/common/peak.rs"]
+mod peak;
+
+use peak::Peaks;
+use serde_json::{Value, json};
 use star_attention::cpu::flash::Plan;
 use star_attention::{AttentionConfig, AttentionShape, Element, Inputs, Mask};
 use star_attention::{TensorView, TensorViewMut, bf16, f16};
@@ -121,6 +128,17 @@ fn answer(line: &str, case: &mut Option<Box<dyn Case>>) -> Result<String, Box<dy
     match line.trim() {
         "run" => Ok(case.as_mut().ok_or("run: no case was given")?.run()?.to_string()),
         "save" => case.as_ref().ok_or("save: no case was given")?.save().map(|()| "saved".into()),
+        "peaks" => {
+            let peaks = Peaks::measure();
+            let answer = json!({
+                "f32": peaks.f32_flops,
+                "bf16": peaks.bf16_flops,
+                "amx": peaks.amx_flops,
+                "read": peaks.read_bytes,
+                "copy": peaks.copy_bytes,
+            });
+            Ok(answer.to_string())
+        }
         line => {
             let read = case.insert(read_case(line)?);
             Ok(format!("ready {}", read.flops()))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs this crate and PyTorch's scaled_dot_product_attention on the same inputs, in turn, and prints a table of ratios.
+# Runs this crate and PyTorch's scaled_dot_product_attention on the same inputs, in turn, and prints the machine's peaks and a table of ratios.
 #
 #   scripts/compare-pytorch.sh [--threads N] [--quick] [--pairs N] [--only TEXT]
 #

@@ -10,11 +10,15 @@ pub struct Peaks {
     pub f32_flops: f64,
     /// The same for pairs of bf16 with f32 sums, where the CPU has an instruction for them.
     pub bf16_flops: Option<f64>,
+    /// The same on AMX tiles, where the CPU has them.
+    pub amx_flops: Option<f64>,
+    /// Bytes per second of a sum over memory larger than the caches.
+    pub read_bytes: f64,
     /// Bytes read and bytes written, added up, per second of a copy larger than the caches.
     pub copy_bytes: f64,
 }
 
-/// Bytes of each side of the copy: well beyond the last-level cache.
+/// Bytes that are read, and of each side of the copy: well beyond the last-level cache.
 const COPY: usize = 256 << 20;
 
 impl Peaks {
@@ -26,12 +30,31 @@ impl Peaks {
             let parts = target.par_chunks_mut(part).zip(source.par_chunks(part));
             parts.for_each(|(target, source)| target.copy_from_slice(source));
         });
+        let read = best(8, || {
+            black_box(source.par_chunks(part).map(sum).reduce(|| 0, u64::wrapping_add));
+        });
         Self {
             f32_flops: flops(multiply_add::f32_peak()).unwrap_or(f64::NAN),
             bf16_flops: flops(multiply_add::bf16_peak()),
+            amx_flops: flops(multiply_add::amx_peak()),
+            read_bytes: COPY as f64 / read,
             copy_bytes: 2.0 * COPY as f64 / copy,
         }
     }
+}
+
+/// The sum of all words, read as four streams: one alone leaves a core waiting.
+fn sum(bytes: &[u8]) -> u64 {
+    let (words, _) = bytes.as_chunks::<8>();
+    let (low, high) = words.split_at(words.len() / 2);
+    let [(a, b), (c, d)] = [low, high].map(|half| half.split_at(half.len() / 2));
+    let mut sums = [0u64; 4];
+    for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
+        for (sum, word) in sums.iter_mut().zip([a, b, c, d]) {
+            *sum = sum.wrapping_add(u64::from_ne_bytes(*word));
+        }
+    }
+    sums.into_iter().fold(0, u64::wrapping_add)
 }
 
 /// The least seconds of several runs.
@@ -62,6 +85,8 @@ fn flops(kernel: Option<Kernel>) -> Option<f64> {
 #[cfg(target_arch = "x86_64")]
 mod multiply_add {
     use super::Kernel;
+    use star_attention::cpu::InstructionSet;
+    use std::arch::asm;
     use std::arch::x86_64::*;
 
     /// Sums that are worked on at a time: more than latency times throughput of any such CPU.
@@ -120,6 +145,38 @@ mod multiply_add {
         }
         None
     }
+
+    /// Products of tiles, four independent ones at a time.
+    pub fn amx_peak() -> Option<Kernel> {
+        fn amx(rounds: u64) -> f32 {
+            #[repr(C, align(64))]
+            struct Config([u8; 64]);
+            // Palette 1, and tiles of 16 rows of 64 bytes.
+            let mut config = Config([0; 64]);
+            config.0[0] = 1;
+            for tile in 0..8 {
+                (config.0[16 + 2 * tile], config.0[48 + tile]) = (64, 16);
+            }
+            // SAFETY: the caller has checked that the unit is there and that this process may use it;
+            // the first instruction reads `config`, the others read and write tiles alone.
+            unsafe {
+                asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly));
+                for _ in 0..rounds {
+                    asm!(
+                        "tdpbf16ps tmm0, tmm4, tmm5",
+                        "tdpbf16ps tmm1, tmm4, tmm5",
+                        "tdpbf16ps tmm2, tmm4, tmm5",
+                        "tdpbf16ps tmm3, tmm4, tmm5",
+                        options(nostack, nomem)
+                    );
+                }
+                asm!("tilerelease", options(nostack, nomem));
+            }
+            0.0
+        }
+        let available = InstructionSet::available().contains(&InstructionSet::Amx);
+        available.then_some((amx, 4 * 2 * 16 * 16 * 32))
+    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -143,6 +200,10 @@ mod multiply_add {
     }
 
     pub fn bf16_peak() -> Option<Kernel> {
+        None
+    }
+
+    pub fn amx_peak() -> Option<Kernel> {
         None
     }
 }
