@@ -1,10 +1,17 @@
 //! Context encoding beside dense attention, query attention, and the merge: times, rates, and
-//! shares of what the machine can do.
+//! shares of what the machine can do. At last, the rates of its instruction sets.
 
+#[path = "common/call.rs"]
+mod call;
 #[path = "common/peak.rs"]
 mod peak;
 #[path = "common/random.rs"]
 mod random;
+#[path = "common/sets.rs"]
+mod sets;
+#[path = "common/turns.rs"]
+#[allow(dead_code)] // the table of ratios is for other benches
+mod turns;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use peak::Peaks;
@@ -16,6 +23,7 @@ use star_attention::{
     TensorViewMut, bf16,
 };
 use std::time::{Duration, Instant};
+use turns::Turns;
 
 /// What a case is measured against.
 #[derive(Clone, Copy)]
@@ -174,21 +182,32 @@ fn main() {
         }
     }
     criterion.final_summary();
-    if lines.is_empty() || std::env::args().any(|arg| arg == "--test") {
-        return;
+    let turns = Turns::from_args();
+    if !lines.is_empty() && !turns.quick {
+        print_lines(&lines);
     }
+    if turns.wants("instruction sets") {
+        sets::print_table(turns.quick);
+    }
+}
 
+/// The cases as shares of the machine's peaks.
+fn print_lines(lines: &[Line]) {
     let peaks = Peaks::measure();
-    let bf16_flops = peaks.bf16_flops.unwrap_or(peaks.f32_flops);
+    let bf16_flops = peaks.amx_flops.or(peaks.bf16_flops).unwrap_or(peaks.f32_flops);
     println!("\n{} threads; {} tokens, star with a = b = {BLOCK}", rayon::current_num_threads(), TOKENS);
     println!("peaks: {:.0} GFLOP/s of f32 multiply-adds", peaks.f32_flops / 1e9);
     if let Some(flops) = peaks.bf16_flops {
         println!("       {:.0} GFLOP/s of bf16 pairs", flops / 1e9);
     }
+    if let Some(flops) = peaks.amx_flops {
+        println!("       {:.0} GFLOP/s of bf16 tiles", flops / 1e9);
+    }
+    println!("       {:.1} GB/s of read", peaks.read_bytes / 1e9);
     println!("       {:.1} GB/s of copy, bytes read and written added up\n", peaks.copy_bytes / 1e9);
     println!("| case | time | rate | share of peak |\n|---|---:|---:|---:|");
     for Line { name, work, seconds } in lines {
-        let (rate, unit, peak) = match work {
+        let (rate, unit, peak) = match *work {
             Work::Flops(flops, DType::BF16) => (flops as f64 / seconds, "GFLOP/s", bf16_flops),
             Work::Flops(flops, _) => (flops as f64 / seconds, "GFLOP/s", peaks.f32_flops),
             Work::Bytes(bytes) => (bytes as f64 / seconds, "GB/s", peaks.copy_bytes),
