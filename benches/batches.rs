@@ -2,6 +2,7 @@
 //!
 //! - Ragged: sequences of different lengths in one call, over the sum of calls for its parts alone.
 //! - Paged: keys in pages of 16, over the same keys in rows.
+//! - Tokens first: keys in `[seq, heads, dim]`, over the same keys in `[heads, seq, dim]`.
 //! - Row-invariant: decodes whose bits do not depend on the rows of a call, over plain ones.
 //! - Schedule: the time of plans of 256 decodes, and per tile of a long prefill.
 //!
@@ -88,6 +89,17 @@ impl Bench {
         self.0.compare(&name, &mut || pages.run(), &mut || rows.run(), 1.0);
     }
 
+    fn tokens_first<T: Element>(&mut self, lens: &[[usize; 2]]) {
+        let name = format!("decode of {} x {} keys, tokens first, {}", lens.len(), lens[0][1], T::DTYPE);
+        if !self.0.wants(&name) {
+            return;
+        }
+        let mut tokens_first = call::<T>(&PlanConfig::new(), lens, None);
+        tokens_first.head_major = false;
+        let mut heads_first = call::<T>(&PlanConfig::new(), lens, None);
+        self.0.compare(&name, &mut || tokens_first.run(), &mut || heads_first.run(), 1.0);
+    }
+
     fn row_invariant<T: Element>(&mut self, lens: &[[usize; 2]]) {
         let name = format!("decode of {} x {} keys, row-invariant, {}", lens.len(), lens[0][1], T::DTYPE);
         if !self.0.wants(&name) {
@@ -170,12 +182,14 @@ fn main() {
     for lens in [many(1, 1, 65_536), many(16, 1, 4096)] {
         bench.paged::<f32>(&lens, 16);
         bench.paged::<bf16>(&lens, 16);
+        bench.tokens_first::<f32>(&lens);
+        bench.tokens_first::<bf16>(&lens);
     }
     for lens in [many(1, 1, 65_536), many(16, 1, 4096)] {
         bench.row_invariant::<f32>(&lens);
         bench.row_invariant::<bf16>(&lens);
     }
 
-    bench.0.print(["one call, pages or row-invariant", "parts, rows or plain"]);
+    bench.0.print(["one call, pages, tokens first or row-invariant", "parts, rows, heads first or plain"]);
     schedule(&bench);
 }

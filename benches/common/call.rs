@@ -7,6 +7,8 @@ use star_attention::{Element, Inputs, TensorView, TensorViewMut};
 /// A plan, and all memory that it needs: for queries and outputs of `Q`, keys and values of `K`.
 pub struct Call<Q, K = Q> {
     pub plan: Plan,
+    /// Whether the rows of a head lie one after another, as in a cache, or those of a token.
+    pub head_major: bool,
     query: Vec<Q>,
     key: Vec<K>,
     value: Vec<K>,
@@ -26,24 +28,28 @@ impl<Q: Element, K: Element> Call<Q, K> {
             out: vec![Q::default(); elements(batch.out_shape())],
             workspace: Vec::with_capacity(plan.workspace_bytes()),
             plan,
+            head_major: true,
         }
     }
 
     pub fn run(&mut self) {
         let batch = self.plan.batch();
         let query = TensorView::contiguous("query", &self.query, batch.query_shape()).unwrap();
-        let key = head_major("key", &self.key, batch.key_shape());
-        let value = head_major("value", &self.value, batch.value_shape());
+        let key = rows("key", &self.key, batch.key_shape(), self.head_major);
+        let value = rows("value", &self.value, batch.value_shape(), self.head_major);
         let out = TensorViewMut::contiguous("out", &mut self.out, batch.out_shape()).unwrap();
         self.plan.run(Inputs::new(query, key, value), out, None, &mut self.workspace).unwrap();
     }
 }
 
-/// Rows of a head lie one after another, as in a cache.
-fn head_major<'a, T: Element>(
+fn rows<'a, T: Element>(
     name: &'static str,
     data: &'a [T],
     [batch, seq, heads, dim]: [usize; 4],
+    head_major: bool,
 ) -> TensorView<'a, T> {
-    TensorView::contiguous(name, data, [batch, heads, seq, dim]).unwrap().swap_seq_heads()
+    if head_major {
+        return TensorView::contiguous(name, data, [batch, heads, seq, dim]).unwrap().swap_seq_heads();
+    }
+    TensorView::contiguous(name, data, [batch, seq, heads, dim]).unwrap()
 }
