@@ -200,7 +200,7 @@ fn prefetch_part<T: Load>(inputs: &Operands<'_>, piece: &Piece<'_>, end: usize, 
             let stride = if heads > 1 { rows.head_stride() } else { rows.seq_stride() };
             let data = T::rows(rows.rows_from(place));
             for i in 0..count {
-                prefetch::<false, T>(&data[i * stride..][..dim]);
+                prefetch(&data[i * stride..][..dim]);
             }
         }
         row += count;

@@ -24,7 +24,7 @@ pub(super) use vectors::Vectors;
 use super::piece::{Operands, Piece, Source};
 use super::rows::{Rows, for_each_special};
 use super::workspace::Scratch;
-use crate::cpu::simd::{Simd, load, prefetch};
+use crate::cpu::simd::{Simd, load, prefetch_early};
 use crate::element::sealed::AnySlice;
 use std::ops::Range;
 
@@ -273,10 +273,10 @@ impl<'t, 'a> TileRows<'t, 'a> {
         let next = index + self.ahead;
         if self.ahead > 0 && self.start + next < self.piece.entries.end {
             match self.row(source, rows, next) {
-                AnySlice::F32(row) => prefetch::<true, _>(row),
-                AnySlice::F16(row) => prefetch::<true, _>(row),
-                AnySlice::BF16(row) => prefetch::<true, _>(row),
-                AnySlice::F8E4M3(row) => prefetch::<true, _>(row),
+                AnySlice::F32(row) => prefetch_early(row),
+                AnySlice::F16(row) => prefetch_early(row),
+                AnySlice::BF16(row) => prefetch_early(row),
+                AnySlice::F8E4M3(row) => prefetch_early(row),
             }
         }
     }

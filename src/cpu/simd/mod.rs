@@ -348,16 +348,27 @@ pub(crate) fn store<S: Simd>(simd: S, x: S::V, to: &mut [f32]) {
     unsafe { simd.store(x, to.as_mut_ptr()) }
 }
 
-/// Asks for the cache lines of a slice, in L1 or only in `L2`; a hint.
+/// Asks for the cache lines of a slice; only a hint.
 #[inline(always)]
-pub(crate) fn prefetch<const L2: bool, T>(data: &[T]) {
+pub(crate) fn prefetch<T>(data: &[T]) {
+    prefetch_to::<true, T>(data);
+}
+
+/// Asks for the cache lines of a slice that is needed later: L2 is near enough.
+#[inline(always)]
+pub(crate) fn prefetch_early<T>(data: &[T]) {
+    prefetch_to::<false, T>(data);
+}
+
+#[inline(always)]
+fn prefetch_to<const L1: bool, T>(data: &[T]) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..size_of_val(data)).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
         // SAFETY: a prefetch reads nothing, and the line lies inside `data`.
         unsafe {
             let line = data.as_ptr().cast::<i8>().add(line);
-            if L2 { _mm_prefetch::<_MM_HINT_T1>(line) } else { _mm_prefetch::<_MM_HINT_T0>(line) }
+            if L1 { _mm_prefetch::<_MM_HINT_T0>(line) } else { _mm_prefetch::<_MM_HINT_T1>(line) }
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
