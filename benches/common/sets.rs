@@ -9,8 +9,8 @@ use star_attention::{AttentionConfig, AttentionShape, Element, Mask, bf16, f16};
 /// takes.
 pub fn print_table(quick: bool) {
     let mut sets = InstructionSet::available();
-    // The model of AMX is for tests, and plain Rust for CPUs without vectors.
-    let slow = [InstructionSet::AmxModel, InstructionSet::Portable];
+    // Models are for tests, and plain Rust for CPUs without vectors.
+    let slow = [InstructionSet::AmxModel, InstructionSet::Avx512Bf16Model, InstructionSet::Portable];
     sets.retain(|set| *set == InstructionSet::best() || !slow.contains(set));
     println!("\nInstruction sets in turn: the library takes the marked one, and the fastest is in bold\n");
     let names = sets.iter().map(|&set| match set {

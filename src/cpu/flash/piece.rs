@@ -82,18 +82,6 @@ impl Piece<'_> {
         }
     }
 
-    /// The piece in parts of at most `rows` rows, each with the number of its first row. `rows`
-    /// must not be below the heads.
-    pub fn parts(&self, rows: usize) -> impl Iterator<Item = (usize, Self)> {
-        let heads = self.heads.len();
-        let all = self.segment.rows.clone();
-        all.clone().step_by(rows / heads).map(move |start| {
-            let mut part = self.of_head(0);
-            part.segment = self.segment.part(start..all.end.min(start + rows / heads));
-            ((start - all.start) * heads, part)
-        })
-    }
-
     /// Query rows of a KV head: heads times tokens.
     pub fn rows(&self) -> usize {
         self.segment.rows.len() * self.heads.len()

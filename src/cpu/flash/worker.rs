@@ -42,15 +42,13 @@ impl Task for Worker<'_> {
             }
             let write = |row: usize, out: &[f32], lse: f32| write(0, row, out, lse);
             let kv_head = piece.kv_heads.start;
-            if let Some(unit) = &mut unit {
+            if P::HAS_UNIT {
+                let unit = unit.as_mut().expect("the product proves that there is one");
                 let unit = tile::matrix::Unit::new(simd, unit, self.inputs, kv_head);
                 tile::attend(unit, self.inputs, &piece, &mut self.scratch, write);
-                continue;
-            }
-            for (first, part) in piece.parts(tile::ROWS) {
-                let write = |row: usize, out: &[f32], lse: f32| write(first + row, out, lse);
+            } else {
                 let vectors = tile::Vectors::new(simd, product, self.inputs, kv_head);
-                tile::attend(vectors, self.inputs, &part, &mut self.scratch, write);
+                tile::attend(vectors, self.inputs, &piece, &mut self.scratch, write);
             }
         }
     }

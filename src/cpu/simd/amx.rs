@@ -79,6 +79,7 @@ impl AmxProduct {
 
 impl Product<Avx512> for AmxProduct {
     type Unit = Amx;
+    const HAS_UNIT: bool = true;
     const ELEMENTS: usize = 1;
 
     #[inline(always)]

@@ -129,10 +129,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Whether a multiply-add takes one lane of a vector for all lanes: products then read words
     /// four at a time, by [`splat_four`](Self::splat_four), and broadcast none.
     const LANE_OPERANDS: bool = false;
-    /// Keys that a register block of few rows takes together, 1 or 4. One key after the other is
-    /// read from memory in order. Four share the loads of the queries, which are instructions of
-    /// their own on some CPUs, and have more sums under way.
-    const KEYS_AT_ONCE: usize = 1;
+    /// Whether a register block of few rows takes its keys together. One key after the other is
+    /// read from memory in order. Together they share the loads of the queries, which are
+    /// instructions of their own on some CPUs, and have more sums under way.
+    const KEYS_TOGETHER: bool = false;
 
     fn splat(self, x: f32) -> Self::V;
     /// Four words, each in all lanes.
@@ -254,6 +254,8 @@ pub(crate) trait Task {
 pub(crate) trait Product<S: Simd>: Copy + Send + Sync + 'static {
     /// The matrix unit that may come with it.
     type Unit: Matrix<S>;
+    /// Whether there is one, so that many rows never go through vectors.
+    const HAS_UNIT: bool = false;
     /// Elements of a word.
     const ELEMENTS: usize;
     /// `sum + a · b`, word by word.

@@ -21,7 +21,7 @@ impl Simd for Neon {
     const LANES: usize = 4;
     const TILE_ROWS: usize = 8;
     const LANE_OPERANDS: bool = true;
-    const KEYS_AT_ONCE: usize = 4;
+    const KEYS_TOGETHER: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {

@@ -176,6 +176,7 @@ impl PortableUnit {
 
 impl Product<Portable<TILE>> for PortableUnit {
     type Unit = Model;
+    const HAS_UNIT: bool = true;
     const ELEMENTS: usize = 1;
 
     #[inline(always)]

@@ -111,11 +111,12 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         values: Run<'_, T>,
         out: &mut [f32],
     ) {
-        // Sixteen sums fill the registers. f32 values of longer heads go through two rows by eight
-        // vectors, so that they too are read in order; others through four by four, so that they
-        // are converted once.
+        // As many sums as fill the registers. f32 values of longer heads go through two rows by
+        // more vectors, so that they too are read in order; others through four rows, so that
+        // they are converted once.
         let ([_, value_dim], [_, width]) = (self.dims, self.widths);
         let wide = value_dim > BLOCK * S::LANES && size_of::<T>() == size_of::<f32>();
+        let sixteen = S::TILE_ROWS >= 8;
         let mut row = 0;
         while row < rows {
             let alpha = &alpha[row..];
@@ -123,9 +124,11 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
             row += match rows - row {
                 1 if wide => self.accumulate::<1, 8>(alpha, probabilities, values, out),
                 1 => self.accumulate::<1, 4>(alpha, probabilities, values, out),
-                _ if wide => self.accumulate::<2, 8>(alpha, probabilities, values, out),
+                _ if wide && sixteen => self.accumulate::<2, 8>(alpha, probabilities, values, out),
                 2 => self.accumulate::<2, 4>(alpha, probabilities, values, out),
-                _ => self.accumulate::<4, 4>(alpha, probabilities, values, out),
+                _ if wide => self.accumulate::<2, 4>(alpha, probabilities, values, out),
+                _ if sixteen => self.accumulate::<4, 4>(alpha, probabilities, values, out),
+                _ => self.accumulate::<4, 2>(alpha, probabilities, values, out),
             };
         }
     }
@@ -178,9 +181,13 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         unsafe { if P::ELEMENTS == 1 { T::load(self.simd, from) } else { self.simd.load(from.cast()) } }
     }
 
-    /// `scores[r][i] = query[r] · keys[i]`, [`Simd::KEYS_AT_ONCE`] keys at a time.
+    /// `scores[r][i] = query[r] · keys[i]`, one key after the other, so that they stream from
+    /// memory in order.
     #[inline(always)]
     fn block_scores<const R: usize>(&self, query: &[f32], keys: [&[T]; BLOCK], scores: &mut [f32]) {
+        if S::KEYS_TOGETHER {
+            return self.block_scores_together::<R>(query, keys, scores);
+        }
         let simd = self.simd;
         let elements = P::ELEMENTS * S::LANES;
         let ([head_dim, _], [width, _]) = (self.dims, self.widths);
@@ -191,42 +198,39 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         // multiply-add.
         let turns = if R < CHAINS { CHAINS / R } else { 1 };
         let in_turns = whole - whole % (turns * elements);
-        for first in (0..BLOCK).step_by(S::KEYS_AT_ONCE) {
-            let keys = &keys[first..first + S::KEYS_AT_ONCE];
-            let mut parts = [[[simd.splat(0.0); CHAINS]; R]; BLOCK];
-            // SAFETY: keys hold `whole` elements and `query` R rows of `width`, as asserted above.
+        for (i, key) in keys.into_iter().enumerate() {
+            let mut parts = [[simd.splat(0.0); CHAINS]; R];
+            // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted
+            // above.
             unsafe {
                 for start in (0..in_turns).step_by(turns * elements) {
                     for turn in 0..turns {
-                        self.add_words(query, keys, start + turn * elements, turn, &mut parts);
+                        self.add_words(query, key, start + turn * elements, turn, &mut parts);
                     }
                 }
                 for at in (in_turns..whole).step_by(elements) {
-                    self.add_words(query, keys, at, 0, &mut parts);
+                    self.add_words(query, key, at, 0, &mut parts);
                 }
             }
-            for (i, key) in keys.iter().enumerate() {
-                let parts = &parts[i];
-                let mut products = [simd.splat(0.0); R];
+            let mut products = [simd.splat(0.0); R];
+            for r in 0..R {
+                products[r] = parts[r][0];
+                for turn in 1..turns {
+                    products[r] = simd.add(products[r], parts[r][turn]);
+                }
+            }
+            if whole < head_dim {
+                let mut tail = [T::default(); 2 * WIDEST];
+                tail[..head_dim - whole].copy_from_slice(&key[whole..head_dim]);
+                // SAFETY: `tail` holds the longest vector of words.
+                let key = unsafe { self.load_words(tail.as_ptr()) };
                 for r in 0..R {
-                    products[r] = parts[r][0];
-                    for turn in 1..turns {
-                        products[r] = simd.add(products[r], parts[r][turn]);
-                    }
+                    let query = load(simd, &query[r * width + whole / P::ELEMENTS..]);
+                    products[r] = self.product.fma(query, key, products[r]);
                 }
-                if whole < head_dim {
-                    let mut tail = [T::default(); 2 * WIDEST];
-                    tail[..head_dim - whole].copy_from_slice(&key[whole..head_dim]);
-                    // SAFETY: `tail` holds the longest vector of words.
-                    let key = unsafe { self.load_words(tail.as_ptr()) };
-                    for r in 0..R {
-                        let query = load(simd, &query[r * width + whole / P::ELEMENTS..]);
-                        products[r] = self.product.fma(query, key, products[r]);
-                    }
-                }
-                for r in 0..R {
-                    sums[r][first + i] = products[r];
-                }
+            }
+            for r in 0..R {
+                sums[r][i] = products[r];
             }
         }
         for (r, sums) in sums.iter().enumerate() {
@@ -234,31 +238,95 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         }
     }
 
-    /// Adds the products of [`Simd::KEYS_AT_ONCE`] keys' words from the element `at` on to one of
-    /// each row's sums.
+    /// Adds the products of a key's words from the element `at` on to one of each row's sums.
     ///
     /// # Safety
-    /// So many elements must be in each of `keys`, and in each of `R` rows of `query`.
+    /// So many elements must be in `key`, and in each of `R` rows of `query`.
     #[inline(always)]
     unsafe fn add_words<const R: usize>(
         &self,
         query: &[f32],
-        keys: &[&[T]],
+        key: &[T],
         at: usize,
         turn: usize,
-        parts: &mut [[[S::V; CHAINS]; R]; BLOCK],
+        parts: &mut [[S::V; CHAINS]; R],
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut words = [self.simd.splat(0.0); BLOCK];
-            for i in 0..S::KEYS_AT_ONCE {
-                words[i] = self.load_words(keys[i].as_ptr().add(at));
-            }
+            let key = self.load_words(key.as_ptr().add(at));
             for r in 0..R {
                 let query = self.simd.load(query.as_ptr().add(r * self.widths[0] + at / P::ELEMENTS));
-                for i in 0..S::KEYS_AT_ONCE {
-                    parts[i][r][turn] = self.product.fma(query, words[i], parts[i][r][turn]);
+                parts[r][turn] = self.product.fma(query, key, parts[r][turn]);
+            }
+        }
+    }
+
+    /// [`block_scores`](Self::block_scores) with all keys together, which share the loads of the
+    /// queries.
+    #[inline(always)]
+    fn block_scores_together<const R: usize>(&self, query: &[f32], keys: [&[T]; BLOCK], scores: &mut [f32]) {
+        let simd = self.simd;
+        let elements = P::ELEMENTS * S::LANES;
+        let ([head_dim, _], [width, _]) = (self.dims, self.widths);
+        let whole = head_dim - head_dim % elements;
+        assert!(query.len() >= R * width && keys.iter().all(|key| key.len() >= whole));
+        let turns = if R < CHAINS { CHAINS / R } else { 1 };
+        let in_turns = whole - whole % (turns * elements);
+        let mut parts = [[[simd.splat(0.0); BLOCK]; R]; CHAINS];
+        // SAFETY: keys hold `whole` elements and `query` R rows of `width`, as asserted above.
+        unsafe {
+            for start in (0..in_turns).step_by(turns * elements) {
+                for turn in 0..turns {
+                    let at = start + turn * elements;
+                    let words = keys.map(|key| self.load_words(key.as_ptr().add(at)));
+                    self.add_products(query, at, words, &mut parts[turn]);
                 }
+            }
+            for at in (in_turns..whole).step_by(elements) {
+                let words = keys.map(|key| self.load_words(key.as_ptr().add(at)));
+                self.add_products(query, at, words, &mut parts[0]);
+            }
+        }
+        let mut sums = parts[0];
+        for part in &parts[1..turns] {
+            for r in 0..R {
+                for i in 0..BLOCK {
+                    sums[r][i] = simd.add(sums[r][i], part[r][i]);
+                }
+            }
+        }
+        if whole < head_dim {
+            let words = keys.map(|key| {
+                let mut tail = [T::default(); 2 * WIDEST];
+                tail[..head_dim - whole].copy_from_slice(&key[whole..head_dim]);
+                // SAFETY: `tail` holds the longest vector of words.
+                unsafe { self.load_words(tail.as_ptr()) }
+            });
+            // SAFETY: rows of `query` are padded to `width`.
+            unsafe { self.add_products(query, whole, words, &mut sums) };
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            scores[r * self.stride..][..BLOCK].copy_from_slice(&simd.sum_lanes_of(*sums));
+        }
+    }
+
+    /// Adds the products of the words of [`BLOCK`] keys at the element `at`.
+    ///
+    /// # Safety
+    /// A vector of words must be there in each of `R` rows of `query`.
+    #[inline(always)]
+    unsafe fn add_products<const R: usize>(
+        &self,
+        query: &[f32],
+        at: usize,
+        words: [S::V; BLOCK],
+        sums: &mut [[S::V; BLOCK]; R],
+    ) {
+        for r in 0..R {
+            // SAFETY: the caller's promise.
+            let query = unsafe { self.simd.load(query.as_ptr().add(r * self.widths[0] + at / P::ELEMENTS)) };
+            for i in 0..BLOCK {
+                sums[r][i] = self.product.fma(query, words[i], sums[r][i]);
             }
         }
     }

@@ -117,7 +117,7 @@ impl<'a, S: Simd> Softmax<'a, S> {
             let mut sums = [0.0; TILE];
             store(self.simd, self.sums[half], &mut sums);
             for (row, sum) in rows[half * TILE..].iter_mut().zip(sums) {
-                *row = !(sum <= MOST_SUM);
+                *row = sum.is_nan() || sum > MOST_SUM;
             }
         }
         rows.contains(&true).then_some(rows)
