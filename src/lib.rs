@@ -20,6 +20,7 @@ mod mask;
 pub mod merge;
 mod scales;
 mod schedule;
+mod simd;
 mod tensor;
 
 pub use append::{Append, LEFT_OUT, Rotation};

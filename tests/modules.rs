@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The modules from low to high. A module may use those of the levels below its own.
-const LEVELS: [&[&str]; 8] = [
+const LEVELS: [&[&str]; 9] = [
     &["error", "element", "tensor", "mask", "config"],
+    &["simd"],
     &["layout", "batch", "scales", "merge"],
     &["inputs", "append"],
     &["schedule", "backend"],

@@ -5,8 +5,7 @@ mod append;
 mod backend;
 pub mod flash;
 pub mod reference;
-pub(crate) mod simd;
 
+pub use crate::simd::InstructionSet;
 pub use append::append;
 pub use backend::{Cpu, Plan};
-pub use simd::InstructionSet;

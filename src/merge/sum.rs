@@ -3,8 +3,8 @@
 //! Products and sums are rounded one by one, in the order of the rows, so that the bits are the same
 //! with all instructions and however the rows are grouped.
 
-use crate::cpu::simd::{InstructionSet, Product, Simd, Task, dispatch, load, prefetch, store};
 use crate::element::sealed::{AnySlice, Sealed};
+use crate::simd::{InstructionSet, Product, Simd, Task, dispatch, load, prefetch, store};
 use crate::{Element, F8E4M3};
 use half::{bf16, f16};
 

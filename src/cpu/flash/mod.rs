@@ -34,9 +34,9 @@ mod workspace;
 
 pub use workspace::Workspace;
 
-use super::simd::{InstructionSet, dispatch};
 use crate::config::{check_lse, check_rows, check_sinks};
 use crate::merge::{merge_row, sink_of};
+use crate::simd::{InstructionSet, dispatch};
 use crate::tensor::SharedRows;
 use crate::{
     AttentionConfig, AttentionShape, Batch, Capacity, DType, Element, Error, Inputs, Output, PlanConfig,

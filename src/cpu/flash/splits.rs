@@ -2,8 +2,8 @@
 
 use super::{few, tile};
 use crate::PlanConfig;
-use crate::cpu::simd::InstructionSet;
 use crate::schedule::Segment;
+use crate::simd::InstructionSet;
 use std::ops::Range;
 
 /// Keys are split until there are about this many pieces of work, enough for the threads of a large

@@ -24,8 +24,8 @@ pub(super) use vectors::Vectors;
 use super::piece::{Operands, Piece, Source};
 use super::rows::{Rows, for_each_special};
 use super::workspace::Scratch;
-use crate::cpu::simd::{Simd, load, prefetch_early};
 use crate::element::sealed::AnySlice;
+use crate::simd::{Simd, load, prefetch_early};
 use std::ops::Range;
 
 /// Query rows of a tile at most: a tile of keys is copied once for so many rows, and the tile's

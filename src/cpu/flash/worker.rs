@@ -4,7 +4,7 @@ use super::piece::{Operands, Piece};
 use super::work::Place;
 use super::workspace::Scratch;
 use super::{Plan, few, tile};
-use crate::cpu::simd::{Product, Simd, Task};
+use crate::simd::{Product, Simd, Task};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Gets a row's result: the piece and where its result goes, the row, out and lse.

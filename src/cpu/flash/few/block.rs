@@ -1,7 +1,7 @@
 //! The products of some rows with keys or values, in registers.
 
 use super::load::{Load, has_hidden_nan};
-use crate::cpu::simd::{Product, Simd, load, store};
+use crate::simd::{Product, Simd, load, store};
 use std::marker::PhantomData;
 
 /// Keys of a register block.

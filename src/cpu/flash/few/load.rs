@@ -1,8 +1,8 @@
 //! Elements of keys and values as vectors of f32.
 
 use crate::F8E4M3;
-use crate::cpu::simd::Simd;
 use crate::element::sealed::AnySlice;
+use crate::simd::Simd;
 use half::{bf16, f16};
 
 /// An element that loads as a vector of f32.

@@ -1,7 +1,7 @@
 //! The online softmax of a panel, lane by lane.
 
 use super::{Limits, Panel, Vectors};
-use crate::cpu::simd::{Product, Simd, load, store};
+use crate::simd::{Product, Simd, load, store};
 
 /// Turns scores, which have the factor, into probabilities and updates the state of the rows:
 /// their running maximum (log2 domain) and sum, and `alpha`, the factor that the tile puts on them.

@@ -4,8 +4,8 @@ use super::softmax::softmax;
 use super::{Engine, Panel, STEP, Sizes, TileRows, WIDEST_PANEL};
 use crate::cpu::flash::piece::Operands;
 use crate::cpu::flash::rows::{clear_special, pack_value_words, pack_words};
-use crate::cpu::simd::{Product, Simd, load, store};
 use crate::element::sealed::AnySlice;
+use crate::simd::{Product, Simd, load, store};
 
 /// Multiply-adds of vectors. Keys lie `[key][word]`, queries `[panel][word][row]`, values `[panel
 /// of columns][word of keys][column]`, outputs row by row.

@@ -2,7 +2,7 @@
 
 use super::PAIR;
 use super::terms::Products;
-use crate::cpu::simd::{Matrix, Simd, TILE};
+use crate::simd::{Matrix, Simd, TILE};
 use std::marker::PhantomData;
 
 /// Work of vectors that runs between the products. A trait, since a closure would be compiled

@@ -7,7 +7,7 @@
 
 use super::super::Limits;
 use super::PAIR;
-use crate::cpu::simd::{Matrix, Simd, TILE, load, store};
+use crate::simd::{Matrix, Simd, TILE, load, store};
 
 /// Probabilities of a tile add up to this at most; otherwise the row's maximum is raised. Far from
 /// where a sum over all keys or an output would overflow.

@@ -1,5 +1,5 @@
 use crate::cpu::flash::Plan;
-use crate::cpu::simd::{FAULT, Fault, InstructionSet};
+use crate::simd::{FAULT, Fault, InstructionSet};
 use crate::{AttentionConfig, AttentionShape, Element, Inputs, Mask, TensorView, TensorViewMut};
 use half::{bf16, f16};
 
