@@ -2,6 +2,7 @@
 
 use super::load::{Load, has_hidden_nan};
 use crate::simd::{Product, Simd, load, store};
+use std::hint::black_box;
 use std::marker::PhantomData;
 
 /// Keys of a register block.
@@ -231,6 +232,11 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
             }
             for r in 0..R {
                 sums[r][i] = products[r];
+            }
+            if R * BLOCK > 2 * S::TILE_ROWS {
+                // So many sums would fill the registers, and the loop over a key would spill some
+                // at every step: they go to memory here.
+                black_box(&mut sums);
             }
         }
         for (r, sums) in sums.iter().enumerate() {

@@ -175,7 +175,7 @@ mod tests {
             let products = Products::new(first, second, kept);
             assert_eq!(
                 products.pairs().len(),
-                (0..kept).map(|i| if i < first { second.min(kept - i) } else { 0 }).sum()
+                (0..kept).map(|i| if i < first { second.min(kept - i) } else { 0 }).sum::<usize>()
             );
             for pair in products.pairs().windows(2) {
                 assert!(pair[0][0] == pair[1][0] || pair[0][1] == pair[1][1], "{pair:?}");
