@@ -24,7 +24,7 @@
 mod sum;
 
 use crate::config::{check_rows, check_sinks};
-use crate::cpu::InstructionSet;
+use crate::simd::InstructionSet;
 use crate::tensor::SharedRows;
 use crate::{Element, Error, Output, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
