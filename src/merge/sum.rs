@@ -1,7 +1,7 @@
 //! Weighted sums of rows, in vectors.
 //!
-//! Products and sums are rounded one by one, in the order of the rows, so that the bits are the same
-//! with all instructions and however the rows are grouped.
+//! Products and sums are rounded one by one, in the order of the rows, so that the bits are the
+//! same with all instructions and however the rows are grouped.
 
 use crate::element::sealed::{AnySlice, Sealed};
 use crate::simd::{InstructionSet, Product, Simd, Task, dispatch, load, prefetch, store};
@@ -45,8 +45,8 @@ impl<'a> Group<'a> {
     }
 }
 
-/// Adds to each total, of `dim` elements, the rows of its group; the `first` ones to 0. Not generic, so that it is
-/// compiled with this crate.
+/// Adds to each total, of `dim` elements, the rows of its group; the `first` ones to 0. Not
+/// generic, so that it is compiled with this crate.
 pub(super) fn add<'a>(
     instructions: InstructionSet,
     first: bool,
