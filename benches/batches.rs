@@ -95,7 +95,7 @@ impl Bench {
             return;
         }
         let mut tokens_first = call::<T>(&PlanConfig::new(), lens, None);
-        tokens_first.head_major = false;
+        tokens_first.key_place = call::TOKENS;
         let mut heads_first = call::<T>(&PlanConfig::new(), lens, None);
         self.0.compare(&name, &mut || tokens_first.run(), &mut || heads_first.run(), 1.0);
     }

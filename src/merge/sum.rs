@@ -4,7 +4,7 @@
 //! same with all instructions and however the rows are grouped.
 
 use crate::element::sealed::{AnySlice, Sealed};
-use crate::simd::{InstructionSet, Product, Simd, Task, dispatch, load, prefetch, store};
+use crate::simd::{InstructionSet, Load, Product, Simd, Task, dispatch, load, prefetch, store};
 use crate::{Element, F8E4M3};
 use half::{bf16, f16};
 
@@ -110,7 +110,7 @@ impl Add<'_> {
     }
 
     #[inline(always)]
-    fn add<S: Simd, T: Row, const FIRST: bool>(mut self, simd: S) {
+    fn add<S: Simd, T: Load, const FIRST: bool>(mut self, simd: S) {
         let whole = self.total.len() - self.total.len() % S::LANES;
         match self.rows.len() {
             1 => self.add_vectors::<S, T, 1, FIRST>(simd, whole),
@@ -126,10 +126,10 @@ impl Add<'_> {
     // inlined.
     #[allow(clippy::needless_range_loop)]
     #[inline(always)]
-    fn add_vectors<S: Simd, T: Row, const N: usize, const FIRST: bool>(&mut self, simd: S, whole: usize) {
+    fn add_vectors<S: Simd, T: Load, const N: usize, const FIRST: bool>(&mut self, simd: S, whole: usize) {
         let (mut rows, mut weights) = ([&[] as &[T]; N], [simd.splat(0.0); N]);
         for i in 0..N {
-            rows[i] = &T::of(self.rows[i])[..whole];
+            rows[i] = &T::rows(self.rows[i])[..whole];
             weights[i] = simd.splat(self.weights[i]);
         }
         for at in (0..whole).step_by(S::LANES) {
@@ -137,7 +137,7 @@ impl Add<'_> {
             let mut sum = if FIRST { simd.splat(0.0) } else { load(simd, total) };
             for i in 0..N {
                 // SAFETY: each row holds `whole` elements, of which a vector is left at `at`.
-                let x = unsafe { T::vector(simd, rows[i].as_ptr().add(at)) };
+                let x = unsafe { T::load(simd, rows[i].as_ptr().add(at)) };
                 // A fused product would be rounded otherwise than by instructions without one.
                 sum = simd.add(sum, simd.mul(weights[i], x));
             }
@@ -147,58 +147,14 @@ impl Add<'_> {
 
     /// The columns from `first` on.
     #[inline(always)]
-    fn add_elements<T: OfAny, const FIRST: bool>(self, first: usize) {
+    fn add_elements<T: Load, const FIRST: bool>(self, first: usize) {
         let total = &mut self.total[first..];
         if FIRST {
             total.fill(0.0);
         }
         for (&row, weight) in self.rows.iter().zip(self.weights) {
-            let row = &T::of(row)[first..];
+            let row = &T::rows(row)[first..];
             total.iter_mut().zip(row).for_each(|(total, x)| *total += weight * x.to_f32());
         }
     }
 }
-
-/// An element type that is known again.
-trait OfAny: Element {
-    fn of(slice: AnySlice<'_>) -> &[Self];
-}
-
-/// An element that loads as a vector of f32.
-trait Row: OfAny {
-    /// # Safety
-    /// `S::LANES` elements must be readable at `from`.
-    unsafe fn vector<S: Simd>(simd: S, from: *const Self) -> S::V;
-}
-
-macro_rules! of_any {
-    ($type:ty, $variant:ident) => {
-        impl OfAny for $type {
-            #[inline(always)]
-            fn of(slice: AnySlice<'_>) -> &[Self] {
-                let AnySlice::$variant(slice) = slice else { unreachable!("one type was chosen for all") };
-                slice
-            }
-        }
-    };
-}
-
-macro_rules! row {
-    ($type:ty, $load:ident) => {
-        impl Row for $type {
-            #[inline(always)]
-            unsafe fn vector<S: Simd>(simd: S, from: *const Self) -> S::V {
-                // SAFETY: the caller's promise.
-                unsafe { simd.$load(from) }
-            }
-        }
-    };
-}
-
-of_any!(f32, F32);
-of_any!(f16, F16);
-of_any!(bf16, BF16);
-of_any!(F8E4M3, F8E4M3);
-row!(f32, load);
-row!(f16, load_f16);
-row!(bf16, load_bf16);

@@ -143,10 +143,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn sum_lanes_of(self, [a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+    fn fold_two(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves that the CPU has the instruction.
+        unsafe { _mm256_hadd_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sum_folded(self, [ab, cd]: [__m256; 2]) -> [f32; 4] {
         // SAFETY: `self` proves that the CPU has the instructions; the transmute renames four f32.
         unsafe {
-            let sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+            let sums = _mm256_hadd_ps(ab, cd);
             let sums = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps::<1>(sums));
             std::mem::transmute::<__m128, [f32; 4]>(sums)
         }

@@ -155,13 +155,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn sum_lanes_of(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+    fn fold_two(self, a: __m512, b: __m512) -> __m512 {
+        // Each 128-bit part holds a b a b. SAFETY: `self` proves that the CPU has the instructions.
+        unsafe { _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)) }
+    }
+
+    #[inline(always)]
+    fn sum_folded(self, [ab, cd]: [__m512; 2]) -> [f32; 4] {
         // SAFETY: `self` proves that the CPU has the instructions; the transmute renames four f32.
         unsafe {
-            // Each 128-bit part holds a b c d after two rounds of interleaving and adding; then the
-            // parts are added.
-            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            // Each 128-bit part holds a b c d after one more round; then the parts are added.
             let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
             let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
             let high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));

@@ -11,11 +11,13 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod elements;
 mod matrix;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
 
+pub(crate) use elements::{Load, has_hidden_nan};
 use matrix::NoUnit;
 #[cfg(test)]
 pub(crate) use matrix::{FAULT, Fault};
@@ -178,11 +180,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn scale_exponent(self, y: Self::V, r: Self::V) -> Self::V;
     /// The sum of the lanes.
     fn sum_lanes(self, x: Self::V) -> f32;
-    /// The sums of the lanes of four vectors.
-    #[inline(always)]
-    fn sum_lanes_of(self, x: [Self::V; 4]) -> [f32; 4] {
-        [self.sum_lanes(x[0]), self.sum_lanes(x[1]), self.sum_lanes(x[2]), self.sum_lanes(x[3])]
-    }
+    /// One vector whose lanes are sums of two lanes of `a`, and of two lanes of `b`.
+    fn fold_two(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The sums of the lanes of the four vectors that were folded into two.
+    fn sum_folded(self, folded: [Self::V; 2]) -> [f32; 4];
     /// The largest lane.
     fn max_lanes(self, x: Self::V) -> f32;
     /// Runs `task` compiled for this instruction set.

@@ -175,6 +175,18 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn fold_two(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: `self` proves that the CPU has the instruction.
+        unsafe { vpaddq_f32(a, b) }
+    }
+
+    #[inline(always)]
+    fn sum_folded(self, [ab, cd]: [float32x4_t; 2]) -> [f32; 4] {
+        // SAFETY: `self` proves that the CPU has the instruction; the transmute renames four f32.
+        unsafe { std::mem::transmute::<float32x4_t, [f32; 4]>(vpaddq_f32(ab, cd)) }
+    }
+
+    #[inline(always)]
     fn max_lanes(self, x: float32x4_t) -> f32 {
         // SAFETY: `self` proves that the CPU has the instruction.
         unsafe { vmaxvq_f32(x) }

@@ -118,6 +118,18 @@ impl<const LANES: usize> Simd for Portable<LANES> {
     }
 
     #[inline(always)]
+    fn fold_two(self, a: Self::V, b: Self::V) -> Self::V {
+        let half = Self::LANES / 2;
+        std::array::from_fn(|i| if i < half { a[i] + a[i + half] } else { b[i - half] + b[i] })
+    }
+
+    #[inline(always)]
+    fn sum_folded(self, [ab, cd]: [Self::V; 2]) -> [f32; 4] {
+        let half = Self::LANES / 2;
+        [&ab[..half], &ab[half..], &cd[..half], &cd[half..]].map(|lanes| lanes.iter().sum())
+    }
+
+    #[inline(always)]
     fn max_lanes(self, x: Self::V) -> f32 {
         x.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
     }

@@ -6,7 +6,6 @@
 //! layouts where the heads of a token lie side by side, memory is read in its own order.
 
 mod block;
-mod load;
 
 use super::piece::{Operands, Piece, Source};
 use super::rows::pack_words;
@@ -14,11 +13,10 @@ use super::workspace::Scratch;
 use crate::F8E4M3;
 use crate::element::sealed::AnySlice;
 use crate::schedule::Segment;
-use crate::simd::{Product, Simd, load, prefetch, store};
+use crate::simd::{Load, Product, Simd, load, prefetch, store};
 pub(super) use block::BLOCK_ROWS;
 use block::{BLOCK, Block, Run};
 use half::{bf16, f16};
-use load::Load;
 use std::ops::Range;
 
 /// Query rows at most: beyond, `tile` does less work per row.

@@ -1,8 +1,6 @@
 //! The products of some rows with keys or values, in registers.
 
-use super::load::{Load, has_hidden_nan};
-use crate::simd::{Product, Simd, load, store};
-use std::hint::black_box;
+use crate::simd::{Load, Product, Simd, has_hidden_nan, load, store};
 use std::marker::PhantomData;
 
 /// Keys of a register block.
@@ -189,59 +187,82 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
         if S::KEYS_TOGETHER {
             return self.block_scores_together::<R>(query, keys, scores);
         }
+        let ([head_dim, _], [width, _]) = (self.dims, self.widths);
+        assert!(query.len() >= R * width && keys.iter().all(|key| key.len() >= head_dim));
+        // Two keys' sums are folded at once: more sums would not fit the registers. SAFETY: the
+        // rows are as long as asserted.
+        let (first, second) = unsafe {
+            (
+                self.fold_products::<R>(query, keys[0], keys[1]),
+                self.fold_products::<R>(query, keys[2], keys[3]),
+            )
+        };
+        for r in 0..R {
+            let sums = self.simd.sum_folded([first[r], second[r]]);
+            scores[r * self.stride..][..BLOCK].copy_from_slice(&sums);
+        }
+    }
+
+    /// The products of `R` rows with two keys, each row's sums folded into one vector.
+    ///
+    /// # Safety
+    /// As for [`products`](Self::products), of either key.
+    #[inline(always)]
+    unsafe fn fold_products<const R: usize>(&self, query: &[f32], a: &[T], b: &[T]) -> [S::V; R] {
+        // SAFETY: the caller's promise.
+        let (a, b) = unsafe { (self.products::<R>(query, a), self.products::<R>(query, b)) };
+        let mut folded = a;
+        for r in 0..R {
+            folded[r] = self.simd.fold_two(a[r], b[r]);
+        }
+        folded
+    }
+
+    /// The products of `R` rows with a key; the lanes of each are to be added.
+    ///
+    /// # Safety
+    /// `query` must hold `R` padded rows, and `key` a row.
+    #[inline(always)]
+    unsafe fn products<const R: usize>(&self, query: &[f32], key: &[T]) -> [S::V; R] {
         let simd = self.simd;
         let elements = P::ELEMENTS * S::LANES;
         let ([head_dim, _], [width, _]) = (self.dims, self.widths);
         let whole = head_dim - head_dim % elements;
-        let mut sums = [[simd.splat(0.0); BLOCK]; R];
-        assert!(query.len() >= R * width && keys.iter().all(|key| key.len() >= whole));
         // Sums of one row's product, so that there are enough to hide the latency of a
         // multiply-add.
         let turns = if R < CHAINS { CHAINS / R } else { 1 };
         let in_turns = whole - whole % (turns * elements);
-        for (i, key) in keys.into_iter().enumerate() {
-            let mut parts = [[simd.splat(0.0); CHAINS]; R];
-            // SAFETY: `key` holds `whole` elements and `query` R rows of `width`, as asserted
-            // above.
-            unsafe {
-                for start in (0..in_turns).step_by(turns * elements) {
-                    for turn in 0..turns {
-                        self.add_words(query, key, start + turn * elements, turn, &mut parts);
-                    }
-                }
-                for at in (in_turns..whole).step_by(elements) {
-                    self.add_words(query, key, at, 0, &mut parts);
-                }
-            }
-            let mut products = [simd.splat(0.0); R];
+        let mut parts = [[simd.splat(0.0); CHAINS]; R];
+        // The tail comes first, so that no branch follows the loops: they spilled a sum for it.
+        if whole < head_dim {
+            let mut tail = [T::default(); 2 * WIDEST];
+            tail[..head_dim - whole].copy_from_slice(&key[whole..head_dim]);
+            // SAFETY: `tail` holds the longest vector of words.
+            let key = unsafe { self.load_words(tail.as_ptr()) };
             for r in 0..R {
-                products[r] = parts[r][0];
-                for turn in 1..turns {
-                    products[r] = simd.add(products[r], parts[r][turn]);
-                }
-            }
-            if whole < head_dim {
-                let mut tail = [T::default(); 2 * WIDEST];
-                tail[..head_dim - whole].copy_from_slice(&key[whole..head_dim]);
-                // SAFETY: `tail` holds the longest vector of words.
-                let key = unsafe { self.load_words(tail.as_ptr()) };
-                for r in 0..R {
-                    let query = load(simd, &query[r * width + whole / P::ELEMENTS..]);
-                    products[r] = self.product.fma(query, key, products[r]);
-                }
-            }
-            for r in 0..R {
-                sums[r][i] = products[r];
-            }
-            if R * BLOCK > 2 * S::TILE_ROWS {
-                // So many sums would fill the registers, and the loop over a key would spill some
-                // at every step: they go to memory here.
-                black_box(&mut sums);
+                let query = load(simd, &query[r * width + whole / P::ELEMENTS..]);
+                parts[r][0] = self.product.fma(query, key, parts[r][0]);
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            scores[r * self.stride..][..BLOCK].copy_from_slice(&self.simd.sum_lanes_of(*sums));
+        // SAFETY: the caller's promise.
+        unsafe {
+            for start in (0..in_turns).step_by(turns * elements) {
+                for turn in 0..turns {
+                    self.add_words(query, key, start + turn * elements, turn, &mut parts);
+                }
+            }
+            for at in (in_turns..whole).step_by(elements) {
+                self.add_words(query, key, at, 0, &mut parts);
+            }
         }
+        let mut products = [simd.splat(0.0); R];
+        for r in 0..R {
+            products[r] = parts[r][0];
+            for turn in 1..turns {
+                products[r] = simd.add(products[r], parts[r][turn]);
+            }
+        }
+        products
     }
 
     /// Adds the products of a key's words from the element `at` on to one of each row's sums.
@@ -312,7 +333,9 @@ impl<S: Simd, P: Product<S>, T: Load> Block<S, P, T> {
             unsafe { self.add_products(query, whole, words, &mut sums) };
         }
         for (r, sums) in sums.iter().enumerate() {
-            scores[r * self.stride..][..BLOCK].copy_from_slice(&simd.sum_lanes_of(*sums));
+            let [a, b, c, d] = *sums;
+            let sums = simd.sum_folded([simd.fold_two(a, b), simd.fold_two(c, d)]);
+            scores[r * self.stride..][..BLOCK].copy_from_slice(&sums);
         }
     }
 

@@ -1,12 +1,12 @@
-//! Elements of keys and values as vectors of f32.
+//! Elements of every type as vectors of f32.
 
-use crate::F8E4M3;
+use super::Simd;
 use crate::element::sealed::AnySlice;
-use crate::simd::Simd;
+use crate::{Element, F8E4M3};
 use half::{bf16, f16};
 
 /// An element that loads as a vector of f32.
-pub(super) trait Load: Copy + Default {
+pub(crate) trait Load: Element {
     /// What loaded elements are to be multiplied by.
     const FACTOR: f32 = 1.0;
     /// The elements of rows that hold this type.
@@ -23,7 +23,7 @@ pub(super) trait Load: Copy + Default {
 
 /// Whether a row has a NaN that does not load as NaN.
 #[inline(always)]
-pub(super) fn has_hidden_nan<T: Load>(row: &[T]) -> bool {
+pub(crate) fn has_hidden_nan<T: Load>(row: &[T]) -> bool {
     // Without a way out, so that it is a loop of vectors.
     row.iter().fold(false, |found, x| found | x.is_hidden_nan())
 }
