@@ -7,7 +7,8 @@ use std::path::PathBuf;
 /// Compiles all kernels and writes `simt_kernels.rs`: a table of their names and addresses.
 pub fn build() {
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let modules = modules(&all_head_dims());
+    let mut modules = modules(&all_head_dims());
+    modules.push(probe());
     for_each(&modules, |module| compile(module, &out.join(&module.name)));
     let mut table = String::from("unsafe extern \"C\" {\n");
     for kernel in modules.iter().flat_map(|module| &module.kernels) {
@@ -19,6 +20,13 @@ pub fn build() {
     }
     table.push_str("];\n");
     std::fs::write(out.join("simt_kernels.rs"), table).expect("OUT_DIR can be written");
+}
+
+/// Kernels of no plan, which test the emulator.
+fn probe() -> Module {
+    let columns = [64, 80, 96, 112, 128, 176, 192, 256].map(|n| format!("probe_wgmma_n{n}"));
+    let kernels = ["probe_box".into(), "probe_ring".into()].into_iter().chain(columns).collect();
+    Module { name: "probe".into(), source: "probe.cu", defines: Vec::new(), kernels }
 }
 
 fn compile(module: &Module, out: &PathBuf) {
