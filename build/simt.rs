@@ -8,7 +8,7 @@ use std::path::PathBuf;
 pub fn build() {
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
     let mut modules = modules(&all_head_dims());
-    modules.push(probe());
+    modules.extend([probe(), mistakes()]);
     for_each(&modules, |module| compile(module, &out.join(&module.name)));
     let mut table = String::from("unsafe extern \"C\" {\n");
     for kernel in modules.iter().flat_map(|module| &module.kernels) {
@@ -27,6 +27,15 @@ fn probe() -> Module {
     let columns = [64, 80, 96, 112, 128, 176, 192, 256].map(|n| format!("probe_wgmma_n{n}"));
     let kernels = ["probe_box".into(), "probe_ring".into()].into_iter().chain(columns).collect();
     Module { name: "probe".into(), source: "probe.cu", defines: Vec::new(), kernels }
+}
+
+fn mistakes() -> Module {
+    Module {
+        name: "mistakes".into(),
+        source: "simt/mistakes.cu",
+        defines: Vec::new(),
+        kernels: vec!["mistake".into()],
+    }
 }
 
 fn compile(module: &Module, out: &PathBuf) {

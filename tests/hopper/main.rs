@@ -1,8 +1,10 @@
 //! What the emulator knows of Hopper: boxes of tensors, products of warp groups, mbarriers. The
-//! kernels of `cuda/probe.cu` run on it, as they are and with bugs planted into them.
+//! kernels of `cuda/probe.cu` run on it, as they are and with bugs planted into them, and small kernels
+//! that are wrong themselves.
 
 mod boxes;
 mod faults;
+mod mistakes;
 mod products;
 mod ring;
 

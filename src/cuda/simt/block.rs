@@ -202,6 +202,13 @@ impl Block<'_> {
         Ok(())
     }
 
+    /// All warps have ended.
+    pub fn check_end(&self) -> Result<(), String> {
+        self.groups.iter().try_for_each(WarpGroup::check_steps)?;
+        self.named.check_end()?;
+        self.mbarriers.check_end()
+    }
+
     /// How many copies are on their way to mbarriers.
     pub fn flights(&self) -> usize {
         self.flights.len()

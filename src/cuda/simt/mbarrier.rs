@@ -24,6 +24,8 @@ struct Mbarrier {
     bytes: i64,
     /// Phases that are complete.
     phase: u32,
+    /// Whether bytes or copies have come that nobody has waited for.
+    unread: bool,
     /// What those who arrived knew, up to now and in complete phases.
     arriving: Clock,
     completed: Clock,
@@ -93,6 +95,7 @@ impl Mbarriers {
             pending: count,
             bytes: 0,
             phase: 0,
+            unread: false,
             arriving: Clock::default(),
             completed: Clock::default(),
         };
@@ -152,6 +155,7 @@ impl Mbarriers {
         let mbarrier = self.get(clocks, thread, address)?;
         let passed = mbarrier.phase % 2 != parity;
         if passed {
+            mbarrier.unread = false;
             clocks.acquire(thread, &mbarrier.completed);
         }
         Ok(passed)
@@ -171,17 +175,27 @@ impl Mbarriers {
     /// Copies of so many bytes have landed, or an arrival that waited for copies has come.
     pub fn land(&mut self, address: u32, bytes: u32, arrivals: u32) -> Result<(), String> {
         let mbarrier = self.at.get_mut(&address).expect("checked when the copy was started");
+        mbarrier.unread = true;
         mbarrier
             .expect(-i64::from(bytes))
             .and_then(|()| if arrivals > 0 { mbarrier.arrive(arrivals) } else { mbarrier.settle() })
             .map_err(|reason| format!("mbarrier {address}: {reason}"))
     }
 
+    /// The block has ended.
+    pub fn check_end(&self) -> Result<(), String> {
+        match self.at.iter().find(|(_, mbarrier)| mbarrier.unread) {
+            None => Ok(()),
+            Some((address, _)) => Err(format!("mbarrier {address}: copies that nobody waited for")),
+        }
+    }
+
     /// What a wait that does not end waits for.
     pub fn describe(&self, address: u32, parity: u32) -> String {
         match self.at.get(&address) {
             Some(Mbarrier { phase, pending, bytes, .. }) => format!(
-                "mbarrier {address} for parity {parity}, in its phase {phase}, which lacks {pending} arrivals and {bytes} bytes"
+                "mbarrier {address} for parity {parity}, in its phase {phase}, \
+                 which lacks {pending} arrivals and {bytes} bytes"
             ),
             None => format!("mbarrier {address}, which is none"),
         }

@@ -45,7 +45,7 @@ pub fn run_warps(cell: &RefCell<Block<'_>>, lanes: &mut [Lane], random: Random<'
         if finished && flights > 0 {
             return Err("mbarrier: the block ends before all copies have landed".into());
         } else if finished {
-            return cell.borrow().groups.iter().try_for_each(|group| group.check_steps());
+            return cell.borrow().check_end();
         } else if running.len() + flights > 0 {
             let at = random(running.len() + flights);
             let Some(&warp) = running.get(at) else {

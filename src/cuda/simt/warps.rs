@@ -61,6 +61,14 @@ impl NamedBarriers {
         self.0[id as usize].waiting.contains(&warp)
     }
 
+    /// The block has ended.
+    pub fn check_end(&self) -> Result<(), String> {
+        match self.0.iter().position(|barrier| !barrier.arrived.is_empty()) {
+            None => Ok(()),
+            Some(id) => Err(format!("the block ends with {}", self.describe(id as u32))),
+        }
+    }
+
     pub fn describe(&self, id: u32) -> String {
         let barrier = &self.0[id as usize];
         format!("barrier {id}, to which warps {:?} of {} came", barrier.arrived, barrier.threads / WARP)

@@ -301,7 +301,7 @@ impl WarpGroup {
         Ok(())
     }
 
-    /// All warps have ended.
+    /// All warps have ended, after as many steps each.
     pub fn check_steps(&self) -> Result<(), String> {
         match self.steps.front() {
             None => Ok(()),
