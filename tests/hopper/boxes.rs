@@ -54,7 +54,7 @@ fn expected(extents_of_box: [u32; 4], at: [i32; 4], swizzled: bool) -> Vec<u16> 
         let inside = index.iter().zip(EXTENTS).all(|(&i, extent)| i >= 0 && (i as u64) < extent);
         let offset = 2 * index[0] + index[1..].iter().zip(STRIDES).map(|(i, s)| i * s as i64).sum::<i64>();
         // The box begins where the pattern of the swizzle does.
-        let to = if swizzled { place ^ (place * 2 >> 7 & 7) << 3 } else { place };
+        let to = if swizzled { place ^ (((place >> 6) & 7) << 3) } else { place };
         out[to] = if inside { (offset / 2) as u16 } else { 0 };
     }
     out

@@ -38,7 +38,7 @@ impl Form {
         } else {
             start + n / 8 * stride + n % 8 * 128 + 2 * k
         };
-        (address ^ (address >> 7 & 7) << 4) / 2
+        (address ^ (((address >> 7) & 7) << 4)) / 2
     }
 
     fn bytes(&self) -> u32 {
@@ -73,7 +73,7 @@ impl Form {
                     if m < 16 {
                         *element |= part;
                     }
-                    assert_eq!(*element & 1023 << shift, part, "rows {m} and {} of the product", m % 16);
+                    assert_eq!(*element & (1023 << shift), part, "rows {m} and {} of the product", m % 16);
                 }
             }
         }

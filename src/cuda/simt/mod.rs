@@ -38,10 +38,10 @@ pub use tensor::{TensorMap, Tiling};
 
 include!(concat!(env!("OUT_DIR"), "/simt_kernels.rs"));
 
-/// How often each was launched.
+/// How often each kernel of a plan was launched.
 static LAUNCHES: [AtomicU64; KERNELS.len()] = [const { AtomicU64::new(0) }; KERNELS.len()];
 
-/// Names of all kernels that were built, and how often each was launched in this process.
+/// Names of all kernels of plans, and how often each was launched in this process.
 pub fn launches() -> impl Iterator<Item = (&'static str, u64)> {
     KERNELS.iter().zip(&LAUNCHES).map(|(&(name, _), launches)| (name, launches.load(Ordering::Relaxed)))
 }
@@ -208,11 +208,13 @@ impl Device for Simt {
 
     unsafe fn launch(&self, (): &(), launch: &Launch<'_>) -> Result<()> {
         let failed = |reason| Error::Kernel { kernel: launch.kernel.into(), reason };
-        let Some(at) = KERNELS.iter().position(|(name, _)| *name == launch.kernel) else {
+        let mut kernels = KERNELS.iter().chain(PROBES).enumerate();
+        let Some((at, &(_, kernel))) = kernels.find(|(_, (name, _))| *name == launch.kernel) else {
             return Err(Error::value("kernel", "one that was built", launch.kernel));
         };
-        LAUNCHES[at].fetch_add(1, Ordering::Relaxed);
-        let (_, kernel) = KERNELS[at];
+        if let Some(launches) = LAUNCHES.get(at) {
+            launches.fetch_add(1, Ordering::Relaxed);
+        }
         let threads = launch.threads as usize;
         if !threads.is_multiple_of(WARP) {
             return Err(failed(format!("{threads} threads are no whole warps")));

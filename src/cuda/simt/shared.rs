@@ -158,16 +158,21 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// The actor of the accesses in a column of readers.
-    fn readers_of(&self, word: usize) -> impl Iterator<Item = Access> + '_ {
+    /// A reader of a word of whom a thread does not know that it is done.
+    fn unknown_reader(&self, clocks: &Clocks, thread: usize, word: usize) -> Option<u32> {
+        let warps = self.threads / WARP;
         let columns = &self.readers[word * self.columns..][..self.columns];
-        columns.iter().enumerate().filter(|(_, readers)| readers.lanes != 0).flat_map(|(column, readers)| {
-            let warps = self.threads / WARP;
+        columns.iter().enumerate().find_map(|(column, readers)| {
             let first = if column < warps { column * WARP } else { self.threads + column - warps };
-            let (lanes, count) = (readers.lanes, readers.count);
-            (0..WARP)
-                .filter(move |lane| lanes >> lane & 1 != 0)
-                .map(move |lane| Access { actor: (first + lane) as u32, count })
+            let mut lanes = readers.lanes;
+            while lanes != 0 {
+                let actor = first as u32 + lanes.trailing_zeros();
+                if !clocks.knows(thread, Access { actor, count: readers.count }) {
+                    return Some(actor);
+                }
+                lanes &= lanes - 1;
+            }
+            None
         })
     }
 
@@ -191,16 +196,15 @@ impl SharedMemory {
                 }
                 State::Empty | State::Written | State::Landed => {}
             }
-            let write = (old != State::Empty).then_some(write);
-            let mut earlier = self.readers_of(word).chain(write);
-            if let Some(other) = earlier.find(|&other| !clocks.knows(thread, other)) {
+            let unknown_write = old != State::Empty && !clocks.knows(thread, write);
+            let unknown = unknown_write.then_some(write.actor);
+            if let Some(other) = unknown.or_else(|| self.unknown_reader(clocks, thread, word)) {
                 return Err(format!(
                     "shared memory: no barrier between {} using {} and thread {thread} writing it",
-                    self.name(other.actor),
+                    self.name(other),
                     4 * word
                 ));
             }
-            drop(earlier);
             self.set(word, state, clocks.now(thread));
         }
         Ok(())

@@ -174,14 +174,14 @@ impl BoxCopy {
         let Self { map, at, .. } = self;
         let mut data = vec![0; map.row_bytes()];
         let (mut rest, mut address) = (row, map.address);
-        for axis in 1..4 {
-            let extent = map.extents_of_box[axis] as usize;
-            let index = i64::from(at[axis]) + (rest % extent) as i64;
-            rest /= extent;
-            if index < 0 || index as u64 >= map.extents[axis] {
+        let places = at[1..].iter().zip(&map.extents_of_box[1..]);
+        for ((&first, &width), (&extent, &stride)) in places.zip(map.extents[1..].iter().zip(&map.strides)) {
+            let index = i64::from(first) + (rest % width as usize) as i64;
+            rest /= width as usize;
+            if index < 0 || index as u64 >= extent {
                 return Ok(data);
             }
-            address += index as u64 * map.strides[axis - 1];
+            address += index as u64 * stride;
         }
         let (first, width) = (i64::from(at[0]), i64::from(map.extents_of_box[0]));
         let begin = first.max(0);
