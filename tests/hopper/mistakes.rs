@@ -64,18 +64,27 @@ fn run(mistake: usize, wrong: bool, seed: u64) -> (star_attention::Result<()>, u
 }
 
 #[test]
-fn what_is_wrong_is_refused_and_what_is_right_is_not() {
-    for (mistake, expected) in MISTAKES.iter().enumerate() {
+fn what_is_right_is_not_refused() {
+    for mistake in 0..MISTAKES.len() {
         for seed in 0..20 {
             run(mistake, false, seed).0.unwrap_or_else(|error| panic!("{mistake}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_is_refused() {
+    let mut missed = Vec::new();
+    for (mistake, expected) in MISTAKES.iter().enumerate() {
+        for seed in 0..20 {
             match run(mistake, true, seed).0 {
-                Err(Error::Kernel { reason, .. }) => {
-                    assert!(expected.iter().any(|expected| reason.contains(expected)), "{mistake}: {reason}");
-                }
-                other => panic!("{mistake}, seed {seed}, was not found: {other:?}"),
+                Err(Error::Kernel { reason, .. })
+                    if expected.iter().any(|expected| reason.contains(expected)) => {}
+                other => missed.push((mistake, seed, other)),
             }
         }
     }
+    assert!(missed.is_empty(), "{missed:#?}");
 }
 
 /// Eight warps count to six, and begin again.
