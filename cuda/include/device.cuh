@@ -77,6 +77,9 @@ DEVICE void store(T* to, T x) {
     *to = x;
 }
 
+// The number that stands there, which becomes the next one or, after `last`, 0.
+DEVICE uint32_t atomic_increment(uint32_t* at, uint32_t last) { return atomicInc(at, last); }
+
 // For what is better read again than kept in registers.
 template <class T>
 DEVICE const T& refer(const T* from) {

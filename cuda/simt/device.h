@@ -11,6 +11,7 @@
 
 #define DEVICE inline
 #define KERNEL(name, Params, threads) extern "C" void name(const Params& p)
+#define KERNEL_WITH_ROOM(name, Params, threads, blocks) KERNEL(name, Params, threads)
 
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
@@ -45,6 +46,7 @@ void simt_load_matrices(uint32_t* to, Shared row, bool transposed);
 void simt_multiply_add(float* c, const uint32_t* a, const uint32_t* b, bool bf16);
 uint32_t simt_pack(float low, float high, bool bf16);
 float simt_unpack(uint16_t x, bool bf16);
+uint32_t simt_atomic_increment(uint32_t* at, uint32_t last);
 }
 
 DEVICE uint32_t thread_index() { return simt_thread_index(); }
@@ -84,6 +86,8 @@ DEVICE void store(T* to, T x) {
     simt_check_global(to, sizeof(T), true);
     *to = x;
 }
+
+DEVICE uint32_t atomic_increment(uint32_t* at, uint32_t last) { return simt_atomic_increment(at, last); }
 
 template <class T>
 DEVICE const T& refer(const T* from) {

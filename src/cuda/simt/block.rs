@@ -2,13 +2,19 @@
 //!
 //! A thread runs until it meets others: at a barrier, a shuffle, a matrix load or product. There it
 //! stops, and goes on when all of its warp (all of its block, at a barrier of the block) have come
-//! to the same point.
+//! to the same point; at an mbarrier, when its phase is complete.
 
+use super::Fault;
+use super::clock::Clocks;
 use super::global::Regions;
-use super::shared::{Access, SharedMemory, Time};
-use super::{Fault, matrix};
+use super::mbarrier::Mbarriers;
+use super::run::run_warps;
+use super::shared::{SharedMemory, State};
+use super::tensor::{BoxCopy, CHUNK};
+use super::warps::{NamedBarriers, Registers};
+use super::wgmma::{Product, WARPS, WarpGroup};
 use corosensei::stack::DefaultStack;
-use corosensei::{Coroutine, CoroutineResult, Yielder};
+use corosensei::{Coroutine, Yielder};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 
@@ -21,7 +27,7 @@ const STACK_BYTES: usize = 64 * 1024;
 pub type Kernel = unsafe extern "C" fn(*const u8);
 
 /// Where a thread stopped. The pointers go to its stack, which stays while it is stopped.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Stop {
     BlockBarrier(bool),
     WarpBarrier,
@@ -41,6 +47,24 @@ pub enum Stop {
         b: *const [u32; 2],
         bf16: bool,
     },
+    /// Of one lane: for the others it is not there.
+    Mbarrier {
+        address: u32,
+        parity: u32,
+    },
+    NamedBarrier {
+        id: u32,
+        threads: u32,
+        waits: bool,
+    },
+    Registers {
+        registers: u32,
+        more: bool,
+    },
+    WgmmaFence,
+    Wgmma(*const Product),
+    WgmmaCommit,
+    WgmmaWait(u32),
     /// It will not go on: the block has failed, or this thread was made to leave.
     Never,
 }
@@ -54,10 +78,32 @@ pub struct Reply {
 
 type Thread = Coroutine<Reply, Stop, ()>;
 
+/// Where a lane is.
+#[derive(Clone, Copy)]
+pub enum At {
+    Ready,
+    Stopped(Stop),
+    Ended,
+}
+
+/// A thread, and what it is told next.
+pub struct Lane {
+    pub thread: Thread,
+    pub at: At,
+    pub reply: Reply,
+}
+
 /// A copy that has not landed.
 struct Copy {
     to: u32,
     data: [u8; 16],
+}
+
+/// What is on its way, and lands at an mbarrier.
+enum Flight {
+    Box(BoxCopy),
+    /// Copies of one thread, with an arrival of their own.
+    Copies(Vec<Copy>),
 }
 
 /// What the threads of a block share with the hooks that they call.
@@ -65,17 +111,24 @@ pub struct Block<'a> {
     pub index: u32,
     pub regions: &'a Regions,
     pub shared: SharedMemory,
+    pub clocks: Clocks,
+    pub mbarriers: Mbarriers,
+    pub named: NamedBarriers,
+    pub registers: Registers,
+    pub groups: Vec<WarpGroup>,
     pub fault: Option<Fault>,
     /// The running thread.
     pub thread: usize,
     yielders: Vec<*const Yielder<Reply, Stop>>,
     /// Of each thread: groups of copies, the last one still open.
     copies: Vec<VecDeque<Vec<Copy>>>,
-    /// Barriers that each thread has come to.
+    flights: Vec<(u32, Flight)>,
+    /// Barriers that each thread has come to; of mbarriers, where it arrived and where it waited.
     pub barriers: Vec<u32>,
-    times: Vec<Time>,
+    pub arrivals: Vec<u32>,
+    pub waits: Vec<u32>,
     /// What went wrong first.
-    error: Option<String>,
+    pub error: Option<String>,
 }
 
 thread_local! {
@@ -111,12 +164,8 @@ pub fn fail(reason: String) -> ! {
 }
 
 impl Block<'_> {
-    pub fn access(&self) -> Access {
-        Access { thread: self.thread as u32, time: self.times[self.thread / WARP] }
-    }
-
     pub fn start_copy(&mut self, to: u32, data: [u8; 16]) -> Result<(), String> {
-        self.shared.start_copy(self.access(), to, data.len())?;
+        self.shared.start_copy(&self.clocks, self.thread, to, data.len())?;
         self.copies[self.thread].back_mut().expect("an open group").push(Copy { to, data });
         Ok(())
     }
@@ -127,22 +176,60 @@ impl Block<'_> {
 
     /// Lands all closed groups but the last `groups`.
     pub fn wait_copies(&mut self, groups: usize) -> Result<(), String> {
-        let access = self.access();
+        let by = self.clocks.now(self.thread);
         while self.copies[self.thread].len() - 1 > groups {
             for copy in self.copies[self.thread].pop_front().expect("a closed group") {
-                self.shared.land_copy(access, copy.to, &copy.data)?;
+                self.shared.land_copy(by, State::Written, copy.to, &copy.data)?;
             }
         }
         Ok(())
     }
-}
 
-/// What one warp is doing.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Warp {
-    Running,
-    AtBarrier,
-    Finished,
+    /// Hands the thread's copies to an mbarrier: they are waited for there alone.
+    pub fn hand_copies_over(&mut self, mbarrier: u32) -> Result<(), String> {
+        self.mbarriers.check(&self.clocks, self.thread, mbarrier)?;
+        let copies = std::mem::replace(&mut self.copies[self.thread], VecDeque::from([Vec::new()]));
+        self.flights.push((mbarrier, Flight::Copies(copies.into_iter().flatten().collect())));
+        Ok(())
+    }
+
+    pub fn start_box(&mut self, copy: BoxCopy, mbarrier: u32) -> Result<(), String> {
+        self.mbarriers.check_unit(&self.clocks, self.thread, mbarrier)?;
+        for address in copy.chunks() {
+            self.shared.start_unit_copy(&self.clocks, self.thread, address, CHUNK)?;
+        }
+        self.flights.push((mbarrier, Flight::Box(copy)));
+        Ok(())
+    }
+
+    /// All warps have ended.
+    pub fn check_end(&self) -> Result<(), String> {
+        self.groups.iter().try_for_each(WarpGroup::check_steps)?;
+        self.named.check_end()?;
+        self.mbarriers.check_end()
+    }
+
+    /// How many copies are on their way to mbarriers.
+    pub fn flights(&self) -> usize {
+        self.flights.len()
+    }
+
+    pub fn land(&mut self, flight: usize) -> Result<(), String> {
+        let (mbarrier, flight) = self.flights.swap_remove(flight);
+        let by = self.mbarriers.copies(mbarrier);
+        match flight {
+            Flight::Box(copy) => {
+                copy.land(self.regions, &mut self.shared, by)?;
+                self.mbarriers.land(mbarrier, copy.bytes() as u32, 0)
+            }
+            Flight::Copies(copies) => {
+                for copy in copies {
+                    self.shared.land_copy(by, State::Written, copy.to, &copy.data)?;
+                }
+                self.mbarriers.land(mbarrier, 0, 1)
+            }
+        }
+    }
 }
 
 /// Runs `threads` threads of `kernel`, in an order drawn from `seed`.
@@ -156,18 +243,19 @@ pub fn run(
     let cell = RefCell::new(block);
     let outer = CURRENT.replace((&raw const cell).cast());
     let params = params.as_ptr();
-    let mut lanes: Vec<Thread> = (0..threads)
+    let mut lanes: Vec<Lane> = (0..threads)
         .map(|_| {
             let stack = STACKS.with_borrow_mut(Vec::pop);
             let stack = stack.unwrap_or_else(|| DefaultStack::new(STACK_BYTES).expect("memory for a stack"));
-            Coroutine::with_stack(stack, move |yielder: &Yielder<Reply, Stop>, _| {
+            let thread = Coroutine::with_stack(stack, move |yielder: &Yielder<Reply, Stop>, _| {
                 with_block(|block| {
                     let thread = block.thread;
                     block.yielders[thread] = yielder;
                 });
                 // SAFETY: the launch checked that the parameters are those of the kernel.
                 unsafe { kernel(params) }
-            })
+            });
+            Lane { thread, at: At::Ready, reply: Reply::default() }
         })
         .collect();
     let result = run_warps(&cell, &mut lanes, &mut random);
@@ -175,103 +263,11 @@ pub fn run(
     STACKS.with_borrow_mut(|stacks| {
         for mut lane in lanes {
             // SAFETY: kernels own nothing that would have to be dropped.
-            unsafe { lane.force_reset() };
-            stacks.push(lane.into_stack());
+            unsafe { lane.thread.force_reset() };
+            stacks.push(lane.thread.into_stack());
         }
     });
     result
-}
-
-fn run_warps(
-    cell: &RefCell<Block<'_>>,
-    lanes: &mut [Thread],
-    random: &mut impl FnMut(usize) -> usize,
-) -> Result<(), String> {
-    let mut warps = vec![Warp::Running; lanes.len() / WARP];
-    let mut replies = vec![Reply::default(); lanes.len()];
-    loop {
-        let running: Vec<usize> = (0..warps.len()).filter(|&warp| warps[warp] == Warp::Running).collect();
-        if !running.is_empty() {
-            let warp = running[random(running.len())];
-            let range = warp * WARP..(warp + 1) * WARP;
-            warps[warp] = run_warp(cell, warp, &mut lanes[range.clone()], &mut replies[range], random)?;
-        } else if warps.iter().all(|&warp| warp == Warp::AtBarrier) {
-            for time in &mut cell.borrow_mut().times {
-                *time = Time { block: time.block + 1, warp: 0 };
-            }
-            let any = replies.iter().any(|reply| reply.flag);
-            replies.iter_mut().for_each(|reply| reply.flag = any);
-            warps.fill(Warp::Running);
-        } else if warps.iter().all(|&warp| warp == Warp::Finished) {
-            return Ok(());
-        } else {
-            let waiting = warps.iter().filter(|&&warp| warp == Warp::AtBarrier).count();
-            return Err(format!("barrier: {waiting} of {} warps came, the others have ended", warps.len()));
-        }
-    }
-}
-
-/// Runs a warp to its next barrier of the block, or to its end.
-fn run_warp(
-    cell: &RefCell<Block<'_>>,
-    warp: usize,
-    lanes: &mut [Thread],
-    replies: &mut [Reply],
-    random: &mut impl FnMut(usize) -> usize,
-) -> Result<Warp, String> {
-    loop {
-        let mut stops = [None; WARP];
-        // Any rotation and any odd step visit each lane once.
-        let (first, step) = (random(WARP), 2 * random(WARP / 2) + 1);
-        for i in 0..WARP {
-            let lane = (first + i * step) % WARP;
-            cell.borrow_mut().thread = warp * WARP + lane;
-            stops[lane] = match lanes[lane].resume(replies[lane]) {
-                CoroutineResult::Yield(at) => Some(at),
-                CoroutineResult::Return(()) => None,
-            };
-            if let Some(error) = cell.borrow_mut().error.take() {
-                return Err(error);
-            }
-        }
-        if stops.iter().all(Option::is_none) {
-            return Ok(Warp::Finished);
-        }
-        let kind = |stop: &Option<Stop>| stop.as_ref().map(std::mem::discriminant);
-        if let Some(lane) = (1..WARP).find(|&lane| kind(&stops[lane]) != kind(&stops[0])) {
-            let name = |stop: Option<Stop>| stop.map_or("its end".into(), |stop| format!("{stop:?}"));
-            return Err(format!(
-                "barrier: warp {warp} diverges: lane 0 is at {}, lane {lane} at {}",
-                name(stops[0]),
-                name(stops[lane])
-            ));
-        }
-        let stops = stops.map(|stop| stop.unwrap_or(Stop::Never));
-        match stops[0] {
-            Stop::BlockBarrier(_) => {
-                let any = stops.iter().any(|stop| matches!(stop, Stop::BlockBarrier(true)));
-                replies.iter_mut().for_each(|reply| reply.flag = any);
-                return Ok(Warp::AtBarrier);
-            }
-            Stop::WarpBarrier => cell.borrow_mut().times[warp].warp += 1,
-            Stop::AnyLane(_) => {
-                let any = stops.iter().any(|stop| matches!(stop, Stop::AnyLane(true)));
-                replies.iter_mut().for_each(|reply| reply.flag = any);
-            }
-            Stop::Shuffle { .. } => matrix::shuffle(&stops, replies),
-            Stop::LoadMatrices { .. } => {
-                let mut block = cell.borrow_mut();
-                let time = block.times[warp];
-                let access = |lane: usize| Access { thread: (warp * WARP + lane) as u32, time };
-                matrix::load(&stops, |lane, row| {
-                    let bytes = block.shared.read(access(lane), row, 16)?;
-                    Ok(bytes.try_into().expect("16 bytes"))
-                })?;
-            }
-            Stop::MultiplyAdd { .. } => matrix::multiply_add(&stops),
-            Stop::Never => return Err(format!("barrier: warp {warp} was made to leave")),
-        }
-    }
 }
 
 impl<'a> Block<'a> {
@@ -282,16 +278,24 @@ impl<'a> Block<'a> {
         threads: usize,
         fault: Option<Fault>,
     ) -> Self {
+        let groups = (threads / WARP).div_ceil(WARPS);
         Self {
             index,
             regions,
-            shared: SharedMemory::new(shared_bytes),
+            shared: SharedMemory::new(shared_bytes, threads),
+            clocks: Clocks::new(threads),
+            mbarriers: Mbarriers::new((threads + groups) as u32),
+            named: NamedBarriers::default(),
+            registers: Registers::new(threads),
+            groups: (0..groups).map(|group| WarpGroup::new((threads + group) as u32)).collect(),
             fault,
             thread: 0,
             yielders: vec![std::ptr::null(); threads],
             copies: (0..threads).map(|_| VecDeque::from([Vec::new()])).collect(),
+            flights: Vec::new(),
             barriers: vec![0; threads],
-            times: vec![Time::default(); threads / WARP],
+            arrivals: vec![0; threads],
+            waits: vec![0; threads],
             error: None,
         }
     }

@@ -25,6 +25,15 @@ impl Regions {
                 "global memory: {verb} {bytes} bytes at an address not aligned to {alignment}"
             ));
         }
+        self.check_inside(address, bytes, verb)
+    }
+
+    /// Whether bytes that a copy reads, at any address, lie inside one allocation.
+    pub fn check_bytes(&self, address: usize, bytes: usize) -> Result<(), String> {
+        self.check_inside(address, bytes, "reads")
+    }
+
+    fn check_inside(&self, address: usize, bytes: usize, verb: &str) -> Result<(), String> {
         let Some((&start, &len)) = self.0.range(..=address).next_back() else {
             return Err(format!("global memory: {verb} {bytes} bytes before every allocation"));
         };

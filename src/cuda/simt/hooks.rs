@@ -7,7 +7,7 @@ use super::Fault;
 use super::block::{Reply, Stop, fail, stop, with_block};
 use super::matrix::pack;
 
-fn checked<T>(result: Result<T, String>) -> T {
+pub fn checked<T>(result: Result<T, String>) -> T {
     result.unwrap_or_else(|reason| fail(reason))
 }
 
@@ -72,8 +72,7 @@ extern "C" fn simt_check_global(address: *const u8, bytes: u32, write: bool) {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn simt_shared_load(to: *mut u8, from: u32, bytes: u32) {
     checked(with_block(|block| {
-        let access = block.access();
-        let data = block.shared.read(access, from, bytes as usize)?;
+        let data = block.shared.read(&block.clocks, block.thread, from, bytes as usize)?;
         // SAFETY: `to` is a variable of that many bytes on the kernel's stack.
         unsafe { data.as_ptr().copy_to_nonoverlapping(to, data.len()) };
         Ok(())
@@ -83,10 +82,9 @@ unsafe extern "C" fn simt_shared_load(to: *mut u8, from: u32, bytes: u32) {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn simt_shared_store(to: u32, from: *const u8, bytes: u32) {
     checked(with_block(|block| {
-        let access = block.access();
         // SAFETY: `from` is a variable of that many bytes on the kernel's stack.
         let data = unsafe { std::slice::from_raw_parts(from, bytes as usize) };
-        block.shared.write(access, to, data)
+        block.shared.write(&block.clocks, block.thread, to, data)
     }));
 }
 

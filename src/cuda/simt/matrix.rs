@@ -1,12 +1,12 @@
 //! What the lanes of a warp do together.
 
-use super::block::{Reply, Stop, WARP};
+use super::block::{Lane, Stop, WARP};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// Each lane gets the value of the lane whose number differs in the bits `lanes`.
-pub fn shuffle(stops: &[Stop; WARP], replies: &mut [Reply]) {
-    for (lane, reply) in replies.iter_mut().enumerate() {
+pub fn shuffle(stops: &[Stop; WARP], replies: &mut [Lane]) {
+    for (lane, Lane { reply, .. }) in replies.iter_mut().enumerate() {
         let Stop::Shuffle { lanes, .. } = stops[lane] else { unreachable!("all are at a shuffle") };
         if let Stop::Shuffle { value, .. } = stops[(lane ^ lanes as usize) % WARP] {
             reply.value = value;
@@ -57,7 +57,7 @@ pub fn load(
 }
 
 /// The two elements of each word, in f32.
-fn unpack<const WORDS: usize, const ELEMENTS: usize>(words: [u32; WORDS], bf16: bool) -> [f32; ELEMENTS] {
+pub fn unpack<const WORDS: usize, const ELEMENTS: usize>(words: [u32; WORDS], bf16: bool) -> [f32; ELEMENTS] {
     let mut out = [0f32; ELEMENTS];
     if bf16 {
         for (pair, word) in out.as_chunks_mut::<2>().0.iter_mut().zip(words) {

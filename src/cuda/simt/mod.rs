@@ -6,13 +6,26 @@
 //! shared memory or of any allocation, or not aligned; rows of a matrix in the same bank; barriers
 //! that not all threads reach. Warps and their lanes run in a seeded random order.
 //!
+//! Of Hopper it knows mbarriers, copies of boxes, products of warp groups, named barriers and
+//! registers that warps hand over. It finds what no arrival or fence orders, operands written and
+//! accumulators left before products were waited for, phases that get too much, and waits that
+//! never end.
+//!
 //! [`Fault`] plants such a bug into a kernel as it runs, to prove that it would be found.
 
 mod block;
+mod clock;
+mod descriptor;
 mod global;
 mod hooks;
+mod hopper;
 mod matrix;
+mod mbarrier;
+mod run;
 mod shared;
+mod tensor;
+mod warps;
+mod wgmma;
 
 use super::device::{Device, Launch, Properties, Span, SpanMut};
 use crate::{Error, Result};
@@ -21,13 +34,14 @@ use global::Regions;
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
+pub use tensor::{TensorMap, Tiling};
 
 include!(concat!(env!("OUT_DIR"), "/simt_kernels.rs"));
 
-/// How often each was launched.
+/// How often each kernel of a plan was launched.
 static LAUNCHES: [AtomicU64; KERNELS.len()] = [const { AtomicU64::new(0) }; KERNELS.len()];
 
-/// Names of all kernels that were built, and how often each was launched in this process.
+/// Names of all kernels of plans, and how often each was launched in this process.
 pub fn launches() -> impl Iterator<Item = (&'static str, u64)> {
     KERNELS.iter().zip(&LAUNCHES).map(|(&(name, _), launches)| (name, launches.load(Ordering::Relaxed)))
 }
@@ -51,6 +65,30 @@ pub enum Fault {
     },
     /// The block has this many bytes of shared memory less than was asked for.
     LessShared(u32),
+    /// Every thread passes its n-th arrival at an mbarrier as if it were not there.
+    SkipArrival(u32),
+    /// Every thread arrives twice where it is its n-th arrival at an mbarrier.
+    ArriveTwice(u32),
+    /// Every thread's n-th wait at an mbarrier is for the other parity.
+    OtherParity(u32),
+    /// Phases of mbarriers expect so many bytes less than the kernel says.
+    ExpectFewer(u32),
+    /// Boxes of tensors lack their last rows.
+    ShortBoxes,
+    /// Boxes of tensors are not swizzled.
+    UnswizzledBoxes,
+    /// There is no fence between shared memory and asynchronous units.
+    SkipProxyFences,
+    /// There is no fence between registers and products of warp groups.
+    SkipWgmmaFences,
+    /// Waits for products of warp groups leave one group more under way.
+    WaitForFewerProducts,
+    /// The last warp of each group of four keeps its registers.
+    KeepRegisters,
+    /// Warps ask for so many registers more than the kernel says.
+    MoreRegisters(u32),
+    /// Named barriers are for so many threads more than the kernel says.
+    MoreAtBarriers(u32),
 }
 
 /// The emulator as a device.
@@ -170,11 +208,13 @@ impl Device for Simt {
 
     unsafe fn launch(&self, (): &(), launch: &Launch<'_>) -> Result<()> {
         let failed = |reason| Error::Kernel { kernel: launch.kernel.into(), reason };
-        let Some(at) = KERNELS.iter().position(|(name, _)| *name == launch.kernel) else {
+        let mut kernels = KERNELS.iter().chain(PROBES).enumerate();
+        let Some((at, &(_, kernel))) = kernels.find(|(_, (name, _))| *name == launch.kernel) else {
             return Err(Error::value("kernel", "one that was built", launch.kernel));
         };
-        LAUNCHES[at].fetch_add(1, Ordering::Relaxed);
-        let (_, kernel) = KERNELS[at];
+        if let Some(launches) = LAUNCHES.get(at) {
+            launches.fetch_add(1, Ordering::Relaxed);
+        }
         let threads = launch.threads as usize;
         if !threads.is_multiple_of(WARP) {
             return Err(failed(format!("{threads} threads are no whole warps")));
