@@ -1,12 +1,14 @@
 //! `config.json` of a Hugging Face checkpoint: a Llama, or a model of its shape (Mistral, Qwen2).
 
 use super::error::{Error, Result};
+use super::rope::Rope;
 use serde_json::Value;
 use std::path::Path;
 
-/// `model_type` and class of the models that are read.
-const ARCHITECTURES: [(&str, &str); 3] =
-    [("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM"), ("qwen2", "Qwen2ForCausalLM")];
+/// The models that are read, by `model_type`.
+const ARCHITECTURES: [&str; 3] = ["llama", "mistral", "qwen2"];
+/// The window where a file of Mistral's or Qwen2's does not tell it.
+const DEFAULT_WINDOW: usize = 4096;
 
 /// The extents and constants of a Llama.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,22 +21,14 @@ pub struct Config {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub rms_norm_eps: f64,
-    pub rope_theta: f64,
-    pub rope_scaling: Option<RopeScaling>,
+    pub rope: Rope,
+    /// Tokens that a token sees at most, itself included. Nothing longer is run.
+    pub window: Option<usize>,
     pub tie_word_embeddings: bool,
     /// Whether the projections to queries, keys and values add a bias.
     pub qkv_bias: bool,
     /// Whether the attention's output projection adds a bias.
     pub output_bias: bool,
-}
-
-/// How rotations are slowed for contexts longer than those of the training (`rope_type`).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// All, by a factor ("linear").
-    Linear { factor: f64 },
-    /// Llama 3.1: the slow ones ("llama3").
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: f64 },
 }
 
 impl Config {
@@ -51,18 +45,14 @@ impl Config {
         if json["mlp_bias"] == true {
             return Err(fields.error("mlp_bias: expected false, got true".into()));
         }
-        fields.refuse_sliding_window(architecture)?;
+        if !json["quantization_config"].is_null() {
+            let method = &json["quantization_config"]["quant_method"];
+            return Err(fields.error(format!("quantization_config: expected none, got {method}")));
+        }
         let attention_bias = architecture == "llama" && json["attention_bias"] == true;
-        // Newer files keep theta beside the scaling, in `rope_parameters`.
-        let rope = if json["rope_parameters"].is_object() {
-            &json["rope_parameters"]
-        } else {
-            &json["rope_scaling"]
-        };
-        let rope = Fields { path, json: rope };
-        let theta = fields.optional("rope_theta")?.or(rope.optional("rope_theta")?);
         let heads = fields.extent("num_attention_heads")?;
         let hidden_size = fields.extent("hidden_size")?;
+        let head_dim = fields.extent_or("head_dim", hidden_size / heads)?;
         let config = Self {
             vocab_size: fields.extent("vocab_size")?,
             hidden_size,
@@ -70,10 +60,10 @@ impl Config {
             layers: fields.extent("num_hidden_layers")?,
             heads,
             kv_heads: fields.extent_or("num_key_value_heads", heads)?,
-            head_dim: fields.extent_or("head_dim", hidden_size / heads)?,
+            head_dim,
             rms_norm_eps: fields.optional("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta: theta.unwrap_or(10_000.0),
-            rope_scaling: rope.scaling()?,
+            rope: Rope::of(&fields, head_dim)?,
+            window: fields.window(architecture)?,
             tie_word_embeddings: json["tie_word_embeddings"] == true,
             qkv_bias: attention_bias || architecture == "qwen2",
             output_bias: attention_bias,
@@ -88,83 +78,53 @@ impl Config {
         }
         Ok(config)
     }
-
-    /// Radians per position of each pair of a head's elements, `[head_dim / 2]`.
-    pub fn rope_frequencies(&self) -> Vec<f64> {
-        let exponent = |pair| -2.0 * pair as f64 / self.head_dim as f64;
-        let plain = (0..self.head_dim / 2).map(|pair| self.rope_theta.powf(exponent(pair)));
-        match self.rope_scaling {
-            Some(scaling) => plain.map(|frequency| scaling.apply(frequency)).collect(),
-            None => plain.collect(),
-        }
-    }
-}
-
-impl RopeScaling {
-    fn apply(self, frequency: f64) -> f64 {
-        match self {
-            Self::Linear { factor } => frequency / factor,
-            // Frequencies that turn often within the original length stay, slow ones are divided,
-            // and those between are blended.
-            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-                let turns = original_max_position_embeddings * frequency / std::f64::consts::TAU;
-                let kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                let kept = kept.clamp(0.0, 1.0);
-                kept * frequency + (1.0 - kept) * frequency / factor
-            }
-        }
-    }
 }
 
 /// The fields of one JSON object, with errors that name file and field.
-struct Fields<'a> {
-    path: &'a Path,
-    json: &'a Value,
+pub struct Fields<'a> {
+    pub path: &'a Path,
+    pub json: &'a Value,
 }
 
 impl Fields<'_> {
-    fn error(&self, reason: String) -> Error {
+    pub fn error(&self, reason: String) -> Error {
         Error::input(self.path.display().to_string(), reason)
     }
 
-    /// The `model_type`, which the class must agree with. A Llama where neither is told.
+    /// The `model_type`; a Llama where none is told. Of the classes one must be a language model.
     fn architecture(&self) -> Result<&'static str> {
-        let names = || ARCHITECTURES.map(|(name, _)| name);
         let model_type = match &self.json["model_type"] {
             Value::Null => "llama",
             Value::String(name) => name,
             other => {
-                return Err(self.error(format!("model_type: expected one of {:?}, got {other}", names())));
+                return Err(self.error(format!("model_type: expected one of {ARCHITECTURES:?}, got {other}")));
             }
         };
-        let found = ARCHITECTURES.into_iter().find(|(name, _)| *name == model_type);
-        let Some((architecture, class)) = found else {
-            let reason = format!("model_type: expected one of {:?}, got {model_type:?}", names());
+        let Some(architecture) = ARCHITECTURES.into_iter().find(|name| *name == model_type) else {
+            let reason = format!("model_type: expected one of {ARCHITECTURES:?}, got {model_type:?}");
             return Err(self.error(reason));
         };
+        let is_language_model =
+            |class: &Value| class.as_str().is_some_and(|name| name.ends_with("ForCausalLM"));
         match self.json["architectures"].as_array() {
-            Some(classes) if !classes.iter().any(|name| name == class) => {
-                Err(self.error(format!("architectures: expected {class}, got {classes:?}")))
+            Some(classes) if !classes.is_empty() && !classes.iter().any(is_language_model) => {
+                Err(self.error(format!("architectures: expected a class ForCausalLM, got {classes:?}")))
             }
             _ => Ok(architecture),
         }
     }
 
-    /// Refuses attention over a window: dense and star attention see all before them.
-    fn refuse_sliding_window(&self, architecture: &str) -> Result<()> {
-        let (name, expected) = match architecture {
-            "mistral" => ("sliding_window", Value::Null),
-            "qwen2" => ("use_sliding_window", Value::Bool(false)),
-            _ => return Ok(()),
-        };
-        // A Mistral that tells none has one; a Qwen2 has not.
-        match self.json.get(name) {
-            Some(value) if *value == expected => Ok(()),
-            None if architecture == "qwen2" => Ok(()),
-            other => {
-                let got = other.map_or_else(|| "none".to_owned(), Value::to_string);
-                Err(self.error(format!("{name}: expected {expected}, got {got}")))
-            }
+    /// The window of attention. A Mistral that tells none has one; a Qwen2 has not.
+    fn window(&self, architecture: &str) -> Result<Option<usize>> {
+        let (used, told) = (&self.json["use_sliding_window"], self.json.get("sliding_window"));
+        if !(used.is_null() || used.is_boolean()) {
+            return Err(self.error(format!("use_sliding_window: expected true or false, got {used}")));
+        }
+        match architecture {
+            "mistral" if told.is_some_and(Value::is_null) => Ok(None),
+            "qwen2" if *used != true => Ok(None),
+            "mistral" | "qwen2" => self.extent_or("sliding_window", DEFAULT_WINDOW).map(Some),
+            _ => Ok(None),
         }
     }
 
@@ -177,7 +137,7 @@ impl Fields<'_> {
         }
     }
 
-    fn optional(&self, name: &str) -> Result<Option<f64>> {
+    pub fn optional(&self, name: &str) -> Result<Option<f64>> {
         match &self.json[name] {
             Value::Null => Ok(None),
             value => value
@@ -188,7 +148,7 @@ impl Fields<'_> {
         }
     }
 
-    fn number(&self, name: &str) -> Result<f64> {
+    pub fn number(&self, name: &str) -> Result<f64> {
         self.optional(name)?.ok_or_else(|| self.error(format!("{name}: missing")))
     }
 
@@ -205,32 +165,6 @@ impl Fields<'_> {
 
     fn extent_or(&self, name: &str, default: usize) -> Result<usize> {
         if self.json[name].is_null() { Ok(default) } else { self.extent(name) }
-    }
-
-    fn scaling(&self) -> Result<Option<RopeScaling>> {
-        let name = if self.json["rope_type"].is_null() { "type" } else { "rope_type" };
-        match self.json[name].as_str() {
-            Some("llama3") => {
-                let (low, high) = (self.number("low_freq_factor")?, self.number("high_freq_factor")?);
-                if high <= low {
-                    return Err(self.error("high_freq_factor: expected more than low_freq_factor".into()));
-                }
-                Ok(Some(RopeScaling::Llama3 {
-                    factor: self.number("factor")?,
-                    low_freq_factor: low,
-                    high_freq_factor: high,
-                    original_max_position_embeddings: self.number("original_max_position_embeddings")?,
-                }))
-            }
-            Some("linear") => Ok(Some(RopeScaling::Linear { factor: self.number("factor")? })),
-            Some("default") => Ok(None),
-            None if self.json[name].is_null() && self.json["factor"].is_null() => Ok(None),
-            _ => {
-                let got = &self.json[name];
-                let reason = format!("rope scaling: expected \"llama3\", \"linear\" or none, got {got}");
-                Err(self.error(reason))
-            }
-        }
     }
 }
 
@@ -261,11 +195,38 @@ pub fn eos_ids(directory: &Path) -> Result<Vec<u32>> {
     Ok(Vec::new())
 }
 
-/// Reads a JSON file.
+/// Reads a JSON file, as Python writes it: `NaN` and `Infinity` are read as null.
 ///
 /// # Errors
 /// [`Error::Input`] naming the file.
 pub fn read_json(path: &Path) -> Result<Value> {
     let text = std::fs::read(path).map_err(|error| Error::input(path.display().to_string(), error))?;
-    serde_json::from_slice(&text).map_err(|error| Error::input(path.display().to_string(), error))
+    serde_json::from_slice(&without_nan(&text))
+        .map_err(|error| Error::input(path.display().to_string(), error))
+}
+
+/// The same text with null for numbers that JSON has not, outside of strings.
+fn without_nan(text: &[u8]) -> Vec<u8> {
+    let (mut out, mut rest, mut in_string) = (Vec::with_capacity(text.len()), text, false);
+    while let Some(&byte) = rest.first() {
+        let name = [&b"NaN"[..], b"Infinity", b"-Infinity"].into_iter().find(|name| rest.starts_with(name));
+        let len = match name {
+            Some(name) if !in_string => {
+                out.extend_from_slice(b"null");
+                name.len()
+            }
+            // What follows a backslash ends no string.
+            _ if in_string && byte == b'\\' => {
+                out.extend_from_slice(&rest[..rest.len().min(2)]);
+                rest.len().min(2)
+            }
+            _ => {
+                in_string ^= byte == b'"';
+                out.push(byte);
+                1
+            }
+        };
+        rest = &rest[len..];
+    }
+    out
 }

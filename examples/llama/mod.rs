@@ -17,6 +17,7 @@ pub mod fail;
 pub mod model;
 pub mod random;
 pub mod rank;
+pub mod rope;
 pub mod run;
 pub mod table;
 pub mod threads;

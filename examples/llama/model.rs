@@ -42,7 +42,8 @@ impl Llama {
         let mut weights = Weights::read(directory, dtype)?;
         let embedding =
             weights.take("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
-        let lm_head = if config.tie_word_embeddings {
+        // A checkpoint without a head has the embeddings in its place, whatever its config says.
+        let lm_head = if config.tie_word_embeddings || !weights.has("lm_head.weight") {
             embedding.clone()
         } else {
             weights.take("lm_head.weight", &[config.vocab_size, config.hidden_size])?
@@ -55,7 +56,7 @@ impl Llama {
                 .collect::<Result<_>>()?,
             norm: weights.take("model.norm.weight", &[config.hidden_size])?,
             lm_head: lm_head.t()?,
-            frequencies: config.rope_frequencies(),
+            frequencies: config.rope.frequencies(config.head_dim),
             config,
         })
     }
@@ -148,7 +149,8 @@ impl Llama {
 
     fn rotation(&self, positions: &[usize]) -> Rotation {
         let angles = positions.iter().flat_map(|&p| self.frequencies.iter().map(move |f| p as f64 * f));
-        angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).collect()
+        let magnitude = self.config.rope.magnitude();
+        angles.map(|angle| ((magnitude * angle.cos()) as f32, (magnitude * angle.sin()) as f32)).collect()
     }
 
     fn queries_keys_values(

@@ -116,6 +116,12 @@ fn run_as<T: Element + WithDType>(
             return Err(Error::input("query", "expected at least 1 token, got none"));
         }
     }
+    let query_len = job.queries.iter().map(Vec::len).max().unwrap_or(0);
+    let len = job.context.len() + query_len + job.generate;
+    if let Some(window) = model.config.window.filter(|&window| len > window) {
+        let reason = format!("the model sees a window of {window} tokens, and the job has up to {len}");
+        return Err(Error::input("context", reason));
+    }
     let scheme = match mode {
         Mode::Star(scheme) => scheme.checked(model)?,
         Mode::Dense => StarLayout::builder(job.context.len()).anchor_len(0).build()?.into(),

@@ -1,6 +1,8 @@
 //! A checkpoint's `tokenizer.json`: text to token ids and back.
 
+use super::config::read_json;
 use super::error::{Error, Result};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tokenizers::{Encoding, Token};
 
@@ -29,17 +31,22 @@ impl Tokenizer {
         let text = Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], 0);
         let framed = tokenizer.post_process(text, None, true).map_err(refuse)?;
         let special = framed.get_ids().iter().zip(framed.get_special_tokens_mask());
-        let start = special.take_while(|&(_, &special)| special == 1).map(|(&id, _)| id).collect();
+        let mut start: Vec<u32> =
+            special.take_while(|&(_, &special)| special == 1).map(|(&id, _)| id).collect();
+        if start.is_empty() {
+            start.extend(told_start(directory, &tokenizer)?);
+        }
         Ok(Self { tokenizer, path, start })
     }
 
     /// The ids of a text that begins a sequence: the special tokens that the tokenizer puts before
-    /// a text, and the text. None follow it.
+    /// a text, unless it begins with them, and the text. None follow it.
     ///
     /// # Errors
     /// [`Error::Input`] for a text that the tokenizer has no tokens for.
     pub fn context(&self, text: &str) -> Result<Vec<u32>> {
-        Ok([self.start.clone(), self.query(text)?].concat())
+        let ids = self.query(text)?;
+        Ok(if ids.starts_with(&self.start) { ids } else { [self.start.clone(), ids].concat() })
     }
 
     /// The ids of a text that goes on a sequence: no special tokens are added.
@@ -67,4 +74,23 @@ impl Tokenizer {
     fn error(&self, error: tokenizers::Error) -> Error {
         Error::input(self.path.display().to_string(), error)
     }
+}
+
+/// The token that `tokenizer_config.json` puts before a text (`add_bos_token`), if it does.
+fn told_start(directory: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Option<u32>> {
+    let path = directory.join("tokenizer_config.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let json = read_json(&path)?;
+    if json["add_bos_token"] != true {
+        return Ok(None);
+    }
+    let token = match &json["bos_token"] {
+        Value::Object(token) => token.get("content").unwrap_or(&Value::Null),
+        token => token,
+    };
+    let id = token.as_str().and_then(|token| tokenizer.token_to_id(token));
+    let reason = || format!("bos_token: expected a token of the vocabulary, got {token}");
+    id.map(Some).ok_or_else(|| Error::input(path.display().to_string(), reason()))
 }

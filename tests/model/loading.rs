@@ -124,7 +124,7 @@ fn llama_3_1_scaling_slows_the_slow_rotations() {
     let newer = config_with(json!({ "rope_theta": null, "rope_parameters": beside }));
     let frequencies = |config: &Value| {
         let directory = write(config, &tensors(config, DType::F32));
-        Llama::load(directory.path(), None).unwrap().config.rope_frequencies()
+        Llama::load(directory.path(), None).unwrap().config.rope.frequencies(8)
     };
     assert_eq!(frequencies(&scaled), frequencies(&newer));
     assert_ne!(frequencies(&scaled), frequencies(&config()));
@@ -158,20 +158,25 @@ fn bad_configs_are_refused() {
     let mistral = json!({ "architectures": ["MistralForCausalLM"], "model_type": "mistral" });
     let qwen2 = json!({ "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2" });
     for (changes, named) in [
-        (json!({ "architectures": ["MistralForCausalLM"] }), "architectures"),
-        (json!({ "model_type": "qwen2" }), "architectures"),
+        (json!({ "architectures": ["LlamaForSequenceClassification"] }), "architectures"),
+        (json!({ "model_type": "qwen2" }), "q_proj.bias"),
         (json!({ "model_type": "qwen3" }), "model_type"),
         (json!({ "model_type": 3 }), "model_type"),
         (json!({ "hidden_act": "gelu" }), "hidden_act"),
         (json!({ "mlp_bias": true }), "mlp_bias"),
-        // A window, told or by default.
-        (merged(&mistral, json!({ "sliding_window": 4096 })), "sliding_window"),
-        (mistral, "sliding_window"),
-        (merged(&qwen2, json!({ "use_sliding_window": true })), "use_sliding_window"),
+        (merged(&mistral, json!({ "sliding_window": 0 })), "sliding_window"),
+        (merged(&qwen2, json!({ "use_sliding_window": "yes" })), "use_sliding_window"),
+        (json!({ "quantization_config": { "quant_method": "awq" } }), "awq"),
         // Biases that the weights do not have.
         (json!({ "attention_bias": true }), "q_proj.bias"),
         (qwen2, "q_proj.bias"),
-        (json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0 } }), "rope scaling"),
+        (
+            json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0 } }),
+            "original_max_position_embeddings",
+        ),
+        (json!({ "rope_scaling": { "rope_type": "longrope", "factor": 4.0 } }), "rope scaling"),
+        (json!({ "rope_scaling": "linear" }), "rope scaling"),
+        (json!({ "rope_parameters": { "sliding_attention": { "rope_theta": 1e4 } } }), "full_attention"),
         (json!({ "rope_scaling": { "type": "dynamic", "factor": 4.0 } }), "rope scaling"),
         (json!({ "rope_scaling": { "factor": 4.0 } }), "rope scaling"),
         (json!({ "rope_scaling": { "type": "linear" } }), "factor"),
@@ -221,8 +226,70 @@ fn bad_files_are_refused() {
     std::fs::remove_file(directory.path().join("model-00002-of-00002.safetensors")).unwrap();
     refused(&directory, "model-00002-of-00002.safetensors");
     let index = directory.path().join("model.safetensors.index.json");
+    // An index that tells of other files than those that are there.
+    let whole = good();
+    std::fs::copy(&index, whole.path().join("model.safetensors.index.json")).unwrap();
+    refused(&whole, "the index does not describe this directory");
     for map in [json!({}), json!({ "weight_map": { "x": 1 } }), json!({ "weight_map": { "x": "../x" } })] {
         std::fs::write(&index, map.to_string()).unwrap();
         refused(&directory, "weight_map");
     }
+}
+
+/// A tensor is taken from the file that the index maps it to.
+#[test]
+fn the_index_says_where_a_tensor_is() {
+    let (config, tensors) = (config(), tensors(&config(), DType::F32));
+    let directory = write_sharded(&config, &tensors);
+    let index = directory.path().join("model.safetensors.index.json");
+    let map: Value = serde_json::from_slice(&std::fs::read(index).unwrap()).unwrap();
+    let mapped = map["weight_map"]["model.norm.weight"].as_str().unwrap();
+    // The other file has one of the same name, and of another shape.
+    let other = if mapped.contains("-00001-") {
+        mapped.replace("-00001-", "-00002-")
+    } else {
+        mapped.replace("-00002-", "-00001-")
+    };
+    let other = directory.path().join(other);
+    let mut shard = candle_core::safetensors::load(&other, &Device::Cpu).unwrap();
+    shard.insert("model.norm.weight".into(), Tensor::ones(7, DType::F32, &Device::Cpu).unwrap());
+    candle_core::safetensors::save(&shard, &other).unwrap();
+    assert_equals_literal(&directory, &config, &tensors, None, 1e-4);
+}
+
+/// Tensors that no layer takes may have any type.
+#[test]
+fn only_tensors_that_are_used_matter() {
+    let (config, mut tensors) = (config(), tensors(&config(), DType::F32));
+    let directory = {
+        let mut more = tensors.clone();
+        more.insert("model.position_ids".into(), Tensor::ones(9, DType::I64, &Device::Cpu).unwrap());
+        write(&config, &more)
+    };
+    assert_equals_literal(&directory, &config, &tensors, None, 1e-4);
+    // Without a head the embeddings are in its place.
+    tensors.remove("lm_head.weight");
+    let directory = write(&config, &tensors);
+    let tied = config_with(json!({ "tie_word_embeddings": true }));
+    assert_equals_literal(&directory, &tied, &tensors, None, 1e-4);
+}
+
+/// Weights of norms are not rounded to the dtype of the others.
+#[test]
+fn norms_keep_their_precision() {
+    let mut tensors = tensors(&config(), DType::BF16);
+    for (name, tensor) in &mut tensors {
+        if name.ends_with("norm.weight") {
+            *tensor = (tensor.to_dtype(DType::F32).unwrap() * 1.0009).unwrap();
+        }
+    }
+    let directory = write(&config(), &tensors);
+    assert_eq!(Llama::load(directory.path(), None).unwrap().dtype, DType::BF16);
+    assert_equals_literal(&directory, &config(), &tensors, Some(DType::F32), 1e-4);
+    // All others are rounded: to f32's values of bf16, which they are.
+    let rounded = |dtype| {
+        let model = Llama::load(directory.path(), dtype).unwrap();
+        model.fingerprint().unwrap()
+    };
+    assert_eq!(rounded(None), rounded(Some(DType::F32)));
 }

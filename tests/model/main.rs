@@ -13,6 +13,7 @@ mod haystack;
 mod llama;
 
 mod anchors;
+mod configs;
 mod haystacks;
 mod loading;
 mod tokens;

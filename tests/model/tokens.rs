@@ -48,6 +48,33 @@ fn a_tokenizer_that_puts_nothing_before_a_text_is_left_alone() {
     assert_eq!(read(&json).unwrap().context("a").unwrap(), [97]);
 }
 
+/// A tokenizer that puts nothing before a text may be told to by `tokenizer_config.json`.
+#[test]
+fn a_sequence_begins_once_with_its_token() {
+    let plain = || {
+        let mut json = tokenizer();
+        json["post_processor"] = Value::Null;
+        directory("tokenizer.json", &json)
+    };
+    let context = |told: &Value, text: &str| {
+        let directory = plain();
+        std::fs::write(directory.path().join("tokenizer_config.json"), told.to_string()).unwrap();
+        Tokenizer::read(directory.path()).and_then(|tokenizer| tokenizer.context(text))
+    };
+    for token in [json!("<s>"), json!({ "content": "<s>", "lstrip": false })] {
+        let told = json!({ "add_bos_token": true, "bos_token": token });
+        assert_eq!(context(&told, "a").unwrap(), [BOS, 97]);
+        assert_eq!(context(&told, "<s>a").unwrap(), [BOS, 97]);
+        assert_eq!(context(&json!({ "add_bos_token": false, "bos_token": token }), "a").unwrap(), [97]);
+    }
+    for token in [json!("<none>"), Value::Null, json!({})] {
+        let error = context(&json!({ "add_bos_token": true, "bos_token": token }), "a").unwrap_err();
+        assert!(error.to_string().contains("bos_token"), "{error}");
+    }
+    // The post-processor's token too comes once.
+    assert_eq!(read(&tokenizer()).unwrap().context("<s>a").unwrap(), [BOS, 97]);
+}
+
 #[test]
 fn ids_become_the_text_that_they_came_from() {
     let tokenizer = read(&tokenizer()).unwrap();
