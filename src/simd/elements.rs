@@ -1,6 +1,6 @@
 //! Elements of every type as vectors of f32.
 
-use super::Simd;
+use super::{Simd, store};
 use crate::element::sealed::AnySlice;
 use crate::{Element, F8E4M3};
 use half::{bf16, f16};
@@ -26,6 +26,24 @@ pub(crate) trait Load: Element {
 pub(crate) fn has_hidden_nan<T: Load>(row: &[T]) -> bool {
     // Without a way out, so that it is a loop of vectors.
     row.iter().fold(false, |found, x| found | x.is_hidden_nan())
+}
+
+/// Writes the elements of a row as f32.
+#[inline(always)]
+pub(crate) fn widen<S: Simd, T: Load>(simd: S, row: &[T], to: &mut [f32]) {
+    let to = &mut to[..row.len()];
+    for (from, to) in row.chunks_exact(S::LANES).zip(to.chunks_exact_mut(S::LANES)) {
+        // SAFETY: `from` holds a vector.
+        let x = unsafe { T::load(simd, from.as_ptr()) };
+        store(simd, if T::FACTOR == 1.0 { x } else { simd.mul(x, simd.splat(T::FACTOR)) }, to);
+    }
+    let whole = row.len() - row.len() % S::LANES;
+    for (x, to) in row[whole..].iter().zip(&mut to[whole..]) {
+        *to = x.to_f32();
+    }
+    if has_hidden_nan(row) {
+        row.iter().zip(to).filter(|(x, _)| x.is_hidden_nan()).for_each(|(_, to)| *to = f32::NAN);
+    }
 }
 
 impl Load for f32 {

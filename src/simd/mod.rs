@@ -17,11 +17,13 @@ mod matrix;
 mod neon;
 mod portable;
 
-pub(crate) use elements::{Load, has_hidden_nan};
+pub(crate) use elements::{Load, has_hidden_nan, widen};
 use matrix::NoUnit;
 #[cfg(test)]
 pub(crate) use matrix::{FAULT, Fault};
 pub(crate) use matrix::{Matrix, TILE};
+#[cfg(test)]
+pub(crate) use portable::Portable;
 
 use crate::{Error, F8E4M3, Result};
 use half::{bf16, f16};

@@ -82,7 +82,11 @@ fn attend_as<S: Simd, P: Product<S>, T: Load>(
         let piece = piece.of_head(head);
         for (row, query) in query.chunks_exact_mut(width).take(rows).enumerate() {
             let row = inputs.query.row(piece.place(row));
-            if P::ELEMENTS == 1 { pack_words::<1>(row, query) } else { pack_words::<2>(row, query) }
+            if P::ELEMENTS == 1 {
+                pack_words::<S, 1>(simd, row, query);
+            } else {
+                pack_words::<S, 2>(simd, row, query);
+            }
         }
     }
     for start in piece.entries.clone().step_by(KEYS) {

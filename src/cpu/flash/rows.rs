@@ -2,8 +2,8 @@
 //! and not once per type, and the forms in which tiles of them are packed.
 
 use crate::element::sealed::{AnySlice, Sealed};
+use crate::simd::{Simd, widen};
 use crate::{Element, TensorView};
-use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 
 /// The rows (one head of one token each) of an input `[batch, seq, heads, dim]`.
@@ -74,24 +74,22 @@ impl<'a> Rows<'a> {
 
 /// Writes a row as words of `ELEMENTS` elements (see `Product`), padded with zeros.
 #[inline(always)]
-pub(super) fn pack_words<const ELEMENTS: usize>(row: AnySlice<'_>, words: &mut [f32]) {
+pub(super) fn pack_words<S: Simd, const ELEMENTS: usize>(simd: S, row: AnySlice<'_>, words: &mut [f32]) {
     let used = match row {
         AnySlice::F32(row) => {
             words[..row.len()].copy_from_slice(row);
             row.len()
         }
         AnySlice::F16(row) => {
-            row.convert_to_f32_slice(&mut words[..row.len()]);
+            widen(simd, row, words);
             row.len()
         }
         AnySlice::BF16(row) if ELEMENTS == 1 => {
-            for (word, x) in words.iter_mut().zip(row) {
-                *word = f32::from_bits(u32::from(x.to_bits()) << 16);
-            }
+            widen(simd, row, words);
             row.len()
         }
         AnySlice::F8E4M3(row) => {
-            words.iter_mut().zip(row).for_each(|(word, x)| *word = x.to_f32());
+            widen(simd, row, words);
             row.len()
         }
         AnySlice::BF16(row) => {
@@ -111,7 +109,8 @@ pub(super) fn pack_words<const ELEMENTS: usize>(row: AnySlice<'_>, words: &mut [
 /// Writes one word of each column of values: of the keys `word · ELEMENTS ..` among `count`, which
 /// `rows` gives; missing keys are zeros. Returns whether all elements were finite.
 #[inline(always)]
-pub(super) fn pack_value_words<'a, const ELEMENTS: usize>(
+pub(super) fn pack_value_words<'a, S: Simd, const ELEMENTS: usize>(
+    simd: S,
     rows: &impl Fn(usize) -> AnySlice<'a>,
     count: usize,
     word: usize,
@@ -123,7 +122,7 @@ pub(super) fn pack_value_words<'a, const ELEMENTS: usize>(
         return true;
     }
     if ELEMENTS == 1 {
-        pack_words::<1>(rows(first), to);
+        pack_words::<S, 1>(simd, rows(first), to);
         return all_finite(to);
     }
     let AnySlice::BF16(low) = rows(first) else { unreachable!("pairs are made of bf16 alone") };

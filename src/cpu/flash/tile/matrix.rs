@@ -113,11 +113,11 @@ impl<'a, S: Simd, M: Matrix<S>> Unit<'a, S, M> {
         if let AnySlice::BF16(_) = row
             && !self.terms.are_several()
         {
-            pack_words::<2>(row, &mut to[..self.words]);
+            pack_words::<S, 2>(self.simd, row, &mut to[..self.words]);
             return true;
         }
         let rest = &mut scratch[..2 * self.words];
-        let finite = finite_f32(row, rest);
+        let finite = finite_f32(self.simd, row, rest);
         for term in 0..terms {
             take_pairs(rest, &mut to[term * next..][..self.words]);
         }
@@ -153,7 +153,7 @@ impl<'a, S: Simd, M: Matrix<S>> Unit<'a, S, M> {
             }
         }
         if self.special_queries || self.special_keys {
-            patch_scores(panel, source, self.dims[0], scores);
+            patch_scores(self.simd, panel, source, self.dims[0], scores);
         }
         if let Some(softcap) = self.softcap {
             cap(self.simd, self.factor, softcap, scores);
@@ -361,7 +361,13 @@ fn rescale<S: Simd>(simd: S, alpha: &[f32; PAIR], rows: &mut [f32]) {
 
 /// Writes the scores of queries and keys that have elements that are not finite.
 #[cold]
-fn patch_scores(panel: &Panel<'_>, source: &TileRows<'_, '_>, head_dim: usize, scores: &mut [f32]) {
+fn patch_scores<S: Simd>(
+    simd: S,
+    panel: &Panel<'_>,
+    source: &TileRows<'_, '_>,
+    head_dim: usize,
+    scores: &mut [f32],
+) {
     let is_special = |row: AnySlice<'_>| {
         let mut found = false;
         for_each_special(row, |_, _| found = true);
@@ -370,10 +376,10 @@ fn patch_scores(panel: &Panel<'_>, source: &TileRows<'_, '_>, head_dim: usize, s
     let special: Vec<bool> = (0..panel.rows).map(|row| is_special(source.query(panel.first + row))).collect();
     let (mut key, mut query) = (vec![0.0; head_dim], vec![0.0; head_dim]);
     for index in 0..panel.keys.min(panel.count) {
-        pack_words::<1>(source.key(index), &mut key);
+        pack_words::<S, 1>(simd, source.key(index), &mut key);
         let special_key = is_special(source.key(index));
         for row in (0..panel.rows).filter(|&row| special_key || special[row]) {
-            pack_words::<1>(source.query(panel.first + row), &mut query);
+            pack_words::<S, 1>(simd, source.query(panel.first + row), &mut query);
             scores[index * PAIR + row] = key.iter().zip(&query).map(|(a, b)| a * b).sum();
         }
     }
@@ -441,12 +447,13 @@ impl<S: Simd, M: Matrix<S>> Engine for Unit<'_, S, M> {
                 let index = 2 * (first + word);
                 if index < count && matches!(source.value(index), AnySlice::BF16(_)) {
                     let row = &mut block[word * columns..][..columns];
-                    finite &= pack_value_words::<2>(&|i| source.value(i), count, first + word, row);
+                    finite &=
+                        pack_value_words::<S, 2>(self.simd, &|i| source.value(i), count, first + word, row);
                     continue;
                 }
                 for (i, row) in [&mut *low, &mut *high].into_iter().enumerate() {
                     let value = if index + i < count { source.value(index + i) } else { AnySlice::F32(&[]) };
-                    finite &= finite_f32(value, row);
+                    finite &= finite_f32(self.simd, value, row);
                 }
                 for term in block.chunks_exact_mut(TILE * columns) {
                     take_rows(low, high, &mut term[word * columns..][..columns]);

@@ -43,8 +43,8 @@ pub(super) fn sizes(words: usize, columns: usize, rows: usize, keys: usize) -> S
 
 /// Writes a row as words.
 #[inline(always)]
-fn pack_row<P: Product<S>, S: Simd>(row: AnySlice<'_>, to: &mut [f32]) {
-    if P::ELEMENTS == 1 { pack_words::<1>(row, to) } else { pack_words::<2>(row, to) }
+fn pack_row<P: Product<S>, S: Simd>(simd: S, row: AnySlice<'_>, to: &mut [f32]) {
+    if P::ELEMENTS == 1 { pack_words::<S, 1>(simd, row, to) } else { pack_words::<S, 2>(simd, row, to) }
 }
 
 impl<S: Simd, P: Product<S>> Engine for Vectors<S, P> {
@@ -67,7 +67,7 @@ impl<S: Simd, P: Product<S>> Engine for Vectors<S, P> {
         let row_words = &mut scratch[..words];
         to.fill(0.0);
         for (index, row) in rows.enumerate() {
-            pack_row::<P, S>(row, row_words);
+            pack_row::<P, S>(self.simd, row, row_words);
             let to = &mut to[index / panel_rows * (panel_rows * words)..][..panel_rows * words];
             for (word, to) in row_words.iter().zip(to.chunks_exact_mut(panel_rows)) {
                 to[index % panel_rows] = *word;
@@ -78,7 +78,7 @@ impl<S: Simd, P: Product<S>> Engine for Vectors<S, P> {
     #[inline(always)]
     fn pack_keys(&mut self, source: &TileRows<'_, '_>, count: usize, to: &mut [f32], _: &mut [f32]) {
         for (index, to) in to.chunks_exact_mut(self.words).enumerate() {
-            if index < count { pack_row::<P, S>(source.key(index), to) } else { to.fill(0.0) }
+            if index < count { pack_row::<P, S>(self.simd, source.key(index), to) } else { to.fill(0.0) }
         }
     }
 
@@ -99,9 +99,9 @@ impl<S: Simd, P: Product<S>> Engine for Vectors<S, P> {
         let mut finite = true;
         for word in 0..words {
             finite &= if P::ELEMENTS == 1 {
-                pack_value_words::<1>(&rows, count, word, row)
+                pack_value_words::<S, 1>(self.simd, &rows, count, word, row)
             } else {
-                pack_value_words::<2>(&rows, count, word, row)
+                pack_value_words::<S, 2>(self.simd, &rows, count, word, row)
             };
             for (p, columns) in row.chunks_exact(panel).enumerate() {
                 to[(p * words + word) * panel..][..panel].copy_from_slice(columns);

@@ -12,6 +12,7 @@
 
 use crate::cpu::flash::rows::pack_words;
 use crate::element::sealed::AnySlice;
+use crate::simd::Simd;
 
 /// How many terms the factors of both products have.
 #[derive(Clone, Copy)]
@@ -90,8 +91,8 @@ impl Products {
 
 /// Elements as f32, those that are infinite or NaN as 0; returns whether there were none.
 #[inline(always)]
-pub(super) fn finite_f32(row: AnySlice<'_>, to: &mut [f32]) -> bool {
-    pack_words::<1>(row, to);
+pub(super) fn finite_f32<S: Simd>(simd: S, row: AnySlice<'_>, to: &mut [f32]) -> bool {
+    pack_words::<S, 1>(simd, row, to);
     let mut finite = true;
     for x in to {
         let is_finite = x.is_finite();
@@ -135,6 +136,7 @@ pub(super) fn take_rows(low: &mut [f32], high: &mut [f32], words: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simd::Portable;
     use half::{bf16, f16};
 
     fn split(x: f32, terms: usize) -> (Vec<f32>, f32) {
@@ -187,8 +189,8 @@ mod tests {
     fn what_is_not_finite_becomes_zero() {
         let mut row = [1.0; 4];
         let x = [bf16::ONE, bf16::INFINITY, bf16::NAN];
-        assert!(!finite_f32(AnySlice::BF16(&x), &mut row));
+        assert!(!finite_f32(Portable::<8>, AnySlice::BF16(&x), &mut row));
         assert_eq!(row, [1.0, 0.0, 0.0, 0.0]);
-        assert!(finite_f32(AnySlice::F32(&[2.0]), &mut row));
+        assert!(finite_f32(Portable::<8>, AnySlice::F32(&[2.0]), &mut row));
     }
 }
