@@ -57,6 +57,7 @@ pub fn modules(head_dims: &[usize]) -> Vec<Module> {
         modules.extend(both.iter().map(flash));
         modules.extend(both.iter().filter_map(Policy::e4m3).map(|policy| flash(&policy)));
         modules.extend(Policy::encode_64(dims).iter().map(flash));
+        modules.extend(Policy::hopper(dims).iter().map(hopper));
         #[cfg(feature = "variants")]
         modules.extend(Policy::variants(dims).iter().map(flash));
     }
@@ -88,6 +89,27 @@ fn flash(policy: &Policy) -> Module {
     Module {
         name: format!("{kernel}_{dims}"),
         source: "flash.cu",
+        defines,
+        kernels: ["f16", "bf16"].map(|dtype| policy.entry(dtype)).into(),
+    }
+}
+
+fn hopper(policy: &Policy) -> Module {
+    let Policy { kernel, dims, row_warps, keys, slots, .. } = *policy;
+    let numbers = [
+        ("HEAD_DIM", dims.key),
+        ("VALUE_DIM", dims.value),
+        ("GROUPS", row_warps / 4),
+        ("KEYS", keys),
+        ("STAGES", slots / 2),
+        ("THREADS", policy.threads()),
+        ("SHARED_BYTES", policy.shared_bytes()),
+    ];
+    let mut defines = vec![("KERNEL_NAME", kernel.to_string()), ("DIMS", dims.to_string())];
+    defines.extend(numbers.map(|(name, number)| (name, number.to_string())));
+    Module {
+        name: format!("{kernel}_{dims}"),
+        source: "hopper.cu",
         defines,
         kernels: ["f16", "bf16"].map(|dtype| policy.entry(dtype)).into(),
     }

@@ -10,20 +10,26 @@ use std::sync::Mutex;
 /// Machine code for the Ampere and Ada families (8.x runs 8.0) and for Hopper, and PTX that the
 /// driver compiles for newer chips.
 const ARCHS: &str = "80,90,90+ptx";
+/// The same of kernels that use what Hopper alone has. They are built where 9.0 is among the
+/// others.
+const HOPPER: &str = "-gencode=arch=compute_90a,code=sm_90a";
 
 /// Compiles all kernels and writes `cuda_modules.rs`: a table of kernel names and the fatbins that
 /// hold them.
 pub fn build() -> Result<(), String> {
     let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
-    let modules = modules(&head_dims()?);
+    let mut modules = modules(&head_dims()?);
     // The documentation's machine has no compiler, and needs no kernels.
     println!("cargo::rerun-if-env-changed=DOCS_RS");
     let documented = env::var_os("DOCS_RS").is_some();
     if !documented {
-        let nvcc = find()?;
-        compile_all(&nvcc, &arch_flags()?, &modules, &out)?;
+        let (nvcc, archs) = (find()?, arch_flags()?);
+        let hopper = archs.iter().any(|flag| flag.contains("=compute_90"));
+        modules.retain(|module| hopper || !is_for_hopper(module));
+        compile_all(&nvcc, &archs, &modules, &out)?;
     }
-    let mut table = String::from("const MODULES: &[(&[&str], &[u8])] = &[\n");
+    let hopper = modules.iter().any(|module| is_for_hopper(module) && !documented);
+    let mut table = format!("const HAS_HOPPER: bool = {hopper};\nconst MODULES: &[(&[&str], &[u8])] = &[\n");
     for module in modules.iter().filter(|_| !documented) {
         let fatbin = out.join(format!("{}.fatbin", module.name));
         writeln!(table, "    (&{:?}, include_bytes!({fatbin:?})),", module.kernels)
@@ -31,6 +37,10 @@ pub fn build() -> Result<(), String> {
     }
     table.push_str("];\n");
     std::fs::write(out.join("cuda_modules.rs"), table).map_err(|e| e.to_string())
+}
+
+fn is_for_hopper(module: &Module) -> bool {
+    module.source == "hopper.cu"
 }
 
 /// nvcc: NVCC itself, of the toolkit in CUDA_HOME or CUDA_PATH, on the PATH, or in the usual
@@ -98,7 +108,11 @@ fn compile(nvcc: &Path, archs: &[String], module: &Module, out: &Path) -> Result
     let source = Path::new("cuda").join(module.source);
     let mut command = Command::new(nvcc);
     command.args(["-std=c++17", "-O3", "-fatbin", "--compress-mode=size", "--resource-usage"]);
-    command.args(archs);
+    if is_for_hopper(module) {
+        command.arg(HOPPER)
+    } else {
+        command.args(archs)
+    };
     command.args(module.defines.iter().map(|(name, value)| format!("-D{name}={value}")));
     command.arg(&source).arg("-o").arg(out.join(format!("{}.fatbin", module.name)));
     let output = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;

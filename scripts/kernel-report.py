@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints what the compiler made of each kernel, and fails if one spills registers.
+"""Prints what the compiler made of each kernel, and fails if one spills registers, or if products of warp groups wait for themselves.
 
 For each attention kernel also, counted and not measured: blocks that fit a multiprocessor, FLOPs and bytes of one step of the main loop, and
 with --mix the instructions of a step that has neither mask nor softcap, from the disassembly (needs `scripts/install-nvcc.sh --tools`).
@@ -15,19 +15,19 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Registers, threads and shared memory of a multiprocessor, and what each block's shared memory costs beyond its own.
-LIMITS = {"sm_80": (65536, 2048, 164 * 1024), "sm_90": (65536, 2048, 228 * 1024)}
+LIMITS = {"sm_80": (65536, 2048, 164 * 1024), "sm_90": (65536, 2048, 228 * 1024), "sm_90a": (65536, 2048, 228 * 1024)}
 BLOCK_SHARED = 1024
 
-MUST_NOT_SPILL = ("encode", "encode_64", "query", "encode_e4m3", "query_e4m3", "merge")
+MUST_NOT_SPILL = ("encode", "encode_64", "query", "encode_e4m3", "query_e4m3", "encode_hopper", "merge")
 
 CLASSES = [
-    ("products", r"HMMA"),
+    ("products", r"HMMA|HGMMA"),
     ("matrix loads", r"LDSM"),
     ("copies", r"LDGSTS|LDGDEPBAR|DEPBAR"),
     ("exp and rcp", r"MUFU"),
     ("f32", r"FFMA|FMUL|FADD|FMNMX|FSEL|FSETP|F2FP"),
     ("shuffles and votes", r"SHFL|VOTE"),
-    ("barriers", r"BAR|WARPSYNC|BSSY|BSYNC|SYNC"),
+    ("barriers", r"BAR|WARPSYNC|BSSY|BSYNC|SYNC|WARPGROUP"),
 ]
 
 
@@ -48,6 +48,9 @@ def usage(folder):
     for path in sorted(folder.glob("*.usage")):
         first, *lines = path.read_text().splitlines()
         defines = dict(pair.split("=") for pair in first.split())
+        # wgmma that was serialised, fenced by the compiler, or has not the registers that were asked for.
+        if warnings := [line for line in lines if re.search(r"\bC75\d\d\b", line)]:
+            sys.exit(f"kernel-report.py: {path.stem}: {warnings[0]}")
         kernel = None
         for line in lines:
             if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
@@ -94,7 +97,7 @@ def main_loop(sass):
 
 
 def products(body):
-    return sum(line[2].startswith("HMMA") for line in body)
+    return sum(line[2].startswith(("HMMA", "HGMMA")) for line in body)
 
 
 def usual_path(body):
@@ -109,7 +112,7 @@ def usual_path(body):
             ahead = places.get(int(target.group(1), 16), 0)
             ways = ([ahead] if ahead > i else []) + ([i + 1] if predicate or ahead <= i else [])
         follow[i] = max(ways, key=lambda way: worth[way])
-        gain = 10**6 if op.startswith("HMMA") else 10**3 if op.startswith("LDGSTS") else 0
+        gain = 10**6 if op.startswith(("HMMA", "HGMMA")) else 10**3 if op.startswith("LDGSTS") else 0
         worth[i] = worth[follow[i]] + gain - 1
     path, i = [], 0
     while i < len(body):
@@ -118,10 +121,21 @@ def usual_path(body):
     return path
 
 
-def mix(folder, module, arch):
+def disassembly(folder, module, arch):
     tool = ROOT / ".nvcc/bin/cuobjdump"
-    sass = subprocess.run([tool, "-sass", "-arch", arch, folder / f"{module}.fatbin"], check=True,
-                          stdout=subprocess.PIPE, text=True).stdout
+    command = [tool, "-sass", "-arch", arch, folder / f"{module}.fatbin"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def role_registers(sass):
+    """Of each function the registers that its roles use: those that give some away, and those that get more."""
+    for text in re.split(r"Function : ", sass)[1:]:
+        roles = re.split(r"USETMAXREG\.(DEALLOC|TRY_ALLOC)", text)[1:]
+        most = {role: 1 + max(map(int, re.findall(r"\bR(\d+)\b", code))) for role, code in zip(roles[::2], roles[1::2])}
+        yield text.split()[0], most
+
+
+def mix(sass):
     for kernel, body in main_loop(sass).items():
         counts = collections.Counter()
         for op in body:
@@ -146,21 +160,25 @@ def main():
                f" {resident(arch, figures['registers'], threads, shared):7}")
         if "HEAD_DIM" in defines:
             number = {name: int(value) for name, value in defines.items() if value.isdigit()}
-            rows = 16 * number["ROW_TILES"] * number["ROW_WARPS"]
-            keys = number["KEYS"] * number["KEY_WARPS"]
+            rows = 64 * number["GROUPS"] if "GROUPS" in number else 16 * number["ROW_TILES"] * number["ROW_WARPS"]
+            keys = number["KEYS"] * number.get("KEY_WARPS", 1)
             dims = number["HEAD_DIM"] + number["VALUE_DIM"]
-            row += f" {2 * rows * keys * dims / 1e3:7.0f} {number['STORED_BYTES'] * keys * dims / 1024:8.0f}"
-            modules[f"{defines['KERNEL_NAME']}_{defines['DIMS']}"] = None
+            row += f" {2 * rows * keys * dims / 1e3:7.0f} {number.get('STORED_BYTES', 2) * keys * dims / 1024:8.0f}"
+            modules[f"{defines['KERNEL_NAME']}_{defines['DIMS']}"] = ("sm_90a",) if "GROUPS" in number else ("sm_80", "sm_90")
         print(row)
         if (spills or figures["stack"]) and defines.get("KERNEL_NAME", "merge") in MUST_NOT_SPILL:
             spilled.append(f"{kernel} ({arch})")
     if arguments.mix:
         names = [name for name, _ in CLASSES] + ["integer and other"]
         print(f"\n{'main loop of':34} {'arch':6} {'all':>6} " + " ".join(f"{name:>18}" for name in names))
-        for module in modules:
-            for arch in ("sm_80", "sm_90"):
-                for kernel, total, counts in mix(folder, module, arch):
+        for module, archs in modules.items():
+            for arch in archs:
+                sass = disassembly(folder, module, arch)
+                for kernel, total, counts in mix(sass):
                     print(f"{kernel:34} {arch:6} {total:6} " + " ".join(f"{counts[name]:18}" for name in names))
+                if arch == "sm_90a":
+                    for kernel, most in role_registers(sass):
+                        print(f"{kernel:34} registers that copy and multiply: {most['DEALLOC']}, {most['TRY_ALLOC']}")
     if spilled:
         sys.exit("registers spilled or on the stack: " + ", ".join(spilled))
 

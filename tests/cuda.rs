@@ -6,7 +6,7 @@
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream, result};
 use star_attention::cpu::reference;
-use star_attention::cuda::driver::{Driver, kernels};
+use star_attention::cuda::driver::Driver;
 use star_attention::cuda::flash::Plan;
 use star_attention::cuda::{Device, DeviceTensor, DeviceTensorMut, Launch, Span, SpanMut, Staging};
 use star_attention::{AttentionConfig, AttentionShape, Error, Inputs, Mask, TensorView, bf16};
@@ -122,7 +122,8 @@ fn on_stream(driver: &Driver, stream: &Arc<CudaStream>, case: &Case) -> Vec<f32>
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn every_kernel_loads() {
-    Driver::open(0).unwrap().load(kernels()).unwrap();
+    let driver = Driver::open(0).unwrap();
+    driver.load(driver.kernels()).unwrap();
 }
 
 /// The default stream, one of its own, and one that another library owns.
@@ -162,7 +163,7 @@ fn calls_can_be_captured_in_a_graph() {
     let driver = Driver::open(0).unwrap();
     // SAFETY: all work below is on one stream; events cannot be waited for in a capture.
     unsafe { driver.context().disable_event_tracking() };
-    driver.load(kernels()).unwrap();
+    driver.load(driver.kernels()).unwrap();
     let stream = driver.context().new_stream().unwrap();
     let first = Case::new(7);
     let [mut query, mut key, mut value] =

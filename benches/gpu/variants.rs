@@ -13,10 +13,15 @@ use star_attention::cuda::{Device, Properties};
 use std::time::Instant;
 
 /// The plans of a call by each kernel that it can be planned for. The first is what the library
-/// does by itself; the others are held against it.
+/// does by itself, on a Hopper GPU by the kernels for every GPU; the others are held against it.
 fn planned(properties: &Properties, call: &Call) -> Vec<(&'static str, Result<Plan>)> {
-    let mut plans = vec![("default", call.plan(properties))];
+    let mut every_gpu = *properties;
+    every_gpu.hopper = false;
+    let mut plans = vec![("default", call.plan(&every_gpu))];
     if call.shape.query_len * call.shape.group() > FEW_ROWS && call.offsets.is_none() {
+        if properties.hopper && call.shape.head_dim <= 128 {
+            plans.push(("encode_hopper", call.plan(properties)));
+        }
         // A variant that needs more shared memory than the chip has is no choice there. What else
         // is wrong with a call, the default says.
         let variant =

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "eight.cuh"
+#include "list.cuh"
 
 // Results go to the output or, where the tile's list is split, to partial rows.
 template <class P>
@@ -100,3 +101,33 @@ struct QueryRows {
         store_out<Element>(row, column, x);
     }
 };
+
+// Copies query rows to shared memory, by so many threads. Rows after the tile's last, and what rows
+// lack of the head dim, become zeros.
+template <class Tile, int Rows, int Threads, class P>
+DEVICE void load_query(const QueryRows<P>& rows, uint32_t first, Shared to, uint32_t thread) {
+    const uint32_t lane = thread % Tile::orders;
+    for (uint32_t row = thread / Tile::orders; row < Rows; row += Threads / Tile::orders) {
+        const bool beyond = first + row >= rows.tile.rows;
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(rows.p.query.data) +
+                               rows.offset(rows.p.query, beyond ? 0 : first + row) + lane * 8;
+        for (int c = 0; c < Tile::chunks; c += Tile::orders) {
+            const bool zeros = beyond || (lane + c) * 8 >= rows.p.head_dim;
+            copy_async(Tile::at(to, row, lane + c), zeros ? from : from + c * 8, zeros);
+        }
+    }
+}
+
+// Tells all, after a barrier, each row's limit and token, and where the border is.
+template <class P>
+DEVICE void store_rows(const SharedList<P>& list, const QueryRows<P>& rows) {
+    if (thread_index() == 0) {
+        list.store_border(rows.tile, rows.left_end(), rows.limit(0));
+    }
+    for (uint32_t row = thread_index(); row < P::rows; row += P::threads) {
+        shared_store(list.limit_at(row), rows.limit(row));
+    }
+    for (uint32_t row = 4 * thread_index(); row < P::rows; row += 4 * P::threads) {
+        list.store_tokens(row, rows.tokens(row));
+    }
+}

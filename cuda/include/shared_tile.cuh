@@ -41,10 +41,13 @@ struct ByteTile {
 template <int Dim, int Bytes>
 struct StoredTile : SharedTile<Dim> {
     static constexpr int lanes = SharedTile<Dim>::orders;
+    // From a lane's chunk of one round to that of the next.
+    static constexpr int round_bytes = lanes * 16;
 };
 template <int Dim>
 struct StoredTile<Dim, 1> : ByteTile<Dim> {
     static constexpr int lanes = ByteTile<Dim>::chunks % 8 == 0 ? 8 : 4;
+    static constexpr int round_bytes = lanes * 16;
 };
 
 // The rows that a lane gives to load_matrices in a walk over 16×16 squares: rows first + 16 i,

@@ -67,6 +67,15 @@ struct Softmax {
     // Moves the base where the scores ask for it.
     template <int Columns, int Outputs>
     DEVICE void rebase(const float (&scores)[RowTiles][Columns][4], float (&out)[RowTiles][Outputs][4]) {
+        float factors[RowTiles][2];
+        if (move_base(scores, factors)) {
+            rescale(out, factors);
+        }
+    }
+
+    // The same, but for outputs: if this says so, they are yet to be multiplied by the factors.
+    template <int Columns>
+    DEVICE bool move_base(const float (&scores)[RowTiles][Columns][4], float (&factors)[RowTiles][2]) {
         float highest[RowTiles][2];
         bool stale = false;
 #pragma unroll
@@ -84,7 +93,7 @@ struct Softmax {
             }
         }
         if (!any_lane(stale)) {
-            return;
+            return false;
         }
 #pragma unroll
         for (int i = 0; i < RowTiles; i++) {
@@ -92,13 +101,23 @@ struct Softmax {
             for (int half = 0; half < 2; half++) {
                 // A row that is not stale itself keeps its base: its bits do not depend on others'.
                 const bool follows = highest[i][half] > base[i][half] + slack;
-                const float rescale = follows ? power(base[i][half], highest[i][half], scale_log2) : 1.0f;
+                factors[i][half] = follows ? power(base[i][half], highest[i][half], scale_log2) : 1.0f;
                 base[i][half] = follows ? highest[i][half] : base[i][half];
-                sum[i][half] *= rescale;
+                sum[i][half] *= factors[i][half];
+            }
+        }
+        return true;
+    }
+
+    template <int Outputs>
+    static DEVICE void rescale(float (&out)[RowTiles][Outputs][4], const float (&factors)[RowTiles][2]) {
 #pragma unroll
-                for (int j = 0; j < Outputs; j++) {
-                    out[i][j][2 * half] *= rescale;
-                    out[i][j][2 * half + 1] *= rescale;
+        for (int i = 0; i < RowTiles; i++) {
+#pragma unroll
+            for (int j = 0; j < Outputs; j++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    out[i][j][c] *= factors[i][c / 2];
                 }
             }
         }
@@ -133,6 +152,20 @@ struct Softmax {
         }
     }
 };
+
+// Probabilities in 16 bits: the accumulators of two 16×8 products lie as the left operand of one
+// 16×16 does.
+template <class Element, int RowTiles, int Columns>
+DEVICE void pack(uint32_t (&to)[RowTiles][Columns / 2][4], const float (&scores)[RowTiles][Columns][4]) {
+#pragma unroll
+    for (int i = 0; i < RowTiles; i++) {
+#pragma unroll
+        for (int j = 0; j < Columns; j++) {
+            to[i][j / 2][j % 2 * 2] = Element::pack(scores[i][j][0], scores[i][j][1]);
+            to[i][j / 2][j % 2 * 2 + 1] = Element::pack(scores[i][j][2], scores[i][j][3]);
+        }
+    }
+}
 
 // ln Σ e^s of a row, from its base and sum of powers; -inf if it saw no key.
 DEVICE float log_sum_exp(float base, float sum, float scale_log2) {

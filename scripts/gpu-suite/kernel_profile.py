@@ -50,7 +50,9 @@ def main():
     path, kernel, *command = sys.argv[1:]
     base = pathlib.Path(path).parent / f"ncu-{kernel}"
     report = f"{base}.ncu-rep"
-    options = ["--clock-control", "none", "--set", "full", "-k", f"regex:{kernel}", "-c", "1"]
+    # On a Hopper GPU its own family is in the place of `encode`.
+    names = kernel.replace("encode_", "encode_(hopper_)?")
+    options = ["--clock-control", "none", "--set", "full", "-k", f"regex:{names}", "-c", "1"]
     subprocess.run(["ncu", *options, "-f", "-o", str(base), *command], check=True)
 
     def page(*options):

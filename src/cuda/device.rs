@@ -18,12 +18,22 @@ pub struct Properties {
     pub shared_bytes: usize,
     /// The L2 cache, which all multiprocessors share, in bytes.
     pub l2_bytes: usize,
+    /// Whether it runs the kernels for Hopper GPUs: its compute capability is 9.0, and they were
+    /// built.
+    pub hopper: bool,
 }
 
 impl Properties {
-    /// Properties of a device, be it one of this machine or another.
+    /// Properties of a device, be it one of this machine or another, that runs the kernels for any
+    /// GPU.
     pub const fn new(multiprocessors: usize, shared_bytes: usize, l2_bytes: usize) -> Self {
-        Self { multiprocessors, shared_bytes, l2_bytes }
+        Self { multiprocessors, shared_bytes, l2_bytes, hopper: false }
+    }
+
+    /// The same of a device that runs the kernels for Hopper GPUs as well.
+    #[must_use]
+    pub const fn with_hopper(self) -> Self {
+        Self { hopper: true, ..self }
     }
 }
 

@@ -45,11 +45,6 @@ use std::sync::{Arc, LazyLock};
 
 include!(concat!(env!("OUT_DIR"), "/cuda_modules.rs"));
 
-/// Names of all kernels that were built.
-pub fn kernels() -> impl Iterator<Item = &'static str> {
-    MODULES.iter().flat_map(|(names, _)| names.iter().copied())
-}
-
 /// The lowest compute capability that the kernels' instructions have.
 const CAPABILITY: (i32, i32) = (8, 0);
 
@@ -149,11 +144,13 @@ impl Driver {
             let value = context.attribute(attribute).map_err(driver("ask for an attribute"))?;
             Ok(usize::try_from(value).unwrap_or(0))
         };
-        let properties = Properties::new(
+        let mut properties = Properties::new(
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
         );
+        // Machine code for 9.0 alone; newer GPUs do not run it.
+        properties.hopper = capability == (9, 0) && HAS_HOPPER;
         let most_shared_bytes =
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         Ok(Self {
@@ -169,6 +166,13 @@ impl Driver {
     /// [`Error::Driver`] for what the driver answers.
     pub fn name(&self) -> Result<String> {
         self.context.name().map_err(driver("ask for the name"))
+    }
+
+    /// Names of all kernels that were built and that this GPU runs.
+    pub fn kernels(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let hopper = self.properties.hopper;
+        let names = MODULES.iter().flat_map(|(names, _)| names.iter().copied());
+        names.filter(move |name| hopper || !name.contains("_hopper_"))
     }
 
     /// For streams and memory. Streams of other frameworks come in by

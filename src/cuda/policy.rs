@@ -1,5 +1,8 @@
 //! How the attention kernels divide their work, for each head dim. build.rs compiles what stands
 //! here, and the plans launch it.
+//!
+//! There are two families: by warps that copy and multiply alike, on every GPU, and by warp groups
+//! of which one copies, on Hopper alone.
 
 /// The head dims that have kernels of their own, with values of the same dim.
 pub const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
@@ -57,7 +60,8 @@ impl std::fmt::Display for Dims {
     }
 }
 
-/// The division of an attention kernel: `cuda/include/flash.cuh` says what its parts mean.
+/// The division of an attention kernel: `cuda/include/flash.cuh` says what its parts mean, and
+/// `cuda/include/warp_groups.cuh` where there are warps that copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
     pub kernel: &'static str,
@@ -70,6 +74,8 @@ pub struct Policy {
     pub row_warps: usize,
     /// Warps that divide the keys.
     pub key_warps: usize,
+    /// Warps that only copy, beside the others; 0 where all do.
+    pub copy_warps: usize,
     /// Keys of a tile.
     pub keys: usize,
     /// Tiles of keys or values in shared memory.
@@ -90,6 +96,7 @@ const PLAIN: Policy = Policy {
     row_tiles: 1,
     row_warps: 1,
     key_warps: 1,
+    copy_warps: 0,
     keys: 0,
     slots: 2,
     values_first: false,
@@ -128,6 +135,25 @@ impl Policy {
         }
         let blocks_sm_90 = if dims.key > 64 && dims.key <= 128 { 4 } else { 0 };
         Some(Self { kernel: "encode_64", row_tiles: 1, blocks_sm_90, ..encode })
+    }
+
+    /// `encode` on a Hopper GPU: two warp groups of 64 rows, and one that copies, for values of up
+    /// to 128 elements. So many keys that the accumulators of both products, and probabilities, fit
+    /// the registers that the groups get. There are two stages of keys and two of values, or as
+    /// many as have 64 KB of keys.
+    pub const fn hopper(dims: Dims) -> Option<Self> {
+        let stages = match dims {
+            Dims { key: 64, value: 64 } => 4,
+            Dims { key: 96 | 128 | 192, value: 96 | 128 } => 2,
+            _ => return None,
+        };
+        let encode = Self { kernel: "encode_hopper", dims, ..PLAIN };
+        Some(Self { row_warps: 8, copy_warps: 4, keys: 128, slots: 2 * stages, ..encode })
+    }
+
+    /// Whether it is a kernel of the family for Hopper.
+    pub const fn is_hopper(&self) -> bool {
+        self.copy_warps > 0
     }
 
     /// Other divisions of `encode`, which only a GPU can tell the worth of. They are built with the
@@ -172,8 +198,8 @@ impl Policy {
     }
 
     /// The kernel that does the same with fp8 keys and values, so that a plan serves both:
-    /// its tiles have at least as many rows, and the same keys. For `encode_64` that is the one for
-    /// `encode`. None for the longest heads.
+    /// its tiles have at least as many rows, and its steps walk as many keys or a part of them. For
+    /// `encode_64` and `encode_hopper` that is the one for `encode`. None for the longest heads.
     pub fn e4m3(&self) -> Option<Self> {
         if self.dims.in_parts() {
             return None;
@@ -205,16 +231,30 @@ impl Policy {
     }
 
     pub const fn threads(&self) -> usize {
-        32 * self.row_warps * self.key_warps
+        32 * (self.row_warps * self.key_warps + self.copy_warps)
+    }
+
+    /// Threads that copy keys and values.
+    const fn copy_threads(&self) -> usize {
+        if self.is_hopper() { 32 * self.copy_warps } else { self.threads() }
     }
 
     /// What is kept of the list of keys (its ends and border, each row's limit and token, for each
     /// thread two addresses and a flag), then the queries in 16 bits and each ring's slots. Two
     /// slots are one for keys and one for values, others serve both. fp8 elements are widened
     /// to one more tile.
+    ///
+    /// For Hopper each stage has two mbarriers, tiles are cut into panels of 64 columns, and all
+    /// begins at a multiple of 1,024.
     pub const fn shared_bytes(&self) -> usize {
         let Dims { key, value } = self.dims;
-        let list_bytes = (48 + (4 + 1) * self.rows() + (16 + 4) * self.threads()).next_multiple_of(128);
+        let list_bytes = 48 + (4 + 1) * self.rows() + (16 + 4) * self.copy_threads();
+        if self.is_hopper() {
+            let list_bytes = (list_bytes.next_multiple_of(8) + 16 * self.slots).next_multiple_of(1024);
+            let (key, value) = (key.next_multiple_of(64), value.next_multiple_of(64));
+            return 1024 + list_bytes + 2 * (key * self.rows() + self.slots / 2 * self.keys * (key + value));
+        }
+        let list_bytes = list_bytes.next_multiple_of(128);
         let elements = if self.slots == 2 { key + value } else { self.slots * key };
         let wide = if self.stored_bytes == 1 { 2 * key } else { 0 };
         let ring = self.keys * (elements * self.stored_bytes + wide);
@@ -259,10 +299,15 @@ mod tests {
     #[test]
     fn kernels_for_8_bits_take_the_tiles_of_the_others() {
         for dims in DIMS.into_iter().filter(|dims| !dims.in_parts()) {
-            let policies = [Some(Policy::encode(dims)), Policy::encode_64(dims), Some(Policy::query(dims))];
+            let policies = [
+                Some(Policy::encode(dims)),
+                Policy::encode_64(dims),
+                Policy::hopper(dims),
+                Some(Policy::query(dims)),
+            ];
             for policy in policies.into_iter().flatten() {
                 let narrow = policy.e4m3().unwrap();
-                assert_eq!(narrow.step_keys(), policy.step_keys(), "{dims}");
+                assert!(policy.step_keys().is_multiple_of(narrow.step_keys()), "{dims}");
                 assert!(narrow.rows() >= policy.rows(), "{dims}");
             }
         }
@@ -276,6 +321,13 @@ mod tests {
             for policy in plain.into_iter().chain(plain.iter().filter_map(Policy::e4m3)) {
                 assert!(policy.shared_bytes() <= 99 * 1024, "{} {dims}", policy.kernel);
             }
+        }
+    }
+
+    #[test]
+    fn every_kernel_for_hopper_fits_227_kb_of_shared_memory() {
+        for policy in DIMS.into_iter().filter_map(Policy::hopper) {
+            assert!(policy.shared_bytes() <= 227 * 1024, "{}", policy.dims);
         }
     }
 }

@@ -78,6 +78,45 @@ impl Backend for Simt {
     }
 }
 
+/// The emulator as a device on which plans take the kernels for Hopper GPUs.
+pub struct Hopper(Simt);
+
+impl Backend for Hopper {
+    type Device = Simt;
+    type Memory<T: Plain> = simt::Buffer<T>;
+
+    fn open(seed: u64) -> Self {
+        Self(Simt::new(seed).with_hopper())
+    }
+    fn device(&self) -> &Simt {
+        &self.0
+    }
+    fn stream(&self) -> &() {
+        &()
+    }
+    fn as_cuda(&self) -> Cuda<Simt> {
+        self.0.as_cuda()
+    }
+    fn memory<T: Plain>(&self, data: &[T]) -> Self::Memory<T> {
+        self.0.memory(data)
+    }
+    fn span<'a, T: Plain>(&'a self, memory: &'a Self::Memory<T>) -> Span<'a, Simt, T> {
+        self.0.span(memory)
+    }
+    fn span_mut<'a, T: Plain>(&'a self, memory: &'a mut Self::Memory<T>) -> SpanMut<'a, Simt, T> {
+        self.0.span_mut(memory)
+    }
+    fn room(&self, len: usize) -> Option<Self::Memory<f16>> {
+        self.0.room(len)
+    }
+    fn write<T: Plain>(&self, memory: &mut Self::Memory<T>, at: usize, data: &[T]) {
+        self.0.write(memory, at, data);
+    }
+    fn read_range<T: Plain>(&self, memory: &Self::Memory<T>, range: Range<usize>) -> Vec<T> {
+        self.0.read_range(memory, range)
+    }
+}
+
 #[cfg(feature = "cuda")]
 pub use gpu::Gpu;
 

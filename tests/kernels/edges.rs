@@ -107,7 +107,9 @@ on_each_device! {
         every_merge_kernel::<B, bf16, f32>();
         every_merge_kernel::<B, bf16, bf16>();
         if std::any::type_name::<B>() == std::any::type_name::<Simt>() {
-            assert!(simt::launches().all(|(_, launches)| launches > 0));
+            // Those for Hopper GPUs have a test of their own.
+            let mut kernels = simt::launches().filter(|(name, _)| !name.contains("hopper"));
+            assert!(kernels.all(|(_, launches)| launches > 0));
         }
     }
 

@@ -19,7 +19,7 @@ use params::StarTile;
 const STAR: Mask = Mask::Star { anchor_len: 20, block_len: 50, first_block_len: 30, left: None };
 
 /// A call on one sequence with one pair of heads, small enough that no keys are split.
-fn case(mask: Mask, query_len: usize, key_len: usize, head_dim: usize) -> Case {
+pub fn case(mask: Mask, query_len: usize, key_len: usize, head_dim: usize) -> Case {
     Case {
         shape: extents([1, query_len, key_len], [2, 1], [head_dim, head_dim]),
         config: AttentionConfig::new(mask),
@@ -37,7 +37,7 @@ fn both_kernels() -> [Case; 2] {
     [case(Mask::Causal, 130, 130, 128), case(Mask::Full, 4, 400, 64)]
 }
 
-fn run_on<O: Element>(simt: &Simt, case: &Case) -> Result<Vec<u32>> {
+pub fn run_on<O: Element>(simt: &Simt, case: &Case) -> Result<Vec<u32>> {
     let mut out = case.output::<O>();
     run_plan(simt, &case.device_plan(simt), &case.inputs::<bf16, bf16>(), &mut out, None)?;
     Ok(out.bits())

@@ -26,7 +26,7 @@ fn bits<B: Backend, T: HalfElement, O: Element>(
 }
 
 /// The bits of every sequence, in a batch and alone, its keys where they lie and in rows.
-fn keeps_its_bits<B: Backend, T: HalfElement>(
+pub fn keeps_its_bits<B: Backend, T: HalfElement>(
     case: &BatchCase,
     split_keys: usize,
 ) -> Result<(), TestCaseError> {
@@ -60,7 +60,7 @@ fn keeps_its_bits<B: Backend, T: HalfElement>(
 
 /// A causal sequence and the chunks in which its rows come.
 #[derive(Clone, Debug)]
-struct Chunked {
+pub struct Chunked {
     /// Of queries `[1, rows, heads, head_dim]` and keys `[1, keys, kv_heads, head_dim]`.
     query: [usize; 4],
     key: [usize; 4],
@@ -73,8 +73,13 @@ struct Chunked {
 
 /// Half of the chunks have one row: decodes.
 fn chunked() -> impl Strategy<Value = Chunked> {
+    chunked_of(kernel_dims())
+}
+
+/// The same on heads of these dims.
+pub fn chunked_of(dims: impl Strategy<Value = (usize, usize)>) -> impl Strategy<Value = Chunked> {
     let chunks = prop::collection::vec(prop_oneof![1 => Just(1usize), 1 => 1..90usize], 1..6);
-    let heads = (1..=2usize, 1..=4usize, kernel_dims());
+    let heads = (1..=2usize, 1..=4usize, dims);
     (chunks, 0..500usize, heads, 1..400usize, any::<u64>()).prop_map(
         |(mut chunks, mut before, (mut kv_heads, mut group, (dim, value_dim)), split_keys, seed)| {
             if dim.midpoint(value_dim) > 256 {
@@ -119,7 +124,9 @@ fn batch_of(query: [usize; 4], key: [usize; 4], value_dim: usize, ends: &[usize]
 }
 
 /// A prefill gives each row the bits that it has in chunks.
-fn chunks_change_no_bit<B: Backend, T: HalfElement, O: Element>(case: &Chunked) -> Result<(), TestCaseError> {
+pub fn chunks_change_no_bit<B: Backend, T: HalfElement, O: Element>(
+    case: &Chunked,
+) -> Result<(), TestCaseError> {
     let Chunked { query, key, value_dim, ref ends, split_keys, seed } = *case;
     let backend = B::open(seed);
     let config = PlanConfig::new().with_row_invariant().with_split_keys(split_keys);

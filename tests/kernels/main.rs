@@ -22,6 +22,8 @@ mod engine;
 mod errors;
 mod faults;
 mod graph;
+mod hopper;
+mod hopper_faults;
 mod invariance;
 mod masks;
 mod merge;

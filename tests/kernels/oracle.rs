@@ -11,7 +11,7 @@ use star_attention::{Element, bf16, f16};
 
 /// The call gives what the definition says, writes nothing else, and does not depend on whether the
 /// log-sum-exp is asked for.
-fn equals_the_oracle<B: Backend, T: HalfElement, O: Element>(case: &Case) -> Result<(), TestCaseError> {
+pub fn equals_the_oracle<B: Backend, T: HalfElement, O: Element>(case: &Case) -> Result<(), TestCaseError> {
     let backend = B::open(case.seed);
     let inputs = case.inputs::<T, T>();
     let plan = case.device_plan(&backend);

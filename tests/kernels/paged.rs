@@ -12,7 +12,7 @@ use star_attention::cuda::{Device, HalfElement};
 
 /// Any pages for the sequences' keys, some pages of no one, and now and then more pages than a
 /// sequence needs.
-fn page_table(lens: &[(usize, usize)], page_len: usize, seed: u64) -> PageTable {
+pub fn page_table(lens: &[(usize, usize)], page_len: usize, seed: u64) -> PageTable {
     let mut rng = Rng::new(seed);
     let counts: Vec<usize> =
         lens.iter().map(|(_, keys)| keys.div_ceil(page_len) + usize::from(rng.below(4) == 0)).collect();
@@ -44,7 +44,7 @@ fn scattered<T: HalfElement>(packed: &Packed, table: &PageTable, rows: &Tensor<T
 }
 
 /// Every key and value of one of the sequences is NaN: it reaches no other's rows.
-fn pages_change_nothing<B: Backend, T: HalfElement>(
+pub fn pages_change_nothing<B: Backend, T: HalfElement>(
     packed: &Packed,
     table: &PageTable,
     poisoned: prop::sample::Index,

@@ -13,7 +13,7 @@ use star_attention::{Batch, Keys, Mask, PlanConfig, Sequence, bf16};
 /// Calls on a batch whose keys are rows, and on the same with the first `cuts[i]` keys of sequence
 /// i (at most all) in prefix tensors and the others in rows or, where given, in pages of
 /// `page_len`. What no one may read is NaN.
-fn prefixes_change_nothing<B: Backend, T: HalfElement>(
+pub fn prefixes_change_nothing<B: Backend, T: HalfElement>(
     rows: &Batch,
     inputs: &Inputs<T>,
     cuts: &[usize],

@@ -5,7 +5,7 @@ use super::cases::{Inputs, RUBBISH};
 use crate::common::{Call, Layout, Tensor, extents};
 use star_attention::merge::PartialOf;
 use star_attention::{
-    Append, AttentionConfig, Backend, Batch, Element, KvConfig, KvStore, PlanConfig, Result, Scales,
+    Append, AttentionConfig, Backend, Batch, Element, KvConfig, KvStore, Mask, PlanConfig, Result, Scales,
 };
 
 /// A tensor's buffer in a backend's memory.
@@ -108,10 +108,11 @@ impl<B: Backend> On<B> {
     }
 }
 
-impl<B: Backend, T: Element> Attend<T> for On<B> {
-    fn attend<O: Element>(
+impl<B: Backend> On<B> {
+    /// Attention under a mask, by a plan of a config; of packed sequences if they have offsets.
+    fn attend_by<T: Element, O: Element>(
         &self,
-        config: &AttentionConfig,
+        (config, mask): (&PlanConfig, &Mask),
         offsets: Option<[&[usize]; 2]>,
         inputs: &Inputs<T>,
         out: &mut Tensor<O>,
@@ -122,10 +123,23 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
         let [.., value_dim] = inputs.value.shape();
         let shape = extents([batch, query_len, key_len], [query_heads, kv_heads], [head_dim, value_dim]);
         let batch = match offsets {
-            None => Batch::uniform(&shape, &config.mask),
-            Some([query, key]) => Batch::packed(&shape, query, key, &config.mask),
+            None => Batch::uniform(&shape, mask),
+            Some([query, key]) => Batch::packed(&shape, query, key, mask),
         };
-        self.run(&config.score().into(), &batch.unwrap(), inputs, out, lse);
+        self.run(config, &batch.unwrap(), inputs, out, lse);
+    }
+}
+
+impl<B: Backend, T: Element> Attend<T> for On<B> {
+    fn attend<O: Element>(
+        &self,
+        config: &AttentionConfig,
+        offsets: Option<[&[usize]; 2]>,
+        inputs: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    ) {
+        self.attend_by((&config.score().into(), &config.mask), offsets, inputs, out, lse);
     }
 
     /// A store with rows for each sequence, `[batch, capacity, kv_heads, head_dim]`.
@@ -179,6 +193,36 @@ impl<B: Backend, T: Element> Attend<T> for On<B> {
         merge_on(&self.0, &partials, sinks, &mut without, None).unwrap();
         assert!(out.bits() == without.bits(), "no log-sum-exp changes the output");
         vec![(out, lse)]
+    }
+}
+
+/// The same under plans that promise a row's bits for any number of rows.
+#[derive(Debug)]
+pub struct RowInvariant<B>(pub On<B>);
+
+impl<B: Backend, T: Element> Attend<T> for RowInvariant<B> {
+    fn attend<O: Element>(
+        &self,
+        config: &AttentionConfig,
+        offsets: Option<[&[usize]; 2]>,
+        inputs: &Inputs<T>,
+        out: &mut Tensor<O>,
+        lse: Option<&mut [f32]>,
+    ) {
+        let plan = PlanConfig::from(config.score()).with_row_invariant();
+        self.0.attend_by((&plan, &config.mask), offsets, inputs, out, lse);
+    }
+
+    fn shard(&self, appended: &[[Tensor<T>; 2]]) -> [Tensor<T>; 2] {
+        self.0.shard(appended)
+    }
+
+    fn merge(
+        &self,
+        partials: &[(Tensor<f32>, Vec<f32>)],
+        sinks: Option<&[f32]>,
+    ) -> Vec<(Tensor<f32>, Vec<f32>)> {
+        Attend::<T>::merge(&self.0, partials, sinks)
     }
 }
 

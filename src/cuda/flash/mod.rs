@@ -8,7 +8,8 @@
 //! Each sequence takes the kernel for its own number of rows for each KV head, counted over the
 //! query heads that share it. Up to [`FEW_ROWS`] rows are query attention: bound by reading keys,
 //! so the heads of a group are rows of one tile. More rows are context encoding: bound by products;
-//! there too the heads of a group share tiles if the tokens alone do not fill one.
+//! there too the heads of a group share tiles if the tokens alone do not fill one. On a Hopper GPU
+//! they take its own kernel, where there is one for the head dim.
 //!
 //! Keys are split where there are too few tiles for the multiprocessors, or some tiles have far
 //! more keys than others; or at a fixed length ([`PlanConfig`]).
@@ -115,7 +116,7 @@ impl Plan {
             properties,
             &config.score().into(),
             &uniform(config, shape)?,
-            |config, dims| Kernels::new(config, dims).with_encode(policy),
+            |config, dims| Kernels::new(properties, config, dims).with_encode(policy),
             None,
         )
     }
@@ -148,12 +149,14 @@ impl Plan {
     /// [`Error::Value`] for a sequence of 2³¹ keys or more, or whose keys are rows where others'
     /// are in pages.
     pub fn for_batch(properties: &Properties, config: &PlanConfig, batch: &Batch) -> Result<Self> {
-        Self::with_kernels(properties, config, batch, Kernels::new, None)
+        let kernels = |config: &_, dims| Kernels::new(properties, config, dims);
+        Self::with_kernels(properties, config, batch, kernels, None)
     }
 
     /// A plan for a batch, whose tables fit a room.
     fn within(properties: &Properties, config: &PlanConfig, batch: &Batch, room: &Room) -> Result<Self> {
-        Self::with_kernels(properties, config, batch, Kernels::new, Some(room))
+        let kernels = |config: &_, dims| Kernels::new(properties, config, dims);
+        Self::with_kernels(properties, config, batch, kernels, Some(room))
     }
 
     /// `kernels` gives the kernels to choose from for their dims.

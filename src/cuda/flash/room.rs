@@ -79,7 +79,7 @@ impl Room {
         let ([_, _, query_heads, head_dim], value_dim) = (capacity.query, capacity.value_dim);
         let dims = kernel_dims(head_dim, value_dim)?;
         let parts = Dims { key: head_dim, value: value_dim }.parts(dims);
-        let kernels = Kernels::new(config, dims);
+        let kernels = Kernels::new(properties, config, dims);
         let group = query_heads / capacity.key[2];
         let mut room = Self {
             launches: Vec::new(),

@@ -124,8 +124,9 @@ pub(super) fn split_len(
 /// Blocks of a kernel that run at the same time.
 pub(super) fn places(policy: &Policy, properties: &Properties) -> usize {
     // A multiprocessor keeps a KB of each block's shared memory for itself, and has registers for
-    // two blocks of these kernels.
-    let resident = (properties.shared_bytes / (policy.shared_bytes() + 1024)).clamp(1, 2);
+    // two blocks of these kernels, or one of those for Hopper.
+    let most = if policy.is_hopper() { 1 } else { 2 };
+    let resident = (properties.shared_bytes / (policy.shared_bytes() + 1024)).clamp(1, most);
     properties.multiprocessors.max(1) * resident
 }
 

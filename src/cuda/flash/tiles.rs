@@ -22,11 +22,14 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    /// Those for heads of a kernel's dims.
-    pub fn new(config: &PlanConfig, dims: Dims) -> Self {
+    /// Those for heads of a kernel's dims, on a device. Where a row's bits must not depend on the
+    /// number of rows, all have the tiles of keys and the order of sums of `encode`.
+    pub fn new(properties: &Properties, config: &PlanConfig, dims: Dims) -> Self {
+        let hopper = Policy::hopper(dims).filter(|_| properties.hopper);
+        let alone = hopper.is_some() && config.row_invariant;
         Self {
-            encode: Policy::encode(dims),
-            encode_64: Policy::encode_64(dims),
+            encode: hopper.unwrap_or(Policy::encode(dims)),
+            encode_64: Policy::encode_64(dims).filter(|_| !alone),
             query: (!config.row_invariant).then_some(Policy::query(dims)),
         }
     }
@@ -71,7 +74,8 @@ impl Kernels {
 
     /// Keys that are whole steps of every kernel of the head dim.
     fn common_step(&self) -> usize {
-        [Policy::query(self.encode.dims), self.encode]
+        let dims = self.encode.dims;
+        [Policy::query(dims), Policy::encode(dims), self.encode]
             .map(|policy| policy.step_keys())
             .into_iter()
             .fold(1, lcm)
@@ -349,5 +353,23 @@ mod tests {
         assert_eq!(of(128, invariant, &[1, 300, 20]), [("encode", 1), ("encode_64", 2)]);
         assert_eq!(of(256, invariant, &[1, 17]), [("encode", 2)]);
         assert_eq!(of(64, plain, &[]), []);
+    }
+
+    #[test]
+    fn hopper_takes_its_own_kernel_for_many_rows_and_for_all_that_keep_their_bits() {
+        let of = |properties: &Properties, config: PlanConfig, dim| {
+            let mut batch = Batch::new([1, 321, 2, dim], [1, 500, 1, dim]).unwrap();
+            for rows in [0..1, 1..301, 301..321] {
+                batch.push(Sequence::new(0, rows, Keys::rows(0, 0..500), Mask::Causal)).unwrap();
+            }
+            let plan = Plan::for_batch(properties, &config, &batch).unwrap();
+            plan.launches.iter().map(|l| l.policy.kernel).collect::<Vec<_>>()
+        };
+        let (hopper, plain) = (PROPERTIES.with_hopper(), PlanConfig::new());
+        assert_eq!(of(&hopper, plain, 128), ["encode_hopper", "encode_64", "query"]);
+        assert_eq!(of(&hopper, plain.with_row_invariant(), 128), ["encode_hopper"]);
+        assert_eq!(of(&hopper, plain.with_row_invariant(), 192), ["encode"]);
+        assert_eq!(of(&hopper, plain, 256), ["encode", "query"]);
+        assert_eq!(of(&PROPERTIES, plain, 128), ["encode", "encode_64", "query"]);
     }
 }

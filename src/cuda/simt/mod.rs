@@ -97,6 +97,7 @@ pub struct Simt {
     regions: Arc<RwLock<Regions>>,
     seed: u64,
     fault: Option<Fault>,
+    hopper: bool,
 }
 
 /// Memory of a [`Simt`] device.
@@ -116,6 +117,12 @@ impl Simt {
     /// A device whose warps and lanes run in an order drawn from `seed`.
     pub fn new(seed: u64) -> Self {
         Self { seed, ..Self::default() }
+    }
+
+    /// The same memory, of a device on which plans take the kernels for Hopper GPUs. (Both run all
+    /// kernels.)
+    pub fn with_hopper(&self) -> Self {
+        Self { hopper: true, ..self.clone() }
     }
 
     /// The same memory, with a bug planted into every kernel.
@@ -195,6 +202,9 @@ impl Device for Simt {
 
     /// Of a device so small that plans split keys already for small shapes.
     fn properties(&self) -> Properties {
+        if self.hopper {
+            return Properties::new(8, 228 * 1024, 1024 * 1024).with_hopper();
+        }
         Properties::new(8, 100 * 1024, 1024 * 1024)
     }
 
