@@ -38,8 +38,15 @@ impl Config {
     /// [`Error::Input`] for a file that cannot be read, another architecture, or extents that do
     /// not fit together.
     pub fn read(path: &Path) -> Result<Self> {
-        let json = read_json(path)?;
-        let fields = Fields { path, json: &json };
+        Self::of(path, &read_json(path)?)
+    }
+
+    /// What the content of a `config.json` says, `path` being what errors name.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn of(path: &Path, json: &Value) -> Result<Self> {
+        let fields = Fields { path, json };
         let architecture = fields.architecture()?;
         fields.only("hidden_act", "silu")?;
         if json["mlp_bias"] == true {

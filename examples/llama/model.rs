@@ -3,6 +3,7 @@
 //! Activations and linear layers are in f32; queries, keys and values are rounded to the model's
 //! dtype.
 
+use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::error::{Error, Result};
 use super::rank::fold;
@@ -33,13 +34,21 @@ pub struct Llama {
 }
 
 impl Llama {
-    /// Loads a Hugging Face checkpoint directory, in `dtype` or in its own.
+    /// Loads a Hugging Face checkpoint directory or a GGUF file, in `dtype` or in its own.
     ///
     /// # Errors
     /// [`Error::Input`] naming the file at fault.
-    pub fn load(directory: &Path, dtype: Option<DType>) -> Result<Self> {
-        let config = Config::read(&directory.join("config.json"))?;
-        let mut weights = Weights::read(directory, dtype)?;
+    pub fn load(path: &Path, dtype: Option<DType>) -> Result<Self> {
+        Self::of(&Checkpoint::open(path)?, dtype)
+    }
+
+    /// Loads an open checkpoint, in `dtype` or in its own.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the file at fault.
+    pub fn of(checkpoint: &Checkpoint, dtype: Option<DType>) -> Result<Self> {
+        let config = checkpoint.config()?;
+        let mut weights = checkpoint.weights(&config, dtype)?;
         let embedding =
             weights.take("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
         // A checkpoint without a head has the embeddings in its place, whatever its config says.
@@ -48,15 +57,22 @@ impl Llama {
         } else {
             weights.take("lm_head.weight", &[config.vocab_size, config.hidden_size])?
         };
+        let layers = (0..config.layers)
+            .map(|index| Layer::take(&config, &mut weights, index))
+            .collect::<Result<_>>()?;
+        let mut frequencies = config.rope.frequencies(config.head_dim);
+        // A GGUF file of a Llama 3 tells by what its rotations are slowed, one by one.
+        if weights.has("rope_freqs.weight") {
+            let divisors = weights.take("rope_freqs.weight", &[config.head_dim / 2])?.to_vec1::<f32>()?;
+            frequencies.iter_mut().zip(divisors).for_each(|(f, divisor)| *f /= f64::from(divisor));
+        }
         Ok(Self {
             dtype: weights.dtype,
             embedding,
-            layers: (0..config.layers)
-                .map(|index| Layer::take(&config, &mut weights, index))
-                .collect::<Result<_>>()?,
+            layers,
             norm: weights.take("model.norm.weight", &[config.hidden_size])?,
             lm_head: lm_head.t()?,
-            frequencies: config.rope.frequencies(config.head_dim),
+            frequencies,
             config,
         })
     }

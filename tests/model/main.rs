@@ -14,6 +14,7 @@ mod llama;
 
 mod anchors;
 mod configs;
+mod gguf;
 mod haystacks;
 mod loading;
 mod tokens;
