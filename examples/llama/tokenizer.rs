@@ -1,7 +1,7 @@
 //! A checkpoint's `tokenizer.json`: text to token ids and back.
 
-use super::config::read_json;
 use super::error::{Error, Result};
+use super::fields::read_json;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tokenizers::{Encoding, Token};
@@ -72,6 +72,11 @@ impl Tokenizer {
     /// [`Error::Input`] for ids that the tokenizer cannot put together.
     pub fn text(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.tokenizer.decode(ids, skip_special).map_err(|error| self.error(error))
+    }
+
+    /// The id of a token, if there is one that is written so.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
     }
 
     /// The token of one id as the vocabulary writes it, if it is known.

@@ -1,8 +1,8 @@
 //! The tensors of a Hugging Face checkpoint directory: one `model.safetensors`, or shards with an
 //! index.
 
-use super::config::read_json;
 use super::error::{Error, Result};
+use super::fields::read_json;
 use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;

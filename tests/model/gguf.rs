@@ -241,7 +241,7 @@ fn rotations_and_windows_are_those_of_the_header() {
         let (_directory, path) = file.write();
         let directory = write(&merged(&plain, changes.clone()), &tensors);
         let [gguf, json] = [&path, directory.path()].map(|path| Llama::load(path, None).unwrap().config);
-        assert_eq!((gguf.rope, gguf.window), (json.rope, json.window), "{changes}");
+        assert_eq!((gguf.rope, gguf.windowed), (json.rope, json.windowed), "{changes}");
     }
 }
 
