@@ -1,18 +1,17 @@
-//! `config.json` of a Hugging Face checkpoint: a Llama, or a model of its shape (Mistral, Qwen2).
+//! `config.json` of a Hugging Face checkpoint: a Llama, or a model of its shape.
 
 use super::error::{Error, Result};
+use super::family::Family;
+use super::fields::{Fields, read_json};
 use super::rope::Rope;
-use serde_json::Value;
+use super::windowed::Windowed;
+use serde_json::{Value, json};
 use std::path::Path;
 
-/// The models that are read, by `model_type`.
-const ARCHITECTURES: [&str; 3] = ["llama", "mistral", "qwen2"];
-/// The window where a file of Mistral's or Qwen2's does not tell it.
-const DEFAULT_WINDOW: usize = 4096;
-
-/// The extents and constants of a Llama.
+/// The extents and constants of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
+    pub family: Family,
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -21,14 +20,19 @@ pub struct Config {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub rms_norm_eps: f64,
+    /// Of the layers without a window.
     pub rope: Rope,
-    /// Tokens that a token sees at most, itself included. Nothing longer is run.
-    pub window: Option<usize>,
+    /// The layers with a window, if there are any.
+    pub windowed: Option<Windowed>,
+    /// Positions that the model was made for, where the file tells it.
+    pub range: Option<usize>,
     pub tie_word_embeddings: bool,
     /// Whether the projections to queries, keys and values add a bias.
     pub qkv_bias: bool,
     /// Whether the attention's output projection adds a bias.
     pub output_bias: bool,
+    /// Factor of the scores; that of the head dim if none.
+    pub score_scale: Option<f32>,
 }
 
 impl Config {
@@ -38,133 +42,60 @@ impl Config {
     /// [`Error::Input`] for a file that cannot be read, another architecture, or extents that do
     /// not fit together.
     pub fn read(path: &Path) -> Result<Self> {
-        let json = read_json(path)?;
-        let fields = Fields { path, json: &json };
-        let architecture = fields.architecture()?;
-        fields.only("hidden_act", "silu")?;
-        if json["mlp_bias"] == true {
-            return Err(fields.error("mlp_bias: expected false, got true".into()));
-        }
+        Self::of(path, &read_json(path)?)
+    }
+
+    /// What the content of a `config.json` says, `path` being what errors name.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn of(path: &Path, json: &Value) -> Result<Self> {
+        let fields = Fields { path, json };
+        let family = Family::of(&fields)?;
+        let (name, activation) = family.activation();
+        fields.only(name, json!(activation))?;
+        fields.only("mlp_bias", json!(false))?;
         if !json["quantization_config"].is_null() {
             let method = &json["quantization_config"]["quant_method"];
             return Err(fields.error(format!("quantization_config: expected none, got {method}")));
         }
-        let attention_bias = architecture == "llama" && json["attention_bias"] == true;
         let heads = fields.extent("num_attention_heads")?;
-        let hidden_size = fields.extent("hidden_size")?;
-        let head_dim = fields.extent_or("head_dim", hidden_size / heads)?;
-        let config = Self {
-            vocab_size: fields.extent("vocab_size")?,
-            hidden_size,
-            intermediate_size: fields.extent("intermediate_size")?,
-            layers: fields.extent("num_hidden_layers")?,
-            heads,
-            kv_heads: fields.extent_or("num_key_value_heads", heads)?,
-            head_dim,
-            rms_norm_eps: fields.optional("rms_norm_eps")?.unwrap_or(1e-6),
-            rope: Rope::of(&fields, head_dim)?,
-            window: fields.window(architecture)?,
-            tie_word_embeddings: json["tie_word_embeddings"] == true,
-            qkv_bias: attention_bias || architecture == "qwen2",
-            output_bias: attention_bias,
-        };
-        if !config.heads.is_multiple_of(config.kv_heads) {
-            let (heads, kv_heads) = (config.heads, config.kv_heads);
+        let kv_heads = fields.extent_or("num_key_value_heads", heads)?;
+        if !heads.is_multiple_of(kv_heads) {
             let reason = format!("num_key_value_heads: expected a divisor of {heads} heads, got {kv_heads}");
             return Err(fields.error(reason));
         }
-        if config.head_dim == 0 || !config.head_dim.is_multiple_of(2) {
-            return Err(fields.error(format!("head_dim: expected an even number, got {}", config.head_dim)));
+        let hidden_size = fields.extent("hidden_size")?;
+        let head_dim = fields.extent_or("head_dim", family.head_dim().unwrap_or(hidden_size / heads))?;
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            return Err(fields.error(format!("head_dim: expected an even number, got {head_dim}")));
         }
-        Ok(config)
-    }
-}
-
-/// The fields of one JSON object, with errors that name file and field.
-pub struct Fields<'a> {
-    pub path: &'a Path,
-    pub json: &'a Value,
-}
-
-impl Fields<'_> {
-    pub fn error(&self, reason: String) -> Error {
-        Error::input(self.path.display().to_string(), reason)
-    }
-
-    /// The `model_type`; a Llama where none is told. Of the classes one must be a language model.
-    fn architecture(&self) -> Result<&'static str> {
-        let model_type = match &self.json["model_type"] {
-            Value::Null => "llama",
-            Value::String(name) => name,
-            other => {
-                return Err(self.error(format!("model_type: expected one of {ARCHITECTURES:?}, got {other}")));
-            }
-        };
-        let Some(architecture) = ARCHITECTURES.into_iter().find(|name| *name == model_type) else {
-            let reason = format!("model_type: expected one of {ARCHITECTURES:?}, got {model_type:?}");
-            return Err(self.error(reason));
-        };
-        let is_language_model =
-            |class: &Value| class.as_str().is_some_and(|name| name.ends_with("ForCausalLM"));
-        match self.json["architectures"].as_array() {
-            Some(classes) if !classes.is_empty() && !classes.iter().any(is_language_model) => {
-                Err(self.error(format!("architectures: expected a class ForCausalLM, got {classes:?}")))
-            }
-            _ => Ok(architecture),
-        }
+        let layers = fields.extent("num_hidden_layers")?;
+        let [rope, windowed_rope] = Rope::of(&fields, family, head_dim)?;
+        let attention_bias = family.may_have_biases() && json["attention_bias"] == true;
+        Ok(Self {
+            family,
+            vocab_size: fields.extent("vocab_size")?,
+            hidden_size,
+            intermediate_size: fields.extent("intermediate_size")?,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            rms_norm_eps: fields.optional("rms_norm_eps")?.unwrap_or(family.rms_norm_eps()),
+            rope,
+            windowed: Windowed::of(&fields, family, layers, windowed_rope)?,
+            range: fields.optional("max_position_embeddings")?.map(|range| range as usize),
+            tie_word_embeddings: json["tie_word_embeddings"].as_bool().unwrap_or(family.ties()),
+            qkv_bias: attention_bias || family == Family::Qwen2,
+            output_bias: attention_bias,
+            score_scale: family.score_scale(&fields)?,
+        })
     }
 
-    /// The window of attention. A Mistral that tells none has one; a Qwen2 has not.
-    fn window(&self, architecture: &str) -> Result<Option<usize>> {
-        let (used, told) = (&self.json["use_sliding_window"], self.json.get("sliding_window"));
-        if !(used.is_null() || used.is_boolean()) {
-            return Err(self.error(format!("use_sliding_window: expected true or false, got {used}")));
-        }
-        match architecture {
-            "mistral" if told.is_some_and(Value::is_null) => Ok(None),
-            "qwen2" if *used != true => Ok(None),
-            "mistral" | "qwen2" => self.extent_or("sliding_window", DEFAULT_WINDOW).map(Some),
-            _ => Ok(None),
-        }
-    }
-
-    /// Refuses a field that is there and is not `expected`.
-    fn only(&self, name: &str, expected: &str) -> Result<()> {
-        match &self.json[name] {
-            Value::Null => Ok(()),
-            value if value == expected => Ok(()),
-            other => Err(self.error(format!("{name}: expected {expected:?}, got {other}"))),
-        }
-    }
-
-    pub fn optional(&self, name: &str) -> Result<Option<f64>> {
-        match &self.json[name] {
-            Value::Null => Ok(None),
-            value => value
-                .as_f64()
-                .filter(|number| *number > 0.0)
-                .map(Some)
-                .ok_or_else(|| self.error(format!("{name}: expected a number above 0, got {value}"))),
-        }
-    }
-
-    pub fn number(&self, name: &str) -> Result<f64> {
-        self.optional(name)?.ok_or_else(|| self.error(format!("{name}: missing")))
-    }
-
-    fn extent(&self, name: &str) -> Result<usize> {
-        match &self.json[name] {
-            Value::Null => Err(self.error(format!("{name}: missing"))),
-            value => value
-                .as_u64()
-                .filter(|extent| (1..1 << 32).contains(extent))
-                .map(|extent| extent as usize)
-                .ok_or_else(|| self.error(format!("{name}: expected a whole number above 0, got {value}"))),
-        }
-    }
-
-    fn extent_or(&self, name: &str, default: usize) -> Result<usize> {
-        if self.json[name].is_null() { Ok(default) } else { self.extent(name) }
+    /// The tokens that a token sees at most in a layer, itself included; all before it if none.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        self.windowed.as_ref().filter(|windowed| windowed.has(layer)).map(|windowed| windowed.window)
     }
 }
 
@@ -193,40 +124,4 @@ pub fn eos_ids(directory: &Path) -> Result<Vec<u32>> {
         });
     }
     Ok(Vec::new())
-}
-
-/// Reads a JSON file, as Python writes it: `NaN` and `Infinity` are read as null.
-///
-/// # Errors
-/// [`Error::Input`] naming the file.
-pub fn read_json(path: &Path) -> Result<Value> {
-    let text = std::fs::read(path).map_err(|error| Error::input(path.display().to_string(), error))?;
-    serde_json::from_slice(&without_nan(&text))
-        .map_err(|error| Error::input(path.display().to_string(), error))
-}
-
-/// The same text with null for numbers that JSON has not, outside of strings.
-fn without_nan(text: &[u8]) -> Vec<u8> {
-    let (mut out, mut rest, mut in_string) = (Vec::with_capacity(text.len()), text, false);
-    while let Some(&byte) = rest.first() {
-        let name = [&b"NaN"[..], b"Infinity", b"-Infinity"].into_iter().find(|name| rest.starts_with(name));
-        let len = match name {
-            Some(name) if !in_string => {
-                out.extend_from_slice(b"null");
-                name.len()
-            }
-            // What follows a backslash ends no string.
-            _ if in_string && byte == b'\\' => {
-                out.extend_from_slice(&rest[..rest.len().min(2)]);
-                rest.len().min(2)
-            }
-            _ => {
-                in_string ^= byte == b'"';
-                out.push(byte);
-                1
-            }
-        };
-        rest = &rest[len..];
-    }
-    out
 }

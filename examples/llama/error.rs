@@ -13,11 +13,16 @@ pub enum Error {
     #[error(transparent)]
     Attention(#[from] star_attention::Error),
     /// An error of the linear layers.
-    #[error("candle: {0}")]
+    #[error("candle: {}", without_backtrace(.0))]
     Candle(#[from] candle_core::Error),
     /// A thread that could not be started, or that panicked.
     #[error("rank {rank}: {reason}")]
     Rank { rank: usize, reason: String },
+}
+
+/// What candle says, without the backtrace that it adds where `RUST_BACKTRACE` asks for one.
+pub fn without_backtrace(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 impl Error {

@@ -1,5 +1,5 @@
-//! A Llama on Star Attention, for the examples: a Hugging Face checkpoint is loaded, and a group of
-//! ranks answers queries about a context.
+//! A Llama on Star Attention, for the examples: a checkpoint is loaded, and a group of ranks answers
+//! queries about a context.
 //!
 //! [`Llama`](model::Llama) leaves its attention to the caller; [`Rank`](rank::Rank) is the caller,
 //! and does what the crate is for; [`run`](run::run) starts the ranks and asks. Text goes through a
@@ -10,10 +10,15 @@
 #![allow(dead_code)]
 
 pub mod anchor;
+pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod error;
 pub mod fail;
+pub mod family;
+pub mod fields;
+pub mod gguf;
+pub mod layer;
 pub mod model;
 pub mod random;
 pub mod rank;
@@ -23,3 +28,4 @@ pub mod table;
 pub mod threads;
 pub mod tokenizer;
 pub mod weights;
+pub mod windowed;

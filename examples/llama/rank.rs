@@ -1,15 +1,16 @@
 //! One rank: it encodes its share of the context, then attends queries to what it kept.
 
-use super::error::Result;
+use super::error::{Error, Result};
 use super::model::Llama;
 use super::run::Scheme;
 use candle_core::{Device, Tensor, WithDType};
 use star_attention::comm::{AnchorKv, Collective, MergePlan, anchor_scratch_len, share_anchor};
 use star_attention::cpu::{Cpu, flash::Plan};
 use star_attention::{
-    Append, AttentionConfig, AttentionShape, Element, Inputs, KvConfig, KvStore, Mask, RankLayout,
-    SequenceId, TensorView, TensorViewMut, candle::Borrowed,
+    Append, AttentionConfig, AttentionShape, BlockList, Element, Inputs, KvConfig, KvStore, Mask, RankLayout,
+    SequenceId, StepLayout, TensorView, TensorViewMut, candle::Borrowed,
 };
+use std::ops::Range;
 
 /// Where attention runs, and keys and values lie.
 static CPU: Cpu = Cpu::new();
@@ -67,8 +68,12 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         tokens.extend(&context[layout.own_tokens()]);
         positions.extend(layout.own_tokens());
         let shape = shape(model, tokens.len(), layout.local_len());
-        let plan = Plan::new(&AttentionConfig::new(mask), &shape)?;
-        workspace.reserve(plan.workspace_bytes());
+        let plans = Plans::new(model, &shape, &mask, |window| {
+            // What fits the window is not cut.
+            let fits = layout.local_len() <= window;
+            Ok(if fits { mask.clone() } else { mask.clone().with_sliding_window(window)? })
+        })?;
+        workspace.reserve(plans.workspace_bytes());
         let kept = layout.kept();
         shard.extend(&CPU, *sequence, kept.len())?;
         let mut layers = 0;
@@ -81,7 +86,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
             }
             let mut out = vec![T::default(); q.shape().iter().product()];
             let view = TensorViewMut::contiguous("out", &mut out, q.shape())?;
-            plan.run(Inputs::new(q, k, v), view, None, &mut *workspace)?;
+            plans.of(model, layer).run(Inputs::new(q, k, v), view, None, &mut *workspace)?;
             let own = [k.narrow(1, kept.start, kept.len())?, v.narrow(1, kept.start, kept.len())?];
             shard.put(&CPU, layer, *sequence, 0..kept.len(), own)?;
             tick();
@@ -108,10 +113,11 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
         let positions: Vec<usize> = step.positions().collect();
         let new = shard.begin_step(&CPU, *sequence, &step)?;
         let shape = shape(model, tokens.len(), new.attended);
-        let plan = Plan::new(&AttentionConfig::new(step.mask()), &shape)?;
+        let mask = step.mask();
+        let plans = Plans::new(model, &shape, &mask, |window| window_mask(layout, &step, window))?;
         let extents = shape.query_shape();
         let mut merge = MergePlan::<f32, f32>::new(extents, group.size(), &group.link())?.on_cpu();
-        workspace.reserve(plan.workspace_bytes());
+        workspace.reserve(plans.workspace_bytes());
         let logit_rows = if is_query_rank { logit_rows } else { 0 };
         let logits = model.forward(tokens, &positions, logit_rows, &mut |layer, [q, k, v]| {
             let (q, k, v) =
@@ -121,7 +127,7 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
             let [key, value] = shard.rows_of(&CPU, layer, *sequence, new.attended)?;
             // Into the message itself.
             let (partial, lse) = merge.partial()?;
-            plan.run(Inputs::new(q, key, value), partial, Some(lse), &mut *workspace)?;
+            plans.of(model, layer).run(Inputs::new(q, key, value), partial, Some(lse), &mut *workspace)?;
             if !step.keeps_appended() {
                 shard.append(&CPU, layer, Append::new(k, v, &new.kept_places))?;
             }
@@ -176,6 +182,69 @@ impl<'a, T: Element + WithDType, C: Collective + ?Sized> Rank<'a, T, C> {
     pub fn group(&self) -> &C {
         self.group
     }
+}
+
+/// Plans for the layers without a window, and for those with one.
+struct Plans {
+    full: Plan,
+    windowed: Option<Plan>,
+}
+
+impl Plans {
+    /// Plans under `mask`, and under what `windowed` makes of a window.
+    fn new(
+        model: &Llama,
+        shape: &AttentionShape,
+        mask: &Mask,
+        windowed: impl FnOnce(usize) -> Result<Mask>,
+    ) -> Result<Self> {
+        let plan = |mask| Ok::<_, Error>(Plan::new(&attention(model, mask), shape)?);
+        let window = model.config.windowed.as_ref().map(|windowed| windowed.window);
+        Ok(Self {
+            full: plan(mask.clone())?,
+            windowed: window.map(|window| plan(windowed(window)?)).transpose()?,
+        })
+    }
+
+    fn of(&self, model: &Llama, layer: usize) -> &Plan {
+        let windowed = self.windowed.as_ref().filter(|_| model.config.window(layer).is_some());
+        windowed.unwrap_or(&self.full)
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        let windowed = self.windowed.as_ref().map_or(0, Plan::workspace_bytes);
+        self.full.workspace_bytes().max(windowed)
+    }
+}
+
+/// The mask of a step of phase 2 where a row sees a window: the last `window` tokens up to itself,
+/// of which a rank has those that it holds.
+fn window_mask(layout: &RankLayout, step: &StepLayout, window: usize) -> Result<Mask> {
+    let (rows, before) = (step.positions(), step.tokens().start);
+    let query_position = rows.start - before;
+    // In the order of the rank's keys, which ascends.
+    let kept = layout.step(0..before).kept().map(|token| query_position + token);
+    let appended = step.appended().map(|row| rows.start + row);
+    let held: Vec<usize> = layout.own_tokens().chain(kept).chain(appended).collect();
+    let first = |position: usize| held.partition_point(|&key| key + window <= position);
+    if first(rows.end) == 0 {
+        return Ok(step.mask());
+    }
+    let seen = rows.map(|position| first(position)..held.partition_point(|&key| key <= position));
+    let seen: Vec<Range<usize>> = seen.collect();
+    // A row that sees nothing has no range.
+    let offsets = seen.iter().scan(0, |sum, range| {
+        *sum += usize::from(!range.is_empty());
+        Some(*sum)
+    });
+    let offsets: Vec<usize> = std::iter::once(0).chain(offsets).collect();
+    let ranges: Vec<Range<usize>> = seen.iter().filter(|range| !range.is_empty()).cloned().collect();
+    Ok(BlockList::new(1, &offsets, &ranges)?.into())
+}
+
+/// The attention of a model under a mask.
+pub fn attention(model: &Llama, mask: Mask) -> AttentionConfig {
+    AttentionConfig { scale: model.config.score_scale, ..AttentionConfig::new(mask) }
 }
 
 /// The anchor's keys and values of one layer, and behind them the rank's own.

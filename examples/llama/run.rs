@@ -118,8 +118,11 @@ fn run_as<T: Element + WithDType>(
     }
     let query_len = job.queries.iter().map(Vec::len).max().unwrap_or(0);
     let len = job.context.len() + query_len + job.generate;
-    if let Some(window) = model.config.window.filter(|&window| len > window) {
-        let reason = format!("the model sees a window of {window} tokens, and the job has up to {len}");
+    if let Some(reach) = model.config.rope.reach().filter(|&reach| len > reach) {
+        let reason = format!(
+            "expected at most original_max_position_embeddings = {reach} tokens, behind which the model \
+             turns by other factors, got up to {len}"
+        );
         return Err(Error::input("context", reason));
     }
     let scheme = match mode {

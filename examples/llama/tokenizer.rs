@@ -1,7 +1,7 @@
 //! A checkpoint's `tokenizer.json`: text to token ids and back.
 
-use super::config::read_json;
 use super::error::{Error, Result};
+use super::fields::read_json;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tokenizers::{Encoding, Token};
@@ -21,8 +21,20 @@ impl Tokenizer {
     /// [`Error::Input`], naming the file, if it is missing or not understood.
     pub fn read(directory: &Path) -> Result<Self> {
         let path = directory.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|error| Error::input(path.display().to_string(), error))?;
+        let mut tokenizer = Self::of(&path, &bytes)?;
+        if tokenizer.start.is_empty() {
+            tokenizer.start.extend(told_start(directory, &tokenizer.tokenizer)?);
+        }
+        Ok(tokenizer)
+    }
+
+    /// A tokenizer of the content of a `tokenizer.json`, `path` being what errors name.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if it is not understood.
+    pub fn of(path: &Path, bytes: &[u8]) -> Result<Self> {
         let refuse = |error: tokenizers::Error| Error::input(path.display().to_string(), error);
-        let bytes = std::fs::read(&path).map_err(|error| refuse(error.into()))?;
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(refuse)?;
         // Files keep the settings of the last training; a context is never cut.
         tokenizer.with_truncation(None).map_err(refuse)?;
@@ -31,12 +43,8 @@ impl Tokenizer {
         let text = Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], 0);
         let framed = tokenizer.post_process(text, None, true).map_err(refuse)?;
         let special = framed.get_ids().iter().zip(framed.get_special_tokens_mask());
-        let mut start: Vec<u32> =
-            special.take_while(|&(_, &special)| special == 1).map(|(&id, _)| id).collect();
-        if start.is_empty() {
-            start.extend(told_start(directory, &tokenizer)?);
-        }
-        Ok(Self { tokenizer, path, start })
+        let start = special.take_while(|&(_, &special)| special == 1).map(|(&id, _)| id).collect();
+        Ok(Self { tokenizer, path: path.to_owned(), start })
     }
 
     /// The ids of a text that begins a sequence: the special tokens that the tokenizer puts before
@@ -64,6 +72,11 @@ impl Tokenizer {
     /// [`Error::Input`] for ids that the tokenizer cannot put together.
     pub fn text(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.tokenizer.decode(ids, skip_special).map_err(|error| self.error(error))
+    }
+
+    /// The id of a token, if there is one that is written so.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
     }
 
     /// The token of one id as the vocabulary writes it, if it is known.

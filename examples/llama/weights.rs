@@ -1,8 +1,8 @@
 //! The tensors of a Hugging Face checkpoint directory: one `model.safetensors`, or shards with an
 //! index.
 
-use super::config::read_json;
 use super::error::{Error, Result};
+use super::fields::read_json;
 use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 pub struct Weights {
     /// Or the name of a dtype that is not read.
     tensors: HashMap<String, std::result::Result<Tensor, String>>,
-    directory: PathBuf,
+    /// What errors name.
+    path: PathBuf,
     /// The dtype that weights are rounded to, those of norms excepted.
     pub dtype: DType,
 }
@@ -50,7 +51,13 @@ impl Weights {
         }
         let embedding = tensors.get("model.embed_tokens.weight").and_then(|tensor| tensor.as_ref().ok());
         let dtype = dtype.or_else(|| embedding.map(Tensor::dtype)).unwrap_or(DType::F32);
-        Ok(Self { tensors, directory: directory.to_owned(), dtype })
+        Ok(Self { tensors, path: directory.to_owned(), dtype })
+    }
+
+    /// Weights that were read from `path`, to be rounded to `dtype`.
+    pub fn new(tensors: HashMap<String, Tensor>, path: &Path, dtype: DType) -> Self {
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name, Ok(tensor))).collect();
+        Self { tensors, path: path.to_owned(), dtype }
     }
 
     /// Whether there is a tensor of a name.
@@ -64,7 +71,7 @@ impl Weights {
     /// # Errors
     /// [`Error::Input`] if it is not there, has another shape, or is neither f32, f16 nor bf16.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let refuse = |reason| Error::input(self.directory.display().to_string(), reason);
+        let refuse = |reason| Error::input(self.path.display().to_string(), reason);
         let tensor =
             self.tensors.remove(name).ok_or_else(|| refuse(format!("no tensor {name} in the checkpoint")))?;
         let tensor =

@@ -2,7 +2,7 @@
 //! blocks, anchors and ranks.
 //!
 //! Without options of a checkpoint: the small Llama of this repository, in its own words. Any other
-//! Hugging Face Llama is asked in English.
+//! Llama is asked in English.
 
 mod ablation;
 mod chart;
@@ -63,8 +63,8 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Checkpoint {
-    /// Directory of a Hugging Face checkpoint [default: the small Llama of this repository]
-    #[arg(long, value_name = "DIR")]
+    /// Hugging Face directory or GGUF file [default: the small Llama of this repository]
+    #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
     /// Type of queries, keys and values [default: f32]
     #[arg(long, value_enum, default_value_t = Precision::F32)]

@@ -4,14 +4,14 @@
 //! of its own at its start, which the query then meets once for each block. The share of a row's
 //! softmax that some keys have is `exp(lse_some - lse_all)`, both of which the attention gives.
 
-use super::llama::error::Result;
+use super::llama::error::{Error, Result};
 use super::llama::model::Llama;
-use super::llama::rank::shape;
+use super::llama::rank::{attention, shape};
 use super::llama::table::table;
 use candle_core::{Device, Tensor};
 use star_attention::candle::Borrowed;
 use star_attention::cpu::flash::Plan;
-use star_attention::{AttentionConfig, Inputs, Mask, StarLayout, TensorView, TensorViewMut};
+use star_attention::{Inputs, Mask, StarLayout, TensorView, TensorViewMut};
 use std::ops::{Add, Mul, Range};
 
 /// The mean share, over heads and over the rows of all blocks but the first, that a layer's
@@ -44,6 +44,9 @@ impl Mul<f64> for Mass {
 /// # Errors
 /// Those of the model and the attention.
 pub fn masses(model: &Llama, layout: &StarLayout, context: &[u32], width: usize) -> Result<Vec<Mass>> {
+    if model.config.windowed.is_some() {
+        return Err(Error::input("--model", "expected one without a window of attention"));
+    }
     let mut sums = vec![Mass::default(); model.config.layers];
     let mut rows = 0;
     for rank in 1..layout.blocks() {
@@ -57,7 +60,7 @@ pub fn masses(model: &Llama, layout: &StarLayout, context: &[u32], width: usize)
         rows += seeing.len();
         let positions: Vec<usize> = local.positions().collect();
         let tokens: Vec<u32> = positions.iter().map(|&index| context[index]).collect();
-        let plan = Plan::new(&AttentionConfig::new(local.mask()), &shape(model, tokens.len(), tokens.len()))?;
+        let plan = Plan::new(&attention(model, local.mask()), &shape(model, tokens.len(), tokens.len()))?;
         model.forward(&tokens, &positions, 0, &mut |layer, [q, k, v]| {
             let (q, k, v) =
                 (Borrowed::new("query", &q)?, Borrowed::new("key", &k)?, Borrowed::new("value", &v)?);
@@ -102,7 +105,7 @@ fn mass(
     if keys.is_empty() {
         return Ok(0.0);
     }
-    let plan = Plan::new(&AttentionConfig::new(Mask::Full), &shape(model, rows.len(), keys.len()))?;
+    let plan = Plan::new(&attention(model, Mask::Full), &shape(model, rows.len(), keys.len()))?;
     let (_, some) = attend(
         &plan,
         q.narrow(1, rows.start, rows.len())?,

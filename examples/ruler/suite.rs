@@ -3,7 +3,7 @@
 use super::english::English;
 use super::fit::Fit;
 use super::language::Language;
-use super::llama::config::eos_ids;
+use super::llama::checkpoint::Checkpoint;
 use super::llama::error::{Error, Result};
 use super::llama::model::Llama;
 use super::llama::random::Random;
@@ -44,22 +44,21 @@ pub struct Suite<'a> {
 }
 
 impl Subject {
-    /// Loads a Hugging Face checkpoint with its tokenizer. One that knows the small model's words
+    /// Loads a checkpoint with its tokenizer. One that knows the small model's words
     /// is asked in them, any other in English.
     ///
     /// # Errors
     /// Those of the checkpoint's files.
-    pub fn load(directory: &Path, dtype: DType) -> Result<Self> {
-        if !directory.is_dir() {
-            return Err(Error::input("--model", format!("no directory {}", directory.display())));
-        }
-        let model = Llama::load(directory, Some(dtype))?;
-        let tokenizer = Tokenizer::read(directory)?;
+    pub fn load(path: &Path, dtype: DType) -> Result<Self> {
+        let checkpoint = Checkpoint::open(path)?;
+        let model = Llama::of(&checkpoint, Some(dtype))?;
+        let tokenizer = checkpoint.tokenizer()?;
+        let tokenizer = tokenizer.ok_or_else(|| Error::input("--model", "it has no tokenizer"))?;
         let small =
             Small::vocabulary().iter().zip(0..).all(|(word, id)| tokenizer.word(id).as_ref() == Some(word));
         let fingerprint = format!("{:016x}", model.fingerprint()?);
         let language: Box<dyn Language> = if small { Box::new(Small) } else { Box::new(English) };
-        Ok(Self { stop: eos_ids(directory)?, model, tokenizer, language, fingerprint, small })
+        Ok(Self { stop: checkpoint.eos_ids()?, model, tokenizer, language, fingerprint, small })
     }
 
     /// A token that says nothing, for an anchor of it alone: the first of a piece of hay.

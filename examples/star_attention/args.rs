@@ -8,9 +8,9 @@ use std::path::PathBuf;
 /// Answers from a long context with Star Attention, and with dense attention beside it.
 #[derive(Parser)]
 pub struct Args {
-    /// Directory of a Hugging Face Llama checkpoint [default: the retrieval Llama of this
-    /// repository]
-    #[arg(long, value_name = "DIR")]
+    /// Hugging Face directory or GGUF file of a Llama, or of a model of its shape [default: the
+    /// retrieval Llama of this repository]
+    #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
     /// Tokens of the haystack
     #[arg(long, default_value_t = 8192, value_name = "L", conflicts_with = "prompt")]

@@ -1,7 +1,7 @@
 //! Answers from a long context with Star Attention, and with dense attention beside it.
 //!
-//! Loads a Hugging Face Llama checkpoint (or one of its shape), encodes a context over several
-//! ranks (threads of this process, or processes that `mpirun` started), and asks about it: a text,
+//! Loads a Llama (or a model of its shape) from a Hugging Face directory or a GGUF file, encodes a
+//! context over several ranks (threads of this process, or processes that `mpirun` started), and asks about it: a text,
 //! ids, or facts in a haystack. Without options: the retrieval Llama of this repository, 8,192
 //! tokens, 4 ranks.
 
@@ -18,11 +18,11 @@ use args::{Anchor, Args, Generated, Modes, Precision};
 use candle_core::{DType, Tensor};
 use engine::Engine;
 use indicatif::{ProgressBar, ProgressStyle};
+use llama::checkpoint::Checkpoint;
 use llama::error::{Error, Result};
 use llama::model::Llama;
 use llama::rank::fold;
 use llama::run::{Job, Mode, Run, Scheme, run, ticks};
-use llama::tokenizer::Tokenizer;
 use report::{Total, answers, costs, headline, reading, texts};
 use star_attention::comm::{AnchorKv, Collective, GroupConfig, Link, ThreadGroup, Traffic};
 use star_attention::{GeneratedKv, StarLayout};
@@ -64,23 +64,20 @@ fn answer(args: &Args) -> Result<()> {
             ));
         }
     }
-    let directory = args
+    let path = args
         .model
         .clone()
         .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/retrieval-llama"));
-    if !directory.is_dir() {
-        return Err(Error::input("--model", format!("no directory {}", directory.display())));
-    }
+    let checkpoint = Checkpoint::open(&path)?;
     // Ids need no tokenizer.
-    let tokenizer = directory.join("tokenizer.json").exists().then(|| Tokenizer::read(&directory));
-    let tokenizer = tokenizer.transpose()?;
+    let tokenizer = checkpoint.tokenizer()?;
     let dtype = args.dtype.map(|dtype| match dtype {
         Precision::F32 => DType::F32,
         Precision::F16 => DType::F16,
         Precision::Bf16 => DType::BF16,
     });
-    let model = Llama::load(&directory, dtype)?;
-    let tasks = tasks(args, &directory, &model, tokenizer.as_ref())?;
+    let model = Llama::of(&checkpoint, dtype)?;
+    let tasks = tasks(args, &checkpoint, &model, tokenizer.as_ref())?;
     let group = args.engine.group(&GroupConfig { timeout, ..GroupConfig::default() })?;
     let group = group.as_deref();
     let speaks = group.is_none_or(|group| group.rank() == 0);

@@ -2,7 +2,7 @@
 
 use super::args::Args;
 use super::haystack::{ANSWER_LEN, Haystack, NEEDLE, QUERY};
-use super::llama::config::eos_ids;
+use super::llama::checkpoint::Checkpoint;
 use super::llama::error::{Error, Result};
 use super::llama::model::Llama;
 use super::llama::tokenizer::Tokenizer;
@@ -24,13 +24,13 @@ pub struct Task {
 /// [`Error::Input`] naming the option.
 pub fn tasks(
     args: &Args,
-    directory: &Path,
+    checkpoint: &Checkpoint,
     model: &Llama,
     tokenizer: Option<&Tokenizer>,
 ) -> Result<Vec<Task>> {
     if let (Some(context), Some(query)) = (&args.context, &args.query) {
-        let tokenizer = tokenizer
-            .ok_or_else(|| Error::input("--model", "text takes a tokenizer.json, and there is none"))?;
+        let tokenizer =
+            tokenizer.ok_or_else(|| Error::input("--model", "text takes a tokenizer, and there is none"))?;
         let text = std::fs::read_to_string(context)
             .map_err(|error| Error::input("--context", format!("{}: {error}", context.display())))?;
         let (context, query) = (tokenizer.context(&text)?, tokenizer.query(query)?);
@@ -39,7 +39,7 @@ pub fn tasks(
         if query.is_empty() {
             return Err(Error::input("--query", "expected at least 1 token, got none"));
         }
-        let stop = eos_ids(directory)?;
+        let stop = checkpoint.eos_ids()?;
         return Ok(vec![Task { context, queries: vec![query], expected: vec![None], stop }]);
     }
     if let (Some(context), Some(query)) = (&args.context_ids, &args.query_ids) {

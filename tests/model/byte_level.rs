@@ -47,7 +47,7 @@ pub fn tokenizer() -> Value {
 
 /// The character that stands for a byte: itself where it is printable, and one above 255 for each
 /// of the rest.
-fn symbol(byte: u8) -> char {
+pub fn symbol(byte: u8) -> char {
     let printable = |byte: u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
     match printable(byte) {
         true => byte.into(),

@@ -1,6 +1,6 @@
 //! What `config.json` says, as transformers reads it.
 
-use super::checkpoint::{Directory, config, config_with, tensors, write};
+use super::checkpoint::{Directory, config, config_with, merged, tensors, write};
 use super::llama::config::Config;
 use super::llama::model::Llama;
 use super::{Mode, answers, ids};
@@ -89,7 +89,7 @@ fn yarn_turns_as_transformers_does() {
     assert_eq!(read(json!({ "rope_scaling": balanced })).rope.magnitude(), 1.0);
 }
 
-/// A window is no window for what fits it; the rest is refused.
+/// A window is no window for what fits it.
 #[test]
 fn what_fits_a_window_equals_full_attention() {
     let with_window = |window: Value| {
@@ -102,26 +102,61 @@ fn what_fits_a_window_equals_full_attention() {
     let (windowed, full) = (load(&with_window(json!(20))), load(&with_window(Value::Null)));
     let query = [ids(3, 50, 2)];
     let logits = |model: &Llama, len: usize| {
-        let answers = answers(model, Mode::Dense, &ids(len, 50, 1), &query, 1)?;
-        Ok::<_, super::Error>(answers[0].logits.as_ref().unwrap().to_vec2::<f32>().unwrap())
+        let answers = answers(model, Mode::Dense, &ids(len, 50, 1), &query, 1).unwrap();
+        answers[0].logits.as_ref().unwrap().to_vec2::<f32>().unwrap()
     };
-    assert_eq!(logits(&windowed, 16).unwrap(), logits(&full, 16).unwrap());
-    let error = logits(&windowed, 17).unwrap_err().to_string();
-    assert!(error.contains("window of 20 tokens") && error.contains("21"), "{error}");
+    assert_eq!(logits(&windowed, 16), logits(&full, 16));
+    assert_ne!(logits(&windowed, 17), logits(&full, 17));
+}
+
+/// Which layers have a window, as transformers reads it.
+#[test]
+fn windows_are_those_that_transformers_takes() {
+    let windows = |changes: Value| {
+        let config = read(merged(&json!({ "num_hidden_layers": 4, "sliding_window": 9 }), changes));
+        (0..4).map(|layer| config.window(layer)).collect::<Vec<_>>()
+    };
+    let (none, nine) = (None, Some(9));
     // Where a file tells none.
     let without = |name: &str| {
-        let mut config = with_window(Value::Null);
+        let mut config =
+            config_with(json!({ "model_type": name, "use_sliding_window": true, "max_window_layers": 0 }));
         config.as_object_mut().unwrap().remove("sliding_window");
-        config["model_type"] = name.into();
-        read_text(&config.to_string()).window
+        read_text(&config.to_string()).window(0)
     };
-    assert_eq!([without("mistral"), without("qwen2"), without("llama")], [Some(4096), None, None]);
-    let qwen2 =
-        |used: Value| read(json!({ "model_type": "qwen2", "use_sliding_window": used, "sliding_window": 9 }));
-    assert_eq!(
-        [json!(null), json!(false), json!(true)].map(|used| qwen2(used).window),
-        [None, None, Some(9)]
-    );
+    assert_eq!(["mistral", "qwen2", "llama", "phi3"].map(without), [Some(4096), Some(4096), None, None]);
+    for (changes, expected) in [
+        (json!({ "model_type": "llama" }), [none; 4]),
+        (json!({ "model_type": "mistral" }), [nine; 4]),
+        (json!({ "model_type": "mistral", "sliding_window": null }), [none; 4]),
+        (json!({ "model_type": "phi3" }), [nine; 4]),
+        (json!({ "model_type": "phi3", "sliding_window": null }), [none; 4]),
+        (json!({ "model_type": "qwen2" }), [none; 4]),
+        (json!({ "model_type": "qwen2", "use_sliding_window": null, "max_window_layers": 0 }), [none; 4]),
+        (json!({ "model_type": "qwen2", "use_sliding_window": true }), [none; 4]),
+        (
+            json!({ "model_type": "qwen2", "use_sliding_window": true, "max_window_layers": 0, "sliding_window": null }),
+            [none; 4],
+        ),
+        (
+            json!({ "model_type": "qwen3", "use_sliding_window": true, "max_window_layers": 3 }),
+            [none, none, none, nine],
+        ),
+        (json!({ "model_type": "gemma3_text", "hidden_act": null }), [nine; 4]),
+        (
+            json!({ "model_type": "gemma3_text", "hidden_act": null, "sliding_window_pattern": 2 }),
+            [nine, none, nine, none],
+        ),
+        (
+            json!({
+                "model_type": "gemma3_text", "hidden_act": null,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+            }),
+            [none, nine, none, none],
+        ),
+    ] {
+        assert_eq!(windows(changes.clone()), expected, "{changes}");
+    }
 }
 
 /// Models are told by their type, whatever their classes are called.

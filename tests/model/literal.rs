@@ -17,6 +17,7 @@ pub type Anchor = (Vec<u32>, Vec<usize>);
 struct Cache {
     keys: Vec<Row>,
     values: Vec<Row>,
+    positions: Vec<usize>,
 }
 
 pub struct Literal {
@@ -27,6 +28,8 @@ pub struct Literal {
     kv_heads: usize,
     dim: usize,
     eps: f64,
+    /// Tokens that a token sees in each layer, itself included.
+    window: usize,
     frequencies: Vec<f64>,
 }
 
@@ -47,6 +50,7 @@ impl Literal {
             kv_heads: get("num_key_value_heads").unwrap_or(heads),
             dim,
             eps: config["rms_norm_eps"].as_f64().unwrap(),
+            window: get("sliding_window").filter(|_| config["model_type"] == "mistral").unwrap_or(usize::MAX),
             frequencies: plain.map(|frequency| scaled(frequency, &config["rope_scaling"])).collect(),
         }
     }
@@ -65,30 +69,39 @@ impl Literal {
         for (index, own) in context.chunks(block).enumerate() {
             let (mut tokens, mut positions) =
                 if index == 0 { Anchor::default() } else { anchors[index - 1].clone() };
-            let anchor = tokens.len();
+            let prefix = tokens.len();
             tokens.extend(own);
             positions.extend(index * block..index * block + own.len());
-            let (caches, _) = self.run(&tokens, &positions, &vec![Cache::default(); self.layers]);
+            let sinks = anchors.first().map_or(0, |(tokens, _)| tokens.len());
+            let (caches, _) = self.run(&tokens, &positions, &vec![Cache::default(); self.layers], sinks);
             for (kept, cache) in kept.iter_mut().zip(caches) {
-                kept.keys.extend_from_slice(&cache.keys[anchor..]);
-                kept.values.extend_from_slice(&cache.values[anchor..]);
+                kept.keys.extend_from_slice(&cache.keys[prefix..]);
+                kept.values.extend_from_slice(&cache.values[prefix..]);
+                kept.positions.extend_from_slice(&cache.positions[prefix..]);
             }
         }
         let positions: Vec<usize> = (context.len()..context.len() + inputs.len()).collect();
-        self.logits(&self.run(inputs, &positions, &kept).1)
+        self.logits(&self.run(inputs, &positions, &kept, 0).1)
     }
 
     /// Logits of `inputs` behind a context, all in one causal sequence.
     pub fn dense(&self, context: &[u32], inputs: &[u32]) -> Vec<Row> {
         let tokens = [context, inputs].concat();
         let positions: Vec<usize> = (0..tokens.len()).collect();
-        let (_, hidden) = self.run(&tokens, &positions, &vec![Cache::default(); self.layers]);
+        let (_, hidden) = self.run(&tokens, &positions, &vec![Cache::default(); self.layers], 0);
         self.logits(&hidden[context.len()..])
     }
 
-    /// Runs a causal sequence that also sees all of `past`; returns its keys and values, and the
-    /// last layer's outputs.
-    fn run(&self, tokens: &[u32], positions: &[usize], past: &[Cache]) -> (Vec<Cache>, Vec<Row>) {
+    /// Runs a causal sequence that also sees all of `past`, as far as its window reaches, and in
+    /// any case its own first `anchor` tokens; returns its keys and values, and the last layer's
+    /// outputs.
+    fn run(
+        &self,
+        tokens: &[u32],
+        positions: &[usize],
+        past: &[Cache],
+        anchor: usize,
+    ) -> (Vec<Cache>, Vec<Row>) {
         let embedding = &self.weights["model.embed_tokens.weight"];
         let embed = |&token: &u32| embedding[token as usize * self.hidden..][..self.hidden].to_vec();
         let mut hidden: Vec<Row> = tokens.iter().map(embed).collect();
@@ -109,11 +122,15 @@ impl Literal {
                 self.rotate(&mut queries[row], position);
                 self.rotate(&mut keys[row], position);
             }
-            let own = Cache { keys, values: project("self_attn.v_proj") };
+            let own = Cache { keys, values: project("self_attn.v_proj"), positions: positions.to_vec() };
             for (row, x) in hidden.iter_mut().enumerate() {
-                let seen_keys: Vec<&Row> = past.keys.iter().chain(&own.keys[..=row]).collect();
-                let seen_values: Vec<&Row> = past.values.iter().chain(&own.values[..=row]).collect();
-                let attended = self.attend(&queries[row], &seen_keys, &seen_values);
+                let is_seen = |position: usize| positions[row] - position < self.window;
+                let seen_past = (0..past.keys.len()).filter(|&key| is_seen(past.positions[key]));
+                let seen_own = (0..=row).filter(|&key| key < anchor || is_seen(positions[key]));
+                let seen = seen_past.map(|key| (&past.keys[key], &past.values[key]));
+                let seen = seen.chain(seen_own.map(|key| (&own.keys[key], &own.values[key])));
+                let (keys, values): (Vec<&Row>, Vec<&Row>) = seen.unzip();
+                let attended = self.attend(&queries[row], &keys, &values);
                 add(x, &linear("self_attn.o_proj", &attended));
                 let normed = self.norm(x, weight("post_attention_layernorm"));
                 let (gate, up) =

@@ -160,7 +160,7 @@ fn bad_configs_are_refused() {
     for (changes, named) in [
         (json!({ "architectures": ["LlamaForSequenceClassification"] }), "architectures"),
         (json!({ "model_type": "qwen2" }), "q_proj.bias"),
-        (json!({ "model_type": "qwen3" }), "model_type"),
+        (json!({ "model_type": "mamba" }), "model_type"),
         (json!({ "model_type": 3 }), "model_type"),
         (json!({ "hidden_act": "gelu" }), "hidden_act"),
         (json!({ "mlp_bias": true }), "mlp_bias"),
@@ -174,7 +174,8 @@ fn bad_configs_are_refused() {
             json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0 } }),
             "original_max_position_embeddings",
         ),
-        (json!({ "rope_scaling": { "rope_type": "longrope", "factor": 4.0 } }), "rope scaling"),
+        (json!({ "rope_scaling": { "rope_type": "longrope" } }), "original_max_position_embeddings"),
+        (json!({ "rope_scaling": { "rope_type": "ntk" } }), "rope scaling"),
         (json!({ "rope_scaling": "linear" }), "rope scaling"),
         (json!({ "rope_parameters": { "sliding_attention": { "rope_theta": 1e4 } } }), "full_attention"),
         (json!({ "rope_scaling": { "type": "dynamic", "factor": 4.0 } }), "rope scaling"),

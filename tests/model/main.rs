@@ -14,6 +14,8 @@ mod llama;
 
 mod anchors;
 mod configs;
+mod families;
+mod gguf;
 mod haystacks;
 mod loading;
 mod tokens;
@@ -22,8 +24,8 @@ use candle_core::DType;
 use checkpoint::{config, config_with, tensors, write};
 use indicatif::ProgressBar;
 use literal::Literal;
-use llama::config::read_json;
 use llama::error::{Error, Result};
+use llama::fields::read_json;
 use llama::model::Llama;
 use llama::run::{Answer, Job, Mode, Scheme, run};
 use serde_json::json;
