@@ -67,9 +67,21 @@ struct Softmax {
     // Moves the base where the scores ask for it.
     template <int Columns, int Outputs>
     DEVICE void rebase(const float (&scores)[RowTiles][Columns][4], float (&out)[RowTiles][Outputs][4]) {
-        float factors[RowTiles][2];
-        if (move_base(scores, factors)) {
-            rescale(out, factors);
+        float highest[RowTiles][2];
+        if (!is_stale(scores, highest)) {
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < RowTiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float rescale = follow(i, half, highest[i][half]);
+#pragma unroll
+                for (int j = 0; j < Outputs; j++) {
+                    out[i][j][2 * half] *= rescale;
+                    out[i][j][2 * half + 1] *= rescale;
+                }
+            }
         }
     }
 
@@ -77,34 +89,13 @@ struct Softmax {
     template <int Columns>
     DEVICE bool move_base(const float (&scores)[RowTiles][Columns][4], float (&factors)[RowTiles][2]) {
         float highest[RowTiles][2];
-        bool stale = false;
-#pragma unroll
-        for (int i = 0; i < RowTiles; i++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float x = scores[i][0][2 * half];
-#pragma unroll
-                for (int j = 0; j < Columns; j++) {
-                    x = max_ignoring_nan(x, scores[i][j][2 * half]);
-                    x = max_ignoring_nan(x, scores[i][j][2 * half + 1]);
-                }
-                highest[i][half] = quad_max(x);
-                stale |= highest[i][half] > base[i][half] + slack;
-            }
-        }
-        if (!any_lane(stale)) {
+        if (!is_stale(scores, highest)) {
             return false;
         }
 #pragma unroll
         for (int i = 0; i < RowTiles; i++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                // A row that is not stale itself keeps its base: its bits do not depend on others'.
-                const bool follows = highest[i][half] > base[i][half] + slack;
-                factors[i][half] = follows ? power(base[i][half], highest[i][half], scale_log2) : 1.0f;
-                base[i][half] = follows ? highest[i][half] : base[i][half];
-                sum[i][half] *= factors[i][half];
-            }
+            factors[i][0] = follow(i, 0, highest[i][0]);
+            factors[i][1] = follow(i, 1, highest[i][1]);
         }
         return true;
     }
@@ -121,6 +112,37 @@ struct Softmax {
                 }
             }
         }
+    }
+
+    // The rows' highest scores; whether one of the warp's has run away from its base.
+    template <int Columns>
+    DEVICE bool is_stale(const float (&scores)[RowTiles][Columns][4], float (&highest)[RowTiles][2]) const {
+        bool stale = false;
+#pragma unroll
+        for (int i = 0; i < RowTiles; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float x = scores[i][0][2 * half];
+#pragma unroll
+                for (int j = 0; j < Columns; j++) {
+                    x = max_ignoring_nan(x, scores[i][j][2 * half]);
+                    x = max_ignoring_nan(x, scores[i][j][2 * half + 1]);
+                }
+                highest[i][half] = quad_max(x);
+                stale |= highest[i][half] > base[i][half] + slack;
+            }
+        }
+        return any_lane(stale);
+    }
+
+    // Moves a row's base if it is stale itself (its bits do not depend on others'), and its sum; what
+    // its outputs are multiplied by.
+    DEVICE float follow(int i, int half, float highest) {
+        const bool follows = highest > base[i][half] + slack;
+        const float rescale = follows ? power(base[i][half], highest, scale_log2) : 1.0f;
+        base[i][half] = follows ? highest : base[i][half];
+        sum[i][half] *= rescale;
+        return rescale;
     }
 
     // Turns scores into probabilities.
