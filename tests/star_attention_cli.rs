@@ -9,12 +9,20 @@ mod byte_level;
 #[allow(dead_code)]
 #[path = "model/checkpoint.rs"]
 mod checkpoint;
+#[allow(dead_code)]
+#[path = "model/gguf_file.rs"]
+mod gguf_file;
 
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Value as Metadata;
 use candle_core::{DType, Device, Tensor};
+use gguf_file::File;
 use safetensors::{Dtype, SafeTensors};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
 /// A directory that goes away with its owner.
@@ -124,9 +132,25 @@ fn every_scheme_finds_the_needles() {
     }
 }
 
+/// The example with a text on standard input.
+fn example_with_input(args: &[&str], input: &[u8]) -> Output {
+    let mut command = Command::new(built());
+    let pipes = command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = pipes.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    child.wait_with_output().unwrap()
+}
+
 /// A checkpoint whose attention adds nothing: after a byte comes the next one, and after `g` the
 /// end.
 fn alphabet() -> checkpoint::Directory {
+    let (config, tensors) = alphabet_tensors();
+    let directory = checkpoint::write(&config, &tensors);
+    std::fs::write(directory.path().join("tokenizer.json"), byte_level::tokenizer().to_string()).unwrap();
+    directory
+}
+
+fn alphabet_tensors() -> (Value, HashMap<String, Tensor>) {
     let vocab = byte_level::EOS as usize + 1;
     let config = checkpoint::config_with(json!({
         "vocab_size": vocab, "hidden_size": 64, "bos_token_id": byte_level::BOS, "eos_token_id": byte_level::EOS
@@ -151,9 +175,7 @@ fn alphabet() -> checkpoint::Directory {
     tensors.insert("lm_head.weight".into(), embedding.index_select(&rows, 0).unwrap());
     tensors.insert("model.embed_tokens.weight".into(), embedding);
     tensors.insert("model.norm.weight".into(), Tensor::ones(64, DType::F32, &Device::Cpu).unwrap());
-    let directory = checkpoint::write(&config, &tensors);
-    std::fs::write(directory.path().join("tokenizer.json"), byte_level::tokenizer().to_string()).unwrap();
-    directory
+    (config, tensors)
 }
 
 #[test]
@@ -170,6 +192,35 @@ fn text_is_answered_with_text() {
             assert!(out.lines().any(|line| line == format!("{mode}: {answer}")), "{mode}: {out}");
         }
     }
+}
+
+/// The same model and tokenizer in one file, and the context on standard input.
+#[test]
+fn a_gguf_file_answers_as_its_directory_does() {
+    let (config, tensors) = alphabet_tensors();
+    let mut file = File::of(&config, &tensors, GgmlDType::F32);
+    // Two tokens of a chat template, in the place of control characters.
+    for (name, values) in [
+        ("tokenizer.ggml.tokens", ["<|im_start|>", "<|im_end|>"].map(|token| Metadata::String(token.into()))),
+        ("tokenizer.ggml.token_type", [Metadata::I32(3), Metadata::I32(3)]),
+    ] {
+        let Some(Metadata::Array(array)) = file.metadata.get_mut(name) else { panic!("{name}") };
+        array[..2].clone_from_slice(&values);
+    }
+    let (_directory, path) = file.write();
+    let model = path.display().to_string();
+    let args = ["--model", &model, "--text", "-", "--question", "say ab"];
+    let output = example_with_input(&args, "Läs några rader.\n".as_bytes());
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{err}");
+    for mode in ["star", "dense"] {
+        assert!(out.lines().any(|line| line == format!("{mode}: cdefg")), "{mode}: {out}");
+    }
+    // `<s>`, `<|im_start|>`, `user`, a line's end, and two letters.
+    let output = example_with_input(&[&args[..], &["--chat", "--generate", "2"]].concat(), b"yz");
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{err}");
+    assert!(out.contains("1 context of 9 tokens"), "{out}");
 }
 
 #[test]
@@ -209,13 +260,16 @@ fn bad_input_gives_one_line_and_exit_code_2() {
     let logits = directory.path("logits.safetensors");
     let nowhere = directory.path("no/where");
 
+    // More tensors than the file has room for.
+    let lying = directory.file("lying.gguf", b"GGUF\x03\0\0\0\xff\xff\xff\xff\0\0\0\0\x01\0\0\0\0\0\0\0");
+
     let truncated = directory.checkpoint("truncated");
     let weights = truncated.join("model.safetensors");
     let bytes = std::fs::read(&weights).unwrap();
     std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
     let foreign = directory.checkpoint("foreign");
     let config = std::fs::read_to_string(foreign.join("config.json")).unwrap();
-    std::fs::write(foreign.join("config.json"), config.replace("Llama", "Mistral")).unwrap();
+    std::fs::write(foreign.join("config.json"), config.replace("\"llama\"", "\"mamba\"")).unwrap();
     let wordless = directory.checkpoint("wordless");
     std::fs::remove_file(wordless.join("tokenizer.json")).unwrap();
     let scrambled = directory.checkpoint("scrambled");
@@ -225,6 +279,8 @@ fn bad_input_gives_one_line_and_exit_code_2() {
 
     let cases: &[(&[&str], &str)] = &[
         (&["--model", &nowhere], "--model"),
+        (&["--model", &prose], "prose.txt"),
+        (&["--model", &lying], "lying.gguf"),
         (&["--model", &truncated], "model.safetensors"),
         (&["--model", &foreign], "config.json"),
         (&["--model", &scrambled], "tokenizer.json"),
@@ -260,6 +316,9 @@ fn bad_input_gives_one_line_and_exit_code_2() {
         (&["--query-ids", &ids], "--context-ids"),
         (&["--save-logits", &logits], "--context-ids"),
         (&["--context", &prose], "--query"),
+        (&["--chat"], "--query"),
+        (&["--context", &prose, "--query", "sun", "--chat"], "--chat"),
+        (&["--context", "-", "--query", "sun", "--engine", "mpi"], "--context"),
         (&["--query", "sun"], "--context"),
         (&["--context", &prose, "--query", ""], "--query"),
         (&["--context", &nowhere, "--query", "sun"], "--context"),

@@ -55,12 +55,15 @@ pub struct Args {
     /// Tokens to generate for each query, at most [default: 128 for text, else 2]
     #[arg(long, value_name = "N")]
     pub generate: Option<usize>,
-    /// Context as text, instead of a haystack
-    #[arg(long, value_name = "FILE", requires = "query", group = "prompt")]
+    /// Context as text, instead of a haystack; `-` is standard input
+    #[arg(long, visible_alias = "text", value_name = "FILE", requires = "query", group = "prompt")]
     pub context: Option<PathBuf>,
     /// Query as text; the answer ends where the model ends it
-    #[arg(long, value_name = "TEXT", requires = "context")]
+    #[arg(long, visible_alias = "question", value_name = "TEXT", requires = "context")]
     pub query: Option<String>,
+    /// Puts context and query into the model's chat template, as one turn of the user
+    #[arg(long, requires = "query")]
+    pub chat: bool,
     /// Context as a JSON array of token ids, instead of a haystack
     #[arg(long, value_name = "FILE", requires = "query_ids", group = "prompt")]
     pub context_ids: Option<PathBuf>,

@@ -7,6 +7,7 @@
 
 mod advice;
 mod args;
+mod chat;
 mod engine;
 mod haystack;
 #[path = "../llama/mod.rs"]
@@ -54,6 +55,9 @@ fn answer(args: &Args) -> Result<()> {
     }
     if let Some(queries) = args.queries {
         within("--queries", queries, MOST_QUERIES)?;
+    }
+    if args.engine != Engine::Threads && args.context.as_deref() == Some(Path::new("-")) {
+        return Err(Error::input("--context", "only one of the processes has standard input; name a file"));
     }
     if let Some(path) = &args.save_logits {
         check_writable(path)?;

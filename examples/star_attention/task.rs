@@ -1,11 +1,13 @@
 //! What is asked: of a haystack, of a text, or of token ids.
 
 use super::args::Args;
+use super::chat::Chat;
 use super::haystack::{ANSWER_LEN, Haystack, NEEDLE, QUERY};
 use super::llama::checkpoint::Checkpoint;
 use super::llama::error::{Error, Result};
 use super::llama::model::Llama;
 use super::llama::tokenizer::Tokenizer;
+use std::io::Read;
 use std::path::Path;
 
 /// A context and what is asked about it.
@@ -31,15 +33,19 @@ pub fn tasks(
     if let (Some(context), Some(query)) = (&args.context, &args.query) {
         let tokenizer =
             tokenizer.ok_or_else(|| Error::input("--model", "text takes a tokenizer, and there is none"))?;
-        let text = std::fs::read_to_string(context)
-            .map_err(|error| Error::input("--context", format!("{}: {error}", context.display())))?;
-        let (context, query) = (tokenizer.context(&text)?, tokenizer.query(query)?);
+        let (mut text, mut query, mut stop) = (read_text(context)?, query.clone(), checkpoint.eos_ids()?);
+        if args.chat {
+            let chat = Chat::of(tokenizer)?;
+            text = format!("{}{text}", chat.user);
+            query = format!("\n\n{query}{}{}", chat.end, chat.assistant);
+            stop.extend(tokenizer.id(chat.end));
+        }
+        let (context, query) = (tokenizer.context(&text)?, tokenizer.query(&query)?);
         model.check_ids("--context", &context)?;
         model.check_ids("--query", &query)?;
         if query.is_empty() {
             return Err(Error::input("--query", "expected at least 1 token, got none"));
         }
-        let stop = checkpoint.eos_ids()?;
         return Ok(vec![Task { context, queries: vec![query], expected: vec![None], stop }]);
     }
     if let (Some(context), Some(query)) = (&args.context_ids, &args.query_ids) {
@@ -70,6 +76,18 @@ pub fn tasks(
         });
     }
     Ok(tasks)
+}
+
+/// The text of a file or of standard input.
+fn read_text(path: &Path) -> Result<String> {
+    let mut text = String::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().read_to_string(&mut text)
+    } else {
+        std::fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text))
+    };
+    read.map_err(|error| Error::input("--context", format!("{}: {error}", path.display())))?;
+    Ok(text)
 }
 
 fn read_ids(model: &Llama, argument: &str, path: &Path) -> Result<Vec<u32>> {

@@ -4,8 +4,11 @@
 
 mod byte_level;
 mod checkpoint;
+mod gguf_file;
 mod literal;
 
+#[path = "../../examples/star_attention/chat.rs"]
+mod chat;
 #[allow(dead_code)]
 #[path = "../../examples/star_attention/haystack.rs"]
 mod haystack;

@@ -1,6 +1,7 @@
 //! Text to ids and back, and where generation ends.
 
 use super::byte_level::{BOS, EOS, HE, tokenizer};
+use super::chat::Chat;
 use super::checkpoint::{Directory, config, tensors, write};
 use super::ids;
 use super::llama::config::eos_ids;
@@ -13,6 +14,39 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use star_attention::StarLayout;
 use std::path::Path;
+
+/// A model's template is known by the tokens that it is written in.
+#[test]
+fn chat_templates_are_known_by_their_tokens() {
+    let with = |tokens: &[&str]| {
+        let mut json = tokenizer();
+        let added = json["added_tokens"].as_array_mut().unwrap();
+        for (id, &token) in (EOS + 1..).zip(tokens) {
+            let mut entry = added[0].clone();
+            entry["id"] = id.into();
+            entry["content"] = token.into();
+            added.push(entry);
+        }
+        Chat::of(&read(&json).unwrap())
+    };
+    for (tokens, user, assistant) in [
+        (["<|im_start|>", "<|im_end|>"], "<|im_start|>user\n", "\n<|im_start|>assistant\n"),
+        (
+            ["<|start_header_id|>", "<|eot_id|>"],
+            "<|start_header_id|>user<|end_header_id|>\n\n",
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (["<start_of_turn>", "<end_of_turn>"], "<start_of_turn>user\n", "\n<start_of_turn>model\n"),
+        (["<|assistant|>", "<|end|>"], "<|user|>\n", "\n<|assistant|>\n"),
+    ] {
+        assert_eq!(with(&tokens).unwrap(), Chat { user, end: tokens[1], assistant });
+        // One of the two is not enough.
+        for token in tokens {
+            let error = with(&[token]).unwrap_err().to_string();
+            assert!(error.contains("--chat") && error.contains("<|im_start|>"), "{error}");
+        }
+    }
+}
 
 /// A directory with one JSON file.
 fn directory(name: &str, content: &Value) -> Directory {
