@@ -140,11 +140,12 @@ impl Policy {
     /// `encode` on a Hopper GPU: two warp groups of 64 rows, and one that copies, for values of up
     /// to 128 elements. So many keys that the accumulators of both products, and probabilities, fit
     /// the registers that the groups get. There are two stages of keys and two of values, or as
-    /// many as have 64 KB of keys.
+    /// many as have 64 KB of keys. Steps are whole ones of the kernels for fp8 keys, which share the
+    /// plan: those of d96 are not.
     pub const fn hopper(dims: Dims) -> Option<Self> {
         let stages = match dims {
             Dims { key: 64, value: 64 } => 4,
-            Dims { key: 96 | 128 | 192, value: 96 | 128 } => 2,
+            Dims { key: 128 | 192, value: 128 } => 2,
             _ => return None,
         };
         let encode = Self { kernel: "encode_hopper", dims, ..PLAIN };
