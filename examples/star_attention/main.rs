@@ -1,9 +1,9 @@
 //! Answers from a long context with Star Attention, and with dense attention beside it.
 //!
 //! Loads a Llama (or a model of its shape) from a Hugging Face directory or a GGUF file, encodes a
-//! context over several ranks (threads of this process, or processes that `mpirun` started), and asks about it: a text,
-//! ids, or facts in a haystack. Without options: the retrieval Llama of this repository, 8,192
-//! tokens, 4 ranks.
+//! context over several ranks (threads of this process, or processes that `mpirun` started), and
+//! asks about it: a text, ids, or facts in a haystack. Without options: the retrieval Llama of this
+//! repository, 8,192 tokens, 4 ranks.
 
 mod advice;
 mod args;
